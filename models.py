@@ -1,0 +1,233 @@
+"""The backbones, the model that is built on them, and its checkpoints.
+
+    model = TransferModel("mobilenet_v2", classes=("cat", "dog"))
+    logits = model(images)                              # (B, 3, 224, 224) -> (B, 2)
+
+A backbone is one row of BACKBONES. To add one, add its row.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision import models
+
+from data import whole_or_absent
+
+
+def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
+    """Our own classifier: the features standardised, one hidden layer, dropout."""
+    return nn.Sequential(
+        nn.BatchNorm1d(width, affine=False, momentum=None),  # running statistics are plain averages
+        nn.Linear(width, 512),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(512, classes),
+    )
+
+
+def new_last_layer(width: int, classes: int, pretrained: nn.Sequential) -> nn.Sequential:
+    """The backbone's pretrained classifier with only its last layer replaced."""
+    *kept, last = pretrained
+    return nn.Sequential(*kept, nn.Linear(last.in_features, classes))
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A row: the name that people read, torchvision's builder and weights, the plots' name, and the classifier."""
+
+    label: str
+    build: Callable[..., nn.Module]
+    weights: models.WeightsEnum  # V1: features learnt with mixup and label smoothing transfer worse (arXiv 1805.08974)
+    plot: str
+    classifier: Callable[[int, int, nn.Module], nn.Sequential] = custom_classifier
+    every_level: bool = (
+        True  # the average of every block's output, not the last one's alone (Head2Toe, arXiv 2201.03529)
+    )
+
+
+BACKBONES = {
+    "vgg16": Backbone("VGG16", models.vgg16, models.VGG16_Weights.IMAGENET1K_V1, "vgg16", every_level=False),
+    "mobilenet_v2": Backbone(
+        "MobileNetV2", models.mobilenet_v2, models.MobileNet_V2_Weights.IMAGENET1K_V1, "mobilenet"
+    ),
+    "mobilenet_v3_large": Backbone(
+        "MobileNetV3-Large",
+        models.mobilenet_v3_large,
+        models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+        "mobilenet_large",
+        new_last_layer,
+        every_level=False,
+    ),
+    "mobilenet_v3_small": Backbone(
+        "MobileNetV3-Small",
+        models.mobilenet_v3_small,
+        models.MobileNet_V3_Small_Weights.IMAGENET1K_V1,
+        "mobilenet_small",
+    ),
+    "efficientnet_b0": Backbone(
+        "EfficientNet-B0", models.efficientnet_b0, models.EfficientNet_B0_Weights.IMAGENET1K_V1, "efficientnet_b0"
+    ),
+}
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU; or the one that is named. Raises ValueError where that one isn't there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise ValueError(f"no {name} device here: use --device auto, which takes what there is")
+    return torch.device(name)
+
+
+def pick_precision(device: torch.device) -> str:
+    """bf16 where the hardware computes in it, else fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (able.get("avx512_bf16", False) or able.get("amx_bf16", False))
+    return "bf16" if fast else "fp32"
+
+
+class TransferModel(nn.Module):
+    """A frozen backbone, `features`, and a new `classifier` on the average of its outputs over space.
+
+    Both keep torchvision's names: `features.*` of the state dict loads into the torchvision model it came from.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], image_size: int = 224, pretrained: bool = True):
+        super().__init__()
+        row = BACKBONES[name]
+        backbone = row.build()
+        if pretrained:
+            backbone.load_state_dict(_download(name, row.weights))
+        normalise = row.weights.transforms()
+        self.name, self.label, self.classes = name, row.label, tuple(classes)
+        self.preprocessing = {"image_size": image_size, "mean": normalise.mean, "std": normalise.std}
+        self.every_level = row.every_level
+        self.features = backbone.features.requires_grad_(False).eval()
+        with torch.inference_mode():
+            self.width = self.eval().forward_features(next(backbone.parameters()).new_zeros(1, 3, 32, 32)).shape[1]
+        self.classifier = row.classifier(self.width, len(classes), backbone.classifier)
+
+    def train(self, mode: bool = True) -> "TransferModel":
+        """Frozen means frozen: BatchNorm of `features` stays in eval mode, or its statistics would drift."""
+        super().train(mode)
+        self.features.eval()
+        return self
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width)"""
+        levels = []
+        for block in self.features:
+            images = block(images)
+            if self.every_level or block is self.features[-1]:
+                levels.append(images.sum((2, 3)) / images[0, 0].numel())  # .mean() is four times slower in bf16
+        return torch.cat(levels, dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, classes)"""
+        return self.classifier(self.forward_features(images))
+
+    def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
+        """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last, `dtype`.
+
+        The classifier stays in float32.
+        """
+        fast = copy.deepcopy(self).eval()
+        for block in fast.features.modules():
+            if isinstance(block, nn.Sequential):
+                for i in range(len(block) - 1):
+                    conv, norm = block[i], block[i + 1]
+                    if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                        block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        fast.features.to(dtype=dtype, memory_format=torch.channels_last)
+        return fast.to(device)
+
+
+def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:
+    """Torchvision's weights, from its cache or the network."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except URLError as error:
+        raise OSError(
+            f"the weights of {name} can't be downloaded ({error.reason}): put {file.name} into {file.parent}/, "
+            f"or try --demo, which needs none"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(
+            f"the weights of {name} can't be loaded from {file} ({reason}): delete it and try again"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+SCHEMA = 1
+
+
+def content_hash(tensors: dict[str, Tensor], about: object = None) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors, and of plain values beside them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
+    """Everything that rebuilds the model without a download: plain types and tensors only."""
+    about = {
+        "schema": SCHEMA,
+        "name": model.name,
+        "classes": list(model.classes),
+        "preprocessing": model.preprocessing,
+        "metrics": metrics,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save({**about, "state_dict": tensors, "sha256": content_hash(tensors, about)}, buffer)
+    with whole_or_absent(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path: Path) -> tuple[TransferModel, dict]:
+    """The model, on the CPU in eval mode, and its metrics.
+
+    Raises OSError or ValueError, in one line, where `path` is missing, damaged, or anything but a checkpoint of ours;
+    nothing in the file is executed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: what does is a bomb
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
+        about = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, written = about.pop("state_dict"), about.pop("sha256")
+        if about["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {about['schema']}, this version reads {SCHEMA}")
+        if content_hash(tensors, about) != written:
+            raise ValueError("its contents are not what was saved")
+        with torch.device("meta"):
+            model = TransferModel(about["name"], about["classes"], pretrained=False)
+        model.preprocessing = about["preprocessing"]
+        model.load_state_dict(tensors, assign=True)
+    except Exception as error:  # whatever a hostile or damaged file makes the readers raise
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    return model.eval(), about["metrics"]

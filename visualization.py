@@ -1,0 +1,100 @@
+"""Plain numbers in, one PNG out.
+
+    plot_history(Path("plots/vgg16.png"), "VGG16", history, COLORS[0])
+
+Every picture is drawn for a README at half width: few words, large enough, in colours that the colour-blind tell apart.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from data import whole_or_absent
+
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with whole_or_absent(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def plot_history(path: Path, title: str, history: list[dict], color: str) -> None:
+    """Loss and accuracy over epochs, training dashed and validation solid."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=15)
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        style = {"color": color, "linewidth": 2, "marker": "o" if len(epochs) == 1 else None}
+        axes.plot(epochs, [row[f"train_{name}"] for row in history], linestyle="--", label="training", **style)
+        axes.plot(epochs, [row[f"val_{name}"] for row in history], label="validation", **style)
+        axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="kept")
+        axes.set_xlabel("epoch", fontsize=12)
+        axes.set_ylabel("cross-entropy" if name == "loss" else name, fontsize=12)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.3)
+        if name == "accuracy":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        else:
+            axes.legend(fontsize=11)
+    _save(figure, path)
+
+
+def plot_confusion(path: Path, title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
+    """Rows are the true classes; a cell's shade is its share of the row, its number a count of test pictures."""
+    counts = np.asarray(matrix)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    size = max(5.0, 0.55 * len(classes) + 1.5)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_title(title, fontsize=15)
+    axes.set_xlabel("predicted", fontsize=12)
+    axes.set_ylabel("true", fontsize=12)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=11)
+    axes.set_yticks(range(len(classes)), classes, fontsize=11)
+    if len(classes) <= 20:
+        for row, column in np.argwhere(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
+    _save(figure, path)
+
+
+def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str]]) -> None:
+    """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color)."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    middle = np.sqrt(min(point[1] for point in points) * max(point[1] for point in points))
+    for label, seconds, accuracy, color in points:
+        left = seconds <= middle
+        axes.plot(seconds, accuracy, "o", color=color, markersize=12)
+        text = f"{label} {accuracy:.1%}"
+        offset, align = (10, "left") if left else (-10, "right")
+        axes.annotate(
+            text, (seconds, accuracy), (offset, 0), textcoords="offset points", ha=align, va="center", fontsize=13
+        )
+    axes.set_xscale("log")
+    axes.margins(0.15, 0.2)
+    axes.set_xlabel("training time, seconds", fontsize=12)
+    axes.set_ylabel("test accuracy", fontsize=12)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_predictions(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Pictures (H, W, 3), each with its caption below it."""
+    columns = min(6, len(pictures))
+    rows = -(-len(pictures) // columns)
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    figure = Figure(figsize=(2.1 * columns, rows * (1.7 + 0.24 * lines)), layout="constrained")
+    for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
+        axes.axis("off")
+    for axes, picture, caption in zip(figure.axes, pictures, captions, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(caption, fontsize=11, y=-0.04, va="top")
+    _save(figure, path)
