@@ -192,6 +192,7 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Images:
 
 def find_images(folder: Path) -> Iterator[Path]:
     """Every file below `folder` named like a picture, in order; hidden ones and folders behind links left out."""
+    Image.preinit()  # the common formats first: Pillow tries them in this order
     Image.init()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -200,7 +201,7 @@ def find_images(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _demo(train: int = 300, test: int = 100) -> tuple[tuple[str, ...], Images, None, Images]:
+def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, None, Images]:
     """Small pictures drawn on the fly, the same ones every time: four shapes in any colour on any ground."""
     classes = ("circle", "cross", "square", "triangle")
     random = np.random.default_rng(0)
@@ -367,6 +368,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and leaves with its exit code; an error that the user can mend is one line, never a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     warnings.filterwarnings("ignore", module="PIL")
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()

@@ -117,7 +117,6 @@ def main(argv: list[str] | None = None) -> int:
         truth = {i: checkpoints[0][0].classes[label] for i, label in enumerate(sample.labels)}
         args.plot = args.plot or Path("plots/predictions.png")
 
-    sys.stdout.reconfigure(errors="backslashreplace")
     write = writer(args.format, len(files) > 1)
     drawn = {}  # position of a picture -> (the picture, the lines of its caption)
     good = bad = 0

@@ -40,7 +40,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=BACKBONES, metavar="NAME", default=three, help=f"of {', '.join(BACKBONES)}")
     add("--data", default="cifar10", help="cifar10, or a folder with train/<class>/ and test/<class>/")
     add("--epochs", type=positive, default=20, help="epochs of head training")
-    add("--batch-size", type=positive, default=512, help="pictures per training step")
+    add(
+        "--batch-size",
+        type=positive,
+        default=512,
+        help="pictures per training step; fewer where that leaves under 16 steps an epoch",
+    )
     add("--lr", type=float, default=1e-3, help="peak learning rate of the one-cycle schedule")
     add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
     add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
@@ -118,7 +123,7 @@ def train_model(name: str, data: Data, args: argparse.Namespace, device: torch.d
         "confusion_matrix": confusion.tolist(),
         "device": str(device),
         "precision": precision,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     plots = args.output / "plots"
     save_checkpoint(args.output / "checkpoints" / f"{name}.pt", model, {k: v for k, v in run.items() if k != "history"})

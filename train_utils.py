@@ -65,7 +65,7 @@ def cached_features(
 
     The file's name is a hash of all that shapes them, so nothing stale is ever read: backbone, weights, preprocessing,
     precision, device, torch's version and the pictures' fingerprint. It is a plain .npy file with a line of JSON at its
-    end that holds a checksum. While the pass runs, rows are appended to a .part file; one that was cut off goes on there.
+    end that holds a checksum. While the pass runs, rows are appended to a .part file; one cut off goes on there.
     """
     key = {
         "backbone": model.name,
@@ -160,7 +160,8 @@ def _checksum(array: np.ndarray) -> str:
 class Batches:
     """Features and labels in batches on the device, in a new order each time where a seed is given.
 
-    None is smaller than `batch_size` (the remainder is spread over the others): BatchNorm can't train on a single row.
+    A small set gets smaller batches, so that an epoch has 16 steps of 8 rows or more. The remainder is spread over all
+    batches: BatchNorm can't train on a single row.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class Batches:
             pass
         self.features, self.labels = features, labels.to(features.device)
         self.indices, self.device = indices, device
-        self.steps = max(1, len(indices) // batch_size)
+        self.steps = max(1, len(indices) // batch_size, min(16, len(indices) // 8))
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 from data import whole_or_absent
 
@@ -78,7 +78,11 @@ def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str]])
             text, (seconds, accuracy), (offset, 0), textcoords="offset points", ha=align, va="center", fontsize=13
         )
     axes.set_xscale("log")
-    axes.margins(0.15, 0.2)
+    axes.set_xlim(min(point[1] for point in points) / 2, max(point[1] for point in points) * 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.margins(y=0.2)
     axes.set_xlabel("training time, seconds", fontsize=12)
     axes.set_ylabel("test accuracy", fontsize=12)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -88,10 +92,10 @@ def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str]])
 
 def plot_predictions(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
     """Pictures (H, W, 3), each with its caption below it."""
-    columns = min(6, len(pictures))
+    columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max(caption.count("\n") + 1 for caption in captions)
-    figure = Figure(figsize=(2.1 * columns, rows * (1.7 + 0.24 * lines)), layout="constrained")
+    figure = Figure(figsize=(2.5 * columns, rows * (1.7 + 0.24 * lines)), layout="constrained")
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.axis("off")
     for axes, picture, caption in zip(figure.axes, pictures, captions, strict=False):

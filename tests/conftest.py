@@ -1,0 +1,70 @@
+"""Small pictures and random weights, made here: no test needs a network."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data as data_module  # noqa: E402
+from models import BACKBONES  # noqa: E402
+
+COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+
+
+def draw(path: Path, color: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 24)) -> None:
+    noise = np.random.default_rng(seed).normal(0, 40, (size[1], size[0], 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.array(color) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """pictures/{train,test}/{blue,green,red}/*.png, 20 and 6 of each."""
+    for part, count in (("train", 20), ("test", 6)):
+        for label, (name, color) in enumerate(COLORS.items()):
+            for i in range(count):
+                draw(
+                    tmp_path / "pictures" / part / name / f"{i}.png",
+                    color,
+                    seed=1000 * label + i + 100 * (part == "test"),
+                )
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A TORCH_HOME with random weights, BatchNorm statistics included, for the small backbones."""
+    home = tmp_path_factory.mktemp("torch_home")
+    (home / "hub" / "checkpoints").mkdir(parents=True)
+    for name in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"):
+        torch.manual_seed(1)
+        model = BACKBONES[name].build()
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+        torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(BACKBONES[name].weights.url).name)
+    return home
+
+
+@pytest.fixture
+def run(tmp_path, weights, monkeypatch, capsys):
+    """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+
+    def command(script, *args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            data_module.run_script(lambda: script.main([str(arg) for arg in args]))
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return left.value.code, out, err
+
+    return command

@@ -1,0 +1,267 @@
+"""The real scripts, on small pictures and random weights."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw
+
+import inference
+import main_train
+import train_utils
+
+QUICK = ("--image-size", 32, "--epochs", 3)
+SMALL = ("--models", "mobilenet_v3_small")
+
+
+def results(folder):
+    """results.json without what may differ from run to run: times."""
+    rows = json.loads((folder / "plots" / "results.json").read_text())["runs"]
+    for row in rows:
+        del row["seconds"], row["features_cached"]
+    return {row["model"]: row for row in rows}
+
+
+def checkpoints(folder):
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    return {file.name: torch.load(file, weights_only=True)["state_dict"] for file in files}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[m][key], b[m][key]) for m in a for key in a[m])
+
+
+def test_the_whole_job(run, pictures, tmp_path):
+    models = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
+    code, out, err = run(main_train, "--data", pictures, "--models", *models, *QUICK)
+    assert (code, err) == (0, "")
+    rows = results(tmp_path)
+    assert list(rows) == list(models)
+    for name, row in rows.items():
+        assert name in out
+        assert row["val_loss"] == pytest.approx(min(epoch["val_loss"] for epoch in row["history"]), rel=1e-5)
+        assert np.sum(row["confusion_matrix"]) == row["test_images"] == 18
+        assert np.trace(row["confusion_matrix"]) / 18 == pytest.approx(row["test_accuracy"])
+    plots = {
+        "comparison",
+        *(f"{p}{s}" for p in ("mobilenet", "mobilenet_large", "mobilenet_small") for s in ("", "_confusion")),
+    }
+    assert {file.stem for file in (tmp_path / "plots").glob("*.png")} == plots
+    assert rows["mobilenet_v2"]["test_accuracy"] > 0.6  # three colours, told apart even by random features
+
+    # predict agrees with evaluate
+    code, out, err = run(inference, pictures / "test", "--format", "json")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(records) == 3 * 18
+    for name, row in rows.items():
+        right = [r["label"] == r["path"].split("/")[-2] for r in records if r["model"] == name]
+        assert np.mean(right) == pytest.approx(row["test_accuracy"])
+    code, out, err = run(inference)
+    assert code == 0 and (tmp_path / "plots" / "predictions.png").exists() and len(out.splitlines()) == 3 * 12
+
+
+def test_a_second_run_uses_the_features_and_repeats_to_the_last_digit(run, pictures, tmp_path):
+    run(main_train, "--data", pictures, *SMALL, *QUICK)
+    first, state = results(tmp_path), checkpoints(tmp_path)
+    code, out, _ = run(main_train, "--data", pictures, *SMALL, *QUICK)
+    assert code == 0 and "(cached)" in out
+    assert results(tmp_path) == first and same(checkpoints(tmp_path), state)
+    shutil.rmtree(tmp_path / "data")
+    code, out, _ = run(main_train, "--data", pictures, *SMALL, *QUICK)
+    assert "(cached)" not in out
+    assert results(tmp_path) == first and same(checkpoints(tmp_path), state)
+
+
+def test_stale_features_are_never_read_and_damaged_ones_rebuilt(run, pictures, tmp_path):
+    command = ("--data", pictures, *SMALL, *QUICK)
+    run(main_train, *command)
+    first = results(tmp_path)
+    for change in (("--image-size", 48), ("--precision", "fp32"), ("--models", "mobilenet_v2"), ("--limit", 30)):
+        assert "(cached)" not in run(main_train, *command, *change)[1]
+    draw(pictures / "train" / "red" / "0.png", (0, 0, 255), seed=9)
+    assert "(cached)" not in run(main_train, *command)[1]
+    changed = results(tmp_path)["mobilenet_v3_small"]
+    assert changed["val_loss"] != first["mobilenet_v3_small"]["val_loss"]
+    for file in (tmp_path / "data" / "features").glob("mobilenet_v3_small*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    code, out, err = run(main_train, *command)
+    assert code == 0 and "(cached)" not in out and err.count("unusable") == 2
+    assert results(tmp_path)["mobilenet_v3_small"] == changed
+
+
+def test_a_pass_cut_off_goes_on_where_it_was(run, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_utils, "BATCH_ALIGNMENT", 8)
+    command = ("--data", pictures, *SMALL, *QUICK)
+    run(main_train, *command)
+    expected, state = results(tmp_path), checkpoints(tmp_path)
+    shutil.rmtree(tmp_path / "data")
+    whole = train_utils.map_batches
+
+    def interrupted(*args, **kwargs):
+        for i, batch in enumerate(whole(*args, **kwargs)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(train_utils, "map_batches", interrupted)
+    assert run(main_train, *command)[0] == 130
+    monkeypatch.setattr(train_utils, "map_batches", whole)
+    code, out, _ = run(main_train, *command)
+    assert code == 0 and "24 pictures are there already" in out
+    assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
+
+
+def test_broken_pictures_are_named_and_left_out(run, pictures, tmp_path):
+    (pictures / "train" / "red" / "3.png").write_bytes(b"oops")
+    (pictures / "test" / "blue" / "2.png").write_bytes(b"")
+    for _ in range(2):  # computed, and from the cache
+        code, _, err = run(main_train, "--data", pictures, *SMALL, *QUICK)
+        assert code == 1 and "red/3.png" in err and "blue/2.png" in err and "2 pictures" in err
+        row = results(tmp_path)["mobilenet_v3_small"]
+        assert row["train_images"] + row["val_images"] == 59 and row["test_images"] == 17
+
+
+def test_one_model_fails_and_the_others_go_on(run, pictures, tmp_path, monkeypatch):
+    import urllib.request
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    code, _, err = run(main_train, "--data", pictures, "--models", "efficientnet_b0", "mobilenet_v3_small", *QUICK)
+    assert code == 1 and list(results(tmp_path)) == ["mobilenet_v3_small"]
+    assert "efficientnet_b0_rwightman" in err and "checkpoints" in err and "--demo" in err and err.count("\n") == 1
+    started = time.monotonic()
+    code, _, err = run(main_train, *SMALL)
+    assert code == 2 and "cifar-10-python.tar.gz" in err and "--data" in err and "--demo" in err
+    assert time.monotonic() - started < 5 and err.count("\n") == 1
+    assert list((tmp_path / "data").glob("*cifar*")) == []
+
+
+def test_models_keep_each_others_rows(run, pictures, tmp_path):
+    run(main_train, "--data", pictures, *SMALL, *QUICK)
+    run(main_train, "--data", pictures, "--models", "mobilenet_v2", *QUICK)
+    run(main_train, "--data", pictures, *SMALL, *QUICK, "--epochs", 1)
+    rows = results(tmp_path)
+    assert list(rows) == ["mobilenet_v3_small", "mobilenet_v2"]
+    assert rows["mobilenet_v3_small"]["epochs"] == 1 and rows["mobilenet_v2"]["epochs"] == 3
+
+
+def break_tree(pictures, how):
+    if how == "no folder":
+        return pictures / "nowhere", "nowhere"
+    if how == "no train":
+        shutil.rmtree(pictures / "train")
+        return pictures, "train/<class>/"
+    if how == "class only in test":
+        draw(pictures / "test" / "violet" / "1.png", (0, 0, 0), seed=1)
+        return pictures, "violet"
+    if how == "empty class":
+        (pictures / "train" / "violet").mkdir()
+        return pictures, "violet"
+    if how == "too few":
+        for picture in pictures.glob("train/*/*.png"):
+            if picture.stem != "0":
+                picture.unlink()
+        shutil.rmtree(pictures / "test")
+        (pictures / "test").mkdir()
+        return pictures, "too few"
+
+
+@pytest.mark.parametrize("how", ["no folder", "no train", "class only in test", "empty class", "too few"])
+def test_a_folder_that_is_no_data_set(run, pictures, how):
+    folder, expected = break_tree(pictures, how)
+    code, _, err = run(main_train, "--data", folder, *SMALL)
+    assert code == 2 and err.startswith("error: ") and expected in err
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "expected"),
+    [
+        (main_train, ["--models", "resnet"], "efficientnet_b0"),
+        (main_train, ["--device", "tpu"], "mps"),
+        (main_train, ["--epochs", "0"], "positive"),
+        (main_train, ["--device", "cuda"], "--device auto"),
+        (inference, ["x.png"], "main_train.py"),
+        (inference, ["x.png", "--checkpoint", "none.pt"], "none.pt"),
+    ],
+)
+def test_wrong_usage(run, script, args, expected):
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("there is a GPU here")
+    code, _, err = run(script, *args)
+    assert code == 2 and expected in err
+
+
+def test_inference_reports_each_file(run, pictures, tmp_path):
+    run(main_train, "--data", pictures, *SMALL, *QUICK)
+    folder = tmp_path / "mixed"
+    shutil.copytree(pictures / "test" / "red", folder)
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "notes.txt").write_text("not a picture, and not named like one")
+    code, out, err = run(inference, folder, "gone.png", "--format", "json", "--top-k", 2)
+    records = {record["path"]: record for record in map(json.loads, out.splitlines())}
+    assert code == 1 and len(records) == 6 + 2 + 1
+    assert sorted(path.split("/")[-1] for path in records if "error" in records[path]) == [
+        "broken.png", "gone.png", "text.jpg"
+    ]  # fmt: skip
+    good = records[str(folder / "0.png")]
+    assert len(good["top"]) == 2 and good["label"] == good["top"][0]["label"] in ("blue", "green", "red")
+    assert good["probability"] == good["top"][0]["probability"] >= good["top"][1]["probability"]
+    code, out, err = run(inference, folder, "--format", "csv")
+    rows = list(csv.DictReader(out.splitlines()))
+    assert code == 1 and len(rows) == 8 and sum(bool(row["error"]) for row in rows) == 2
+    code, out, err = run(inference, "gone.png")
+    assert code == 2 and "gone.png" in err
+
+
+def test_predictions_do_not_depend_on_the_company(run, pictures):
+    run(main_train, "--data", pictures, *SMALL, *QUICK)
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 1e-2)):
+        files = sorted((pictures / "test").rglob("*.png"))
+        command = ("--format", "json", "--precision", precision)
+        together = {r["path"]: r for r in map(json.loads, run(inference, *files, *command)[1].splitlines())}
+        for file in files[::-5]:
+            alone = json.loads(run(inference, file, *command)[1])
+            assert alone["probability"] == pytest.approx(together[str(file)]["probability"], abs=tolerance)
+            assert precision == "bf16" or alone["label"] == together[str(file)]["label"]
+
+
+def start(*args, cwd):
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def test_the_demo_and_a_pipe_that_closes(tmp_path):
+    demo = start(ROOT / "main_train.py", "--demo", "--epochs", 2, cwd=tmp_path)
+    out, err = demo.communicate()
+    assert (demo.returncode, err) == (0, "") and "vgg16" in out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    files = (tmp_path / "demo" / "checkpoints").glob("*.pt")
+    reader = start(ROOT / "inference.py", "--checkpoint", *files, cwd=tmp_path)
+    reader.stdout.readline()
+    reader.stdout.close()
+    err = reader.stderr.read()
+    assert reader.wait() == 0 and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_quietly(tmp_path, pictures, signum, code):
+    process = start(ROOT / "main_train.py", "--demo", "--epochs", 100000, cwd=tmp_path)
+    process.stdout.readline()  # the data are loaded
+    time.sleep(1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in err
