@@ -7,10 +7,12 @@ Training, evaluation and inference all read their pictures here, so that a pictu
 """
 
 import hashlib
+import io
 import os
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -39,6 +41,7 @@ EXPECTED_TREE = """
         test/<class>/*.jpg     the same classes
         val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
 MAX_PIXELS = 50_000_000  # decoded, a picture of this size takes 200 MB
+MAX_BYTES = 200_000_000
 
 
 class ImageError(OSError):
@@ -67,8 +70,8 @@ class Images:
             digest.update(np.ascontiguousarray(self.items))
         else:
             for path in self.items:
-                stat = path.stat()
-                digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+                status = path.stat()
+                digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         return digest.hexdigest()
 
 
@@ -241,9 +244,12 @@ def read_image(item: Path | np.ndarray, max_size: int = 224) -> Tensor:
     if isinstance(item, np.ndarray):
         return torch.from_numpy(item).permute(2, 0, 1)
     try:
-        if not item.is_file():  # opening a pipe would wait for ever
-            raise OSError("not a file" if item.exists() else "no such file")
-        with Image.open(item) as image:
+        status = item.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+            raise OSError("not a file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
+        with Image.open(io.BytesIO(item.read_bytes())) as image:  # one read instead of Pillow's forty
             image.draft(None, (2 * max_size, 2 * max_size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
@@ -330,7 +336,7 @@ def map_batches(
     on_cpu = device.type == "cpu"
     threads = torch.get_num_threads()
     workers = threads if on_cpu else min(16, os.cpu_count() or 1)
-    batch_size = batch_size or (8 if on_cpu else 256)
+    batch_size = batch_size or (12 if on_cpu else 256)
     turn = nullcontext() if on_cpu else threading.Lock()
 
     def run(batch: list[Path | np.ndarray]) -> tuple[list[Path | np.ndarray], Tensor, dict[int, ImageError]]:

@@ -39,14 +39,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     three = ["vgg16", "mobilenet_v2", "mobilenet_v3_large"]
     add("--models", nargs="+", choices=BACKBONES, metavar="NAME", default=three, help=f"of {', '.join(BACKBONES)}")
     add("--data", default="cifar10", help="cifar10, or a folder with train/<class>/ and test/<class>/")
-    add("--epochs", type=positive, default=20, help="epochs of head training")
+    add("--epochs", type=positive, default=10, help="epochs of head training")
     add(
         "--batch-size",
         type=positive,
         default=512,
         help="pictures per training step; fewer where that leaves under 16 steps an epoch",
     )
-    add("--lr", type=float, default=1e-3, help="peak learning rate of the one-cycle schedule")
+    add("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
     add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
     add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU where there is one")

@@ -1,0 +1,155 @@
+"""How fast the frozen pass is, and what that means for a training run.
+
+    python benchmarks/speed.py                      random weights, generated 32x32 JPEG files, a few minutes
+    python benchmarks/speed.py --data FOLDER        the pictures in FOLDER/train/<class>/
+
+For each model, in one run on one machine, in images a second:
+
+    (a) the obvious loop: ImageFolder, Resize, ToTensor, Normalize, DataLoader with two workers, the whole float32 model
+        forward, only the classifier trained; measured over --seconds, then extrapolated to whole epochs
+    (b) ours: from picture files to features stored in a file
+    (c) the bare forward pass on a tensor that is ready, BatchNorm folded, channels_last, in the precision of (b):
+        the best of several batch sizes, once with all cores on each batch, as PyTorch does by itself, and once with a
+        batch for each core, as (b) does
+
+(b) is measured between two measurements of (c). Twenty epochs of (b) are one pass and twenty epochs of its classifier.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import Images, find_images, map_batches, run_script
+from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
+from train_utils import Batches, cached_features, fit, synchronized_time
+from visualization import plot_speed
+
+EPOCHS, EPOCH = 20, 50_000  # what the extrapolations are for: 20 epochs of CIFAR-10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=BACKBONES, default=list(BACKBONES)[:3])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--plot", type=Path, default=Path("plots/speed.png"))
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    precision = pick_precision(device)
+    print(f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as scratch:
+        root = args.data or draw_pictures(Path(scratch) / "pictures", args.images)
+        rates = {name: measure(name, root, Path(scratch), args, device, precision) for name in args.models}
+    print(f"\n{'images/s':20} {'(a) loop':>9} {'(b) ours':>9} {'(c) all cores':>14} {'each core':>10} {'b / c':>11}")
+    for name, (loop, ours, shared, own, _) in rates.items():
+        print(f"{name:20} {loop:9.1f} {ours:9.1f} {shared:14.1f} {own:10.1f} {ours / shared:5.2f} {ours / own:5.2f}")
+    print(f"\n{f'{EPOCHS} epochs of {EPOCH:,}':20} {'(a) extrapolated':>17} {'(b) pass + head':>22} {'a / b':>7}")
+    for name, (loop, ours, _, _, head) in rates.items():
+        a, b = EPOCHS * EPOCH / loop, EPOCH / ours + head
+        print(f"{name:20} {a / 3600:15.1f} h {EPOCH / ours:12.1f} + {head:5.1f} s {a / b:7.0f}")
+    plot_speed(args.plot, {BACKBONES[name].label: (r[0], r[1], max(r[2:4])) for name, r in rates.items()})
+    return 0
+
+
+def draw_pictures(root: Path, count: int) -> Path:
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = root / "train" / str(i % 10) / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((32, 32), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+def measure(
+    name: str, root: Path, scratch: Path, args: argparse.Namespace, device: torch.device, precision: str
+) -> tuple[float, float, float, float, float]:
+    """Images a second of (a), (b), (c) with all cores on a batch, (c) with a batch a core; seconds of (b)'s heads."""
+    torch.manual_seed(0)
+    model = TransferModel(name, "0123456789", pretrained=False)
+    loop = obvious_loop(name, root, args.seconds, device)
+    files = list(find_images(root / "train"))[: args.images]
+    bare = [bare_forward(model, args.seconds / 8, device, precision)]
+    ours = (
+        len(files) / cached_features(model, Images(files, torch.zeros(len(files))), scratch, device, precision).seconds
+    )
+    bare.append(bare_forward(model, args.seconds / 8, device, precision))
+    shared, own = (float(np.mean(rate)) for rate in zip(*bare, strict=True))
+
+    features, labels = torch.randn(EPOCH, model.width, dtype=torch.float16), torch.randint(10, (EPOCH,))
+    train = Batches(features, labels, torch.arange(EPOCH * 4 // 5), 512, device, seed=0)
+    val = Batches(features, labels, torch.arange(EPOCH * 4 // 5, EPOCH), 512, device)
+    start = synchronized_time(device)
+    fit(model.to(device).classifier, train, val, 2, 1e-3, precision=precision)
+    return loop, ours, shared, own, (synchronized_time(device) - start) / 2 * EPOCHS
+
+
+def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) -> float:
+    model = BACKBONES[name].build().requires_grad_(False).to(device)
+    model.classifier[-1] = torch.nn.Linear(model.classifier[-1].in_features, 10).to(device)
+    normalise = BACKBONES[name].weights.transforms()
+    steps = [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(normalise.mean, normalise.std)]
+    pictures = datasets.ImageFolder(root / "train", transforms.Compose(steps))
+    optimizer = torch.optim.Adam(model.classifier[-1].parameters())
+    seen, start = 0, None
+    while start is None or synchronized_time(device) - start < seconds:
+        for images, labels in DataLoader(pictures, batch_size=64, shuffle=True, num_workers=2):
+            loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if start is None:  # the first batch warms up
+                start = synchronized_time(device)
+                continue
+            seen += len(labels)
+            if synchronized_time(device) - start > seconds:
+                break
+    return seen / (synchronized_time(device) - start)
+
+
+def bare_forward(model: TransferModel, seconds: float, device: torch.device, precision: str) -> tuple[float, float]:
+    fast = model.for_inference(device, DTYPES[precision])
+    shared = own = 0.0
+    for batch_size in (8, 16, 32, 64) if device.type == "cpu" else (128, 256, 512):
+        images = torch.randn(batch_size, 3, 224, 224, dtype=DTYPES[precision], device=device)
+        images = images.to(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            fast.forward_features(images)
+            start, count = synchronized_time(device), 0
+            while synchronized_time(device) - start < seconds:
+                fast.forward_features(images)
+                count += batch_size
+        shared = max(shared, count / (synchronized_time(device) - start))
+
+        items = repeat(np.zeros((1, 1, 3), np.uint8), seconds)  # nothing to read: the batch is there
+        start, count = synchronized_time(device), 0
+        for batch, _, _ in map_batches(
+            lambda _, images=images: fast.forward_features(images), items, device, batch_size
+        ):
+            count += len(batch)
+        own = max(own, count / (synchronized_time(device) - start))
+    return shared, own
+
+
+def repeat(item: np.ndarray, seconds: float) -> Iterator[np.ndarray]:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        yield item
+
+
+if __name__ == "__main__":
+    run_script(main)
