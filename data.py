@@ -34,14 +34,21 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 EXPECTED_TREE = """
     {root}/
         train/<class>/*.jpg    one folder per class, the folder's name is the label
         test/<class>/*.jpg     the same classes
         val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
-MAX_PIXELS = 50_000_000  # decoded, a picture of this size takes 200 MB
-MAX_BYTES = 200_000_000
+MAX_PIXELS, MAX_BYTES = 30_000_000, 200_000_000  # so that no picture takes more than a few hundred MB to read
+_one_large_picture = threading.Lock()
 
 
 class ImageError(OSError):
@@ -140,24 +147,19 @@ def _cifar10(root: Path) -> tuple[Images, None, Images]:
 
 def _download_cifar10(root: Path) -> None:
     """Downloaded, checked and unpacked beside, then renamed: `root` never holds half a data set."""
-    root.mkdir(parents=True, exist_ok=True)
-    archive = root / CIFAR10.filename
-    timeout = socket.getdefaulttimeout()
-    with tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
+    archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
+    with locked(root / ".lock", wait=True), tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
         try:
-            socket.setdefaulttimeout(5)
             if archive.exists():  # put there by hand
                 shutil.copy(archive, folder)
-            CIFAR10(folder, download=True)
+            with impatient():
+                CIFAR10(folder, download=True)
         except (OSError, RuntimeError) as error:
             refused = f"{archive} is not the right file, and " if archive.exists() else ""
             raise OSError(
                 f"{refused}CIFAR-10 can't be downloaded ({error}): put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
                 f"into {root}/, or use --data FOLDER with your own pictures, or --demo"
             ) from error
-        finally:
-            socket.setdefaulttimeout(timeout)
-        unpacked = root / CIFAR10.base_folder
         shutil.rmtree(unpacked, ignore_errors=True)
         (Path(folder) / CIFAR10.base_folder).rename(unpacked)
 
@@ -253,10 +255,11 @@ def read_image(item: Path | np.ndarray, max_size: int = 224) -> Tensor:
             image.draft(None, (2 * max_size, 2 * max_size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            ImageOps.exif_transpose(image, in_place=True)
-            rgb = _to_rgb(image)
-            if max(rgb.size) > max_size:
-                rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+            with _one_large_picture if max(image.size) > 2048 else nullcontext():
+                ImageOps.exif_transpose(image, in_place=True)
+                rgb = _to_rgb(image)
+                if max(rgb.size) > max_size:
+                    rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         raise ImageError(f"{item}: {error or type(error).__name__}") from error
@@ -394,19 +397,57 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that appears at `path` when it is complete, and not at all when anything goes wrong."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Says which file an OSError is about, and how much room there is."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        yield
     except OSError as error:
-        raise OSError(f"{path} can't be written ({error.strerror or error}); {_room(path)}") from error
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+        raise OSError(f"{path} can't be written ({error.strerror or error}); {room}") from error
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock file `path`, which the system frees when the process ends, however it ends.
+
+    Where another process holds it: waits, or raises OSError.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            raise OSError(
+                f"another run is at work in {path.parent}: wait for it, or choose another --output"
+            ) from error
+        yield
+
+
+@contextmanager
+def impatient(seconds: float = 5) -> Iterator[None]:
+    """Network reads that give up where no answer comes."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
     finally:
-        part.unlink(missing_ok=True)
-
-
-def _room(path: Path) -> str:
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    return f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+        socket.setdefaulttimeout(before)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import visualization
-from data import Data, ImageError, load_data, read_image, run_script, whole_or_absent
+from data import Data, ImageError, load_data, locked, read_image, run_script, whole_or_absent
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision, save_checkpoint
 from train_utils import Batches, cached_features, evaluate, fit, predict, synchronized_time
 
@@ -160,6 +160,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     precision = args.precision if args.precision != "auto" else pick_precision(device)
+    with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
+        return compare(args, device, precision)
+
+
+def compare(args: argparse.Namespace, device: torch.device, precision: str) -> int:
+    """Trains one model after the other, prints the table, and returns the exit code."""
     data = load_data(args.data, limit=args.limit, seed=args.seed)
     print(
         f"{args.data}: {len(data.classes)} classes, {len(data.train):,} pictures to train on, {len(data.val):,} for "
@@ -183,14 +189,13 @@ def main(argv: list[str] | None = None) -> int:
         everything = update_results(args.output / "plots" / "results.json", run)
     if not runs:
         return 2
-    visualization.plot_comparison(
-        args.output / "plots" / "comparison.png",
-        [
-            (BACKBONES[run["model"]].label, run["seconds"]["total"], run["test_accuracy"], COLORS[run["model"]])
-            for run in everything
-        ],
-    )
-    print_table(everything)
+    comparable = [run for run in everything if run["data"] == args.data and run["model"] in BACKBONES]
+    points = [
+        (BACKBONES[run["model"]].label, run["seconds"]["total"], run["test_accuracy"], COLORS[run["model"]])
+        for run in comparable
+    ]
+    visualization.plot_comparison(args.output / "plots" / "comparison.png", points)
+    print_table(comparable)
     for path in sorted(unreadable):
         try:
             read_image(Path(path))
@@ -198,7 +203,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"left out: {error}", file=sys.stderr)
     if unreadable:
         print(f"{len(unreadable)} pictures can't be read and were left out", file=sys.stderr)
-    return 1 if unreadable or len(runs) < len(args.models) else 0
+    complete = len(runs) == len(args.models) and all(len(run["history"]) == run["epochs"] for run in runs)
+    return 0 if complete and not unreadable else 1
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from data import whole_or_absent
+from data import impatient, whole_or_absent
 
 
 def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
@@ -162,17 +161,18 @@ def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:
     """Torchvision's weights, from its cache or the network."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-    except URLError as error:
+        with impatient():
+            return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+    except Exception as error:  # no network, no room, no permission, or whatever a damaged file makes torch raise
+        what = f"is damaged, delete {file}" if file.exists() else f"can't be downloaded, put it into {file.parent}/"
         raise OSError(
-            f"the weights of {name} can't be downloaded ({error.reason}): put {file.name} into {file.parent}/, "
-            f"or try --demo, which needs none"
+            f"{file.name}, the weights of {name}, {what} ({_first_line(error)}); --demo needs no weights, "
+            "and --data FOLDER no CIFAR-10"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise OSError(
-            f"the weights of {name} can't be loaded from {file} ({reason}): delete it and try again"
-        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------- checkpoints
@@ -228,6 +228,5 @@ def load_checkpoint(path: Path) -> tuple[TransferModel, dict]:
         model.preprocessing = about["preprocessing"]
         model.load_state_dict(tensors, assign=True)
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({_first_line(error)})") from error
     return model.eval(), about["metrics"]

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Images, map_batches, preprocess
+from data import Images, explained, locked, map_batches, preprocess
 from models import DTYPES, TransferModel, content_hash
 
 BATCH_ALIGNMENT = 768  # a pass goes on where a batch of 12 or 256 started, so that its features come out the same
@@ -79,14 +79,23 @@ def cached_features(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{model.name}-{digest}.npy"
-    if file.exists():
-        try:
-            return _open_features(file)
-        except (OSError, ValueError) as error:
-            print(f"{file} is unusable ({error}): computing the features again", file=sys.stderr)
-            file.unlink()
-    seconds = _extract(model, images, file, device, precision, batch_size)
-    return Features(_open_features(file).array, seconds, cached=False)
+    with locked(folder / f".{file.name}.lock", wait=True):  # another run may be computing the same
+        if file.exists():
+            try:
+                return _open_features(file)
+            except (OSError, ValueError) as error:
+                print(f"{file} is unusable ({error}): computing the features again", file=sys.stderr)
+                file.unlink()
+        while True:
+            try:
+                with explained(file):
+                    seconds = _extract(model, images, file, device, precision, batch_size)
+                return Features(_open_features(file).array, seconds, cached=False)
+            except torch.OutOfMemoryError:
+                if batch_size == 1:
+                    raise
+                batch_size = (batch_size or 256) // 2
+                print(f"{model.name}: out of memory, going on with batches of {batch_size}", file=sys.stderr)
 
 
 def _extract(
@@ -102,10 +111,10 @@ def _extract(
     header = io.BytesIO()
     shape = {"descr": row.dtype.str, "fortran_order": False, "shape": (len(images), model.width)}
     np.lib.format.write_array_header_1_0(header, shape)
-    file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     with part.open("ab") as rows:
         first = max(0, rows.tell() - header.tell()) // row.nbytes // BATCH_ALIGNMENT * BATCH_ALIGNMENT
+        first = min(first, len(images))
         rows.truncate(header.tell() + first * row.nbytes if first else 0)
         if first:
             print(f"{model.name}: the features of {first:,} pictures are there already, going on with the others")
@@ -244,8 +253,8 @@ def fit(
 ) -> list[dict]:
     """Trains with AdamW on a one-cycle schedule and leaves the model as it was after the epoch of best validation loss.
 
-    Returns a row per epoch. Raises FloatingPointError, with the model at the best epoch so far, where the loss is no
-    longer a number.
+    Returns a row per epoch; fewer than `epochs`, with a word about it, where the loss is no longer a number. Raises
+    FloatingPointError where it never was one.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(train))
@@ -256,11 +265,11 @@ def fit(
         train_loss, train_accuracy = train_one_epoch(model, train, optimizer, scheduler, autocast)
         val_loss, val_accuracy = evaluate(model, val)
         if not math.isfinite(train_loss + val_loss):
-            model.load_state_dict(best)
-            rate = scheduler.get_last_lr()[0]
-            raise FloatingPointError(
-                f"{name}: the loss is {train_loss} in epoch {epoch}, at a learning rate of {rate:.2g}"
-            )
+            where = f"the loss is {train_loss} in epoch {epoch}, at a learning rate of {scheduler.get_last_lr()[0]:.2g}"
+            if not history:
+                raise FloatingPointError(f"{where}: use a smaller --lr")
+            print(f"error: {name}: {where}: it stops, and keeps the best epoch", file=sys.stderr)
+            break
         if val_loss < best_loss:
             best_loss, best = val_loss, copy.deepcopy(model.state_dict())
         losses = {"train_loss": train_loss, "train_accuracy": train_accuracy}
