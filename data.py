@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -71,14 +71,15 @@ class Images:
         return Images(items, self.labels[indices])
 
     def fingerprint(self) -> str:
-        """Changes whenever a picture does: a hash of the pixels, or of every file's path, size and time of change."""
+        """Changes whenever a picture does: a hash of the pixels, or of every file's path, size and times."""
         digest = hashlib.sha256()
         if isinstance(self.items, np.ndarray):
             digest.update(np.ascontiguousarray(self.items))
         else:
             for path in self.items:
-                status = path.stat()
-                digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                file = path.stat()
+                identity = f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}\0"
+                digest.update(os.fsencode(path.absolute()) + identity.encode())
         return digest.hexdigest()
 
 
@@ -149,11 +150,13 @@ def _download_cifar10(root: Path) -> None:
     """Downloaded, checked and unpacked beside, then renamed: `root` never holds half a data set."""
     archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
     with locked(root / ".lock", wait=True), tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
+        with suppress(RuntimeError):
+            CIFAR10(root)  # another run was faster
+            return
         try:
             if archive.exists():  # put there by hand
                 shutil.copy(archive, folder)
-            with impatient():
-                CIFAR10(folder, download=True)
+            CIFAR10(folder, download=True)
         except (OSError, RuntimeError) as error:
             refused = f"{archive} is not the right file, and " if archive.exists() else ""
             raise OSError(
@@ -208,29 +211,23 @@ def find_images(folder: Path) -> Iterator[Path]:
 
 def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, None, Images]:
     """Small pictures drawn on the fly, the same ones every time: four shapes in any colour on any ground."""
-    classes = ("circle", "cross", "square", "triangle")
+    shapes = {
+        "circle": lambda draw, x, y, r, ink: draw.ellipse((x - r, y - r, x + r, y + r), ink),
+        "line": lambda draw, x, y, r, ink: draw.line((x - r, y, x + r, y), ink, width=4),
+        "square": lambda draw, x, y, r, ink: draw.rectangle((x - r, y - r, x + r, y + r), ink),
+        "triangle": lambda draw, x, y, r, ink: draw.polygon((x - r, y + r, x + r, y + r, x, y - r), ink),
+    }
     random = np.random.default_rng(0)
-    pictures, labels = [], []
-    for i in range(train + test):
-        label = i % len(classes)
-        ground, ink = random.integers(0, 110, 3), random.integers(145, 256, 3)
-        picture = Image.new("RGB", (32, 32), tuple(ground.tolist()))
-        draw = ImageDraw.Draw(picture)
+    labels = torch.arange(train + test) % len(shapes)
+    pictures = random.normal(0, 12, (train + test, 32, 32, 3))
+    for picture, label in zip(pictures, labels, strict=True):
+        ground, ink = random.integers(0, 110, 3).tolist(), random.integers(145, 256, 3).tolist()
+        image = Image.new("RGB", (32, 32), tuple(ground))
         x, y, r = *random.integers(12, 20, 2).tolist(), int(random.integers(6, 11))
-        if label == 0:
-            draw.ellipse((x - r, y - r, x + r, y + r), tuple(ink.tolist()))
-        elif label == 1:
-            draw.line((x - r, y, x + r, y), tuple(ink.tolist()), width=3)
-            draw.line((x, y - r, x, y + r), tuple(ink.tolist()), width=3)
-        elif label == 2:
-            draw.rectangle((x - r, y - r, x + r, y + r), tuple(ink.tolist()))
-        else:
-            draw.polygon((x - r, y + r, x + r, y + r, x, y - r), tuple(ink.tolist()))
-        noise = random.normal(0, 12, (32, 32, 3))
-        pictures.append((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
-        labels.append(label)
-    pictures, labels = np.stack(pictures), torch.tensor(labels)
-    return classes, Images(pictures[:train], labels[:train]), None, Images(pictures[train:], labels[train:])
+        list(shapes.values())[label](ImageDraw.Draw(image), x, y, r, tuple(ink))
+        picture += image
+    pictures = pictures.clip(0, 255).astype(np.uint8)
+    return tuple(shapes), Images(pictures[:train], labels[:train]), None, Images(pictures[train:], labels[train:])
 
 
 # --------------------------------------------------------------------------- the decoder and preprocessing
@@ -262,7 +259,8 @@ def read_image(item: Path | np.ndarray, max_size: int = 224) -> Tensor:
                     rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        raise ImageError(f"{item}: {error or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ImageError(f"{item}: {reason}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -296,6 +294,8 @@ def preprocess(
             each = (preprocess(image[None], image_size, mean, std, device, dtype) for image in images)
             return torch.cat(list(each))
         images = torch.stack(images)
+    if torch.device(device).type == "cuda":
+        images = images.pin_memory()  # or the copy would wait for the batch before it
     x = images.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
     shift, scale = _on_device(tuple(mean), device), _on_device(tuple(std), device)
@@ -376,6 +376,7 @@ def map_batches(
 def run_script(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and leaves with its exit code; an error that the user can mend is one line, never a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    socket.setdefaulttimeout(5)  # a network that doesn't answer is none
     warnings.filterwarnings("ignore", module="PIL")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -440,14 +441,3 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
                 f"another run is at work in {path.parent}: wait for it, or choose another --output"
             ) from error
         yield
-
-
-@contextmanager
-def impatient(seconds: float = 5) -> Iterator[None]:
-    """Network reads that give up where no answer comes."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)

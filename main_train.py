@@ -77,6 +77,8 @@ def train_model(name: str, data: Data, args: argparse.Namespace, device: torch.d
     train = batches(features, data.images, data.train, args.seed)
     val = batches(features, data.images, data.val)
     test = batches(test_features, data.test, torch.arange(len(data.test)))
+    if len(train.indices) < 2 or not len(val.indices) or not len(test.indices):
+        raise ValueError("too few of the pictures can be read")
 
     model.to(device)
     start = synchronized_time(device)
@@ -161,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     precision = args.precision if args.precision != "auto" else pick_precision(device)
     with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
+        for folder in ("checkpoints", "plots"):
+            for left_behind in (args.output / folder).glob(".*.part"):  # by a run that was killed
+                left_behind.unlink()
         return compare(args, device, precision)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from data import impatient, whole_or_absent
+from data import whole_or_absent
 
 
 def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
@@ -161,8 +161,7 @@ def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:
     """Torchvision's weights, from its cache or the network."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        with impatient():
-            return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
     except Exception as error:  # no network, no room, no permission, or whatever a damaged file makes torch raise
         what = f"is damaged, delete {file}" if file.exists() else f"can't be downloaded, put it into {file.parent}/"
         raise OSError(

@@ -188,7 +188,8 @@ class Batches:
             pass
         self.features, self.labels = features, labels.to(features.device)
         self.indices, self.device = indices, device
-        self.steps = max(1, len(indices) // batch_size, min(16, len(indices) // 8))
+        rows = max(2, min(batch_size, max(8, len(indices) // 16)))
+        self.steps = max(1, len(indices) // rows)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:

@@ -1,8 +1,15 @@
+import hashlib
+import io
+import pickle
+import tarfile
+import urllib.request
+
 import numpy as np
 import pytest
 import torch
 from conftest import draw
 from PIL import Image
+from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
 from data import ImageError, find_images, load_data, map_batches, preprocess, read_image
@@ -131,3 +138,60 @@ def test_the_fingerprint_follows_the_pictures(pictures):
 def test_find_images_survives_links_that_go_round(pictures):
     (pictures / "train" / "red" / "loop").symlink_to(pictures)
     assert len(list(find_images(pictures))) == 78
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """A CIFAR-10 of twelve pictures, packed as the real one is, and no network."""
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    def member(name, content):
+        content = pickle.dumps(content)
+        entry = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+        entry.size = len(content)
+        tar.addfile(entry, io.BytesIO(content))
+        return [name, hashlib.md5(content).hexdigest()]
+
+    file = tmp_path / "cifar-10-python.tar.gz"
+    random = np.random.default_rng(0)
+    with tarfile.open(file, "w:gz") as tar:
+        parts = [
+            member(name, {"data": random.integers(0, 256, (12, 3072), dtype=np.uint8), "labels": [*range(10), 0, 1]})
+            for name in ("data_batch_1", "test_batch")
+        ]
+        meta = member("batches.meta", {"label_names": ["airplane", "automobile"]})
+    monkeypatch.setattr(CIFAR10, "train_list", parts[:1])
+    monkeypatch.setattr(CIFAR10, "test_list", parts[1:])
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]})
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(file.read_bytes()).hexdigest())
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    return file
+
+
+def test_cifar10_from_an_archive_put_there_by_hand(archive, tmp_path):
+    root, whole = tmp_path / "data", archive.read_bytes()
+    root.mkdir()
+    for wrong in (b"", whole[:500], b"<html>busy</html>"):
+        (root / archive.name).write_bytes(wrong)
+        with pytest.raises(OSError, match="not the right file"):
+            load_data("cifar10", root)
+        assert {path.name for path in root.iterdir()} == {archive.name, ".lock"}
+    (root / archive.name).write_bytes(whole)
+    data = load_data("cifar10", root)
+    assert data.classes[:2] == ("plane", "car") and len(data.images) == len(data.test) == 12
+    assert read_image(data.images.items[0]).shape == (3, 32, 32)
+
+
+def test_a_cifar10_file_with_a_payload_runs_nothing(archive, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / archive.name).write_bytes(archive.read_bytes())
+    load_data("cifar10", root)
+    (root / archive.name).unlink()
+    payload = b"cbuiltins\nopen\n(V" + str(tmp_path / "canary").encode() + b"\nVw\ntR."
+    (root / CIFAR10.base_folder / "test_batch").write_bytes(payload)
+    with pytest.raises(OSError, match="--demo"):
+        load_data("cifar10", root)
+    assert not (tmp_path / "canary").exists()

@@ -16,6 +16,8 @@ from conftest import ROOT, draw
 import inference
 import main_train
 import train_utils
+from data import locked
+from models import load_checkpoint
 
 QUICK = ("--image-size", 32, "--epochs", 3)
 SMALL = ("--models", "mobilenet_v3_small")
@@ -145,6 +147,69 @@ def test_one_model_fails_and_the_others_go_on(run, pictures, tmp_path, monkeypat
     assert code == 2 and "cifar-10-python.tar.gz" in err and "--data" in err and "--demo" in err
     assert time.monotonic() - started < 5 and err.count("\n") == 1
     assert list((tmp_path / "data").glob("*cifar*")) == []
+
+
+def test_a_loss_that_is_no_number_stops_one_model(run, pictures, tmp_path, monkeypatch):
+    epochs = []
+    whole = train_utils.train_one_epoch
+
+    def diverges(*args):
+        epochs.append(0)
+        return (float("nan"), 0.1) if len(epochs) == 3 else whole(*args)
+
+    monkeypatch.setattr(train_utils, "train_one_epoch", diverges)
+    code, _, err = run(main_train, "--data", pictures, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
+    assert code == 1 and "mobilenet_v3_small: the loss is nan in epoch 3, at a learning rate of" in err
+    rows = results(tmp_path)
+    assert [len(row["history"]) for row in rows.values()] == [2, 3]
+    _, metrics = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
+    assert metrics["val_loss"] == rows["mobilenet_v3_small"]["val_loss"]
+
+
+def test_out_of_memory_halves_the_batch(run, pictures, tmp_path, monkeypatch):
+    command = ("--data", pictures, *SMALL, *QUICK, "--precision", "fp32")
+    run(main_train, *command)
+    expected = results(tmp_path)["mobilenet_v3_small"]
+    shutil.rmtree(tmp_path / "data")
+    whole = train_utils.preprocess
+
+    def greedy(images, *args, **kwargs):
+        if len(images) > 8:
+            raise torch.OutOfMemoryError("no room")
+        return whole(images, *args, **kwargs)
+
+    monkeypatch.setattr(train_utils, "preprocess", greedy)
+    code, _, err = run(main_train, *command)
+    assert code == 0 and "batches of 8" in err
+    assert results(tmp_path)["mobilenet_v3_small"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+
+
+def test_two_runs_do_not_share_an_output_folder(run, pictures, tmp_path):
+    with locked(tmp_path / "checkpoints" / ".lock", wait=False):
+        code, _, err = run(main_train, "--data", pictures, *SMALL, *QUICK)
+    assert code == 2 and "another run" in err
+    assert run(main_train, "--data", pictures, *SMALL, *QUICK)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_no_room_leaves_what_was_there(run, pictures, tmp_path):
+    import resource
+
+    command = ("--data", pictures, *SMALL, *QUICK)
+    run(main_train, *command)
+    checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
+    before = checkpoint.read_bytes()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main_train.py", *map(str, command), "--seed", "1"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    _, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err
+    assert str(checkpoint.relative_to(tmp_path)) in err and "MB are free" in err
+    assert checkpoint.read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
 
 def test_models_keep_each_others_rows(run, pictures, tmp_path):
