@@ -1,8 +1,11 @@
 """Features once, then heads: the frozen pass and its cache, the training loop, evaluation.
 
-features = cached_features(model, data.images, Path("data/features"), device, "bf16")
-train = Batches(features.array, labels, data.train, 512, device, seed=0)
-history = fit(model.classifier, train, val, epochs=20, lr=1e-3)
+    features = cached_features(model, data.images, Path("data/features"), device, "bf16")
+    train = Batches(features.array, data.images.labels, data.train, 512, device, seed=0)
+    val = Batches(features.array, data.images.labels, data.val, 512, device)
+    history = fit(model.classifier, train, val, epochs=10, lr=2e-3)
+
+The loop asks nothing about what it trains: any module, on any batches of inputs and labels.
 """
 
 import copy

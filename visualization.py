@@ -117,7 +117,7 @@ def plot_speed(path: Path, rates: dict[str, tuple[float, float, float]]) -> None
     axes.set_yticks(position + 0.27, rates, fontsize=13)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(right=3 * max(max(rate) for rate in rates.values()))
+    axes.set_xlim(1, 3 * max(max(rate) for rate in rates.values()))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("images a second", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3, fontsize=11, frameon=False)
