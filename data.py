@@ -30,7 +30,7 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
@@ -258,6 +258,8 @@ def read_image(item: Path | np.ndarray, max_size: int = 224) -> Tensor:
                 if max(rgb.size) > max_size:
                     rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
             return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{item}: not a picture") from error
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{item}: {reason}") from error

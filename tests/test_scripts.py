@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, draw
+from PIL import Image
 
 import inference
 import main_train
@@ -288,6 +290,34 @@ def test_inference_reports_each_file(run, pictures, tmp_path):
     assert code == 1 and len(rows) == 8 and sum(bool(row["error"]) for row in rows) == 2
     code, out, err = run(inference, "gone.png")
     assert code == 2 and "gone.png" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="names and files that Windows doesn't have")
+def test_a_folder_of_everything(run, pictures, tmp_path):
+    run(main_train, "--data", pictures, *SMALL, *QUICK)
+    folder = tmp_path / "everything"
+    good = ["new\nline.png", "-dash.png", "émoji😀.png", "1x1.png", "1x10000.png", "animated.gif", "cmyk.jpg", "16.png"]
+    draw(folder / good[0], (9, 99, 9), seed=0)
+    for name in good[1:3]:
+        shutil.copy(folder / good[0], folder / name)
+    Image.new("RGB", (1, 1)).save(folder / "1x1.png")
+    Image.new("RGB", (1, 10000)).save(folder / "1x10000.png")
+    Image.new("L", (9, 9)).save(folder / "animated.gif", save_all=True, append_images=[Image.new("L", (9, 9), 255)])
+    Image.new("CMYK", (9, 9)).save(folder / "cmyk.jpg")
+    Image.fromarray(np.ones((9, 9), np.uint16)).save(folder / "16.png")
+    bad = ["pipe.png", "loop.png", "zero.png", "text.png", "cut.png", "bomb.png"]
+    os.mkfifo(folder / "pipe.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "round").symlink_to(".")
+    (folder / "zero.png").touch()
+    (folder / "text.png").write_text("hello")
+    (folder / "cut.png").write_bytes((folder / good[0]).read_bytes()[:200])
+    Image.new("1", (20000, 20000)).save(folder / "bomb.png")
+    code, out, err = run(inference, folder, "--format", "json")
+    records = {record["path"].split("/")[-1]: record for record in map(json.loads, out.splitlines())}
+    assert code == 1 and err == "" and len(out.splitlines()) == len(good) + len(bad)
+    assert all("label" in records[name] for name in good)
+    assert all(name in records[name]["error"] for name in bad)
 
 
 def test_predictions_do_not_depend_on_the_company(run, pictures):
