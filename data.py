@@ -6,6 +6,7 @@
 Training, evaluation and inference all read their pictures here, so that a picture means the same to each of them.
 """
 
+import argparse
 import hashlib
 import io
 import os
@@ -394,6 +395,13 @@ def run_script(main: Callable[[], int]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import find_images, load_data, map_batches, preprocess, read_image, run_script
+from data import find_images, load_data, map_batches, positive, preprocess, read_image, run_script
 from models import DTYPES, TransferModel, load_checkpoint, pick_device, pick_precision
 
 SAMPLE = 12  # pictures in plots/predictions.png
@@ -28,15 +28,9 @@ SAMPLE = 12  # pictures in plots/predictions.png
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "paths",
-        nargs="*",
-        type=Path,
-        metavar="PATH",
-        help="pictures, or folders of them; none: a sample of the test set",
-    )
+    add("paths", nargs="*", type=Path, metavar="PATH", help="pictures or folders of them; none: some of the test set")
     add("--checkpoint", nargs="+", type=Path, metavar="FILE", help="default: every checkpoints/*.pt")
-    add("--top-k", type=int, default=3, metavar="K", help="how many labels to give a picture (default: 3)")
+    add("--top-k", type=positive, default=3, metavar="K", help="how many labels to give a picture (default: 3)")
     add("--format", choices=("text", "json", "csv"), default="text",
         help="json: one object a line; csv: path, model, label, probability, error (default: text)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"also draw the first {SAMPLE} pictures with their labels")
@@ -112,9 +106,10 @@ def main(argv: list[str] | None = None) -> int:
     truth = {}
     if not args.paths:
         source = checkpoints[0][1]["data"]
-        test = load_data(source).test
-        sample = test.subset(torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:SAMPLE])
-        truth = {i: checkpoints[0][0].classes[label] for i, label in enumerate(sample.labels)}
+        data = load_data(source)
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+        sample = data.test.subset(order[:SAMPLE])
+        truth = {i: data.classes[label] for i, label in enumerate(sample.labels)}
         args.plot = args.plot or Path("plots/predictions.png")
 
     write = writer(args.format, len(files) > 1)
@@ -134,9 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     if not good + bad:
         raise FileNotFoundError(f"no pictures in {', '.join(map(str, args.paths))}")
     if drawn:
-        from visualization import (
-            plot_predictions,
-        )  # here, since matplotlib takes longer to import than one picture does
+        from visualization import plot_predictions  # here: matplotlib takes longer to import than a picture to classify
 
         pictures = [read_image(item).permute(1, 2, 0).numpy() for item, _ in drawn.values()]
         plot_predictions(args.plot, pictures, ["\n".join(lines) for _, lines in drawn.values()])

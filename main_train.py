@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import visualization
-from data import Data, ImageError, load_data, locked, read_image, run_script, whole_or_absent
+from data import Data, ImageError, load_data, locked, positive, read_image, run_script, whole_or_absent
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision, save_checkpoint
 from train_utils import Batches, cached_features, evaluate, fit, predict, synchronized_time
 
@@ -28,24 +28,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise ValueError
-        return number
-
-    positive.__name__ = "positive number"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     three = ["vgg16", "mobilenet_v2", "mobilenet_v3_large"]
     add("--models", nargs="+", choices=BACKBONES, metavar="NAME", default=three, help=f"of {', '.join(BACKBONES)}")
     add("--data", default="cifar10", help="cifar10, or a folder with train/<class>/ and test/<class>/")
     add("--epochs", type=positive, default=10, help="epochs of head training")
-    add(
-        "--batch-size",
-        type=positive,
-        default=512,
-        help="pictures per training step; fewer where that leaves under 16 steps an epoch",
-    )
+    add("--batch-size", type=positive, default=512, help="pictures a training step; fewer where an epoch has under 16")
     add("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
     add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
     add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
