@@ -97,7 +97,7 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
-    precision = args.precision if args.precision != "auto" else pick_precision(device)
+    precision = pick_precision(args.precision, device)
     files = args.checkpoint or sorted(Path("checkpoints").glob("*.pt"))
     if not files:
         raise FileNotFoundError("no checkpoints/*.pt yet: train with main_train.py, or name one with --checkpoint")

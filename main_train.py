@@ -19,7 +19,7 @@ import torch
 import visualization
 from data import Data, ImageError, load_data, locked, positive, read_image, run_script, whole_or_absent
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision, save_checkpoint
-from train_utils import Batches, cached_features, evaluate, fit, predict, synchronized_time
+from train_utils import Batches, cached_features, fit, loss_and_accuracy, predict, synchronized_time
 
 COLORS = dict(zip(BACKBONES, visualization.COLORS * len(BACKBONES), strict=False))
 
@@ -73,11 +73,11 @@ def train_model(name: str, data: Data, args: argparse.Namespace, device: torch.d
     start = synchronized_time(device)
     history = fit(model.classifier, train, val, args.epochs, args.lr, precision=precision, name=name)
     head_seconds = synchronized_time(device) - start
-    val_loss, val_accuracy = evaluate(model.classifier, val)
+    kept = min(history, key=lambda epoch: epoch["val_loss"])
     logits, labels = predict(model.classifier, test)  # the test set is read once, here
-    predicted = logits.argmax(dim=1)
+    test_loss, test_accuracy = loss_and_accuracy(logits, labels)
     confusion = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
-    confusion.index_put_((labels, predicted), torch.tensor(1), accumulate=True)
+    confusion.index_put_((labels, logits.argmax(dim=1)), torch.tensor(1), accumulate=True)
 
     run = {
         "model": name,
@@ -90,10 +90,10 @@ def train_model(name: str, data: Data, args: argparse.Namespace, device: torch.d
         "val_images": len(val.indices),
         "test_images": len(test.indices),
         "epochs": args.epochs,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-        "test_loss": torch.nn.functional.cross_entropy(logits, labels).item(),
-        "test_accuracy": (predicted == labels).float().mean().item(),
+        "val_loss": kept["val_loss"],
+        "val_accuracy": kept["val_accuracy"],
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
         "seconds": {
             "features": features.seconds,
             "head": head_seconds,
@@ -150,7 +150,7 @@ def print_table(runs: list[dict]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
-    precision = args.precision if args.precision != "auto" else pick_precision(device)
+    precision = pick_precision(args.precision, device)
     with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
         for folder in ("checkpoints", "plots"):
             for left_behind in (args.output / folder).glob(".*.part"):  # by a run that was killed

@@ -49,9 +49,8 @@ class Backbone:
     weights: models.WeightsEnum  # V1: features learnt with mixup and label smoothing transfer worse (arXiv 1805.08974)
     plot: str
     classifier: Callable[[int, int, nn.Module], nn.Sequential] = custom_classifier
-    every_level: bool = (
-        True  # the average of every block's output, not the last one's alone (Head2Toe, arXiv 2201.03529)
-    )
+    # the classifier reads the average of every block's output, not the last one's alone (Head2Toe, arXiv 2201.03529)
+    every_level: bool = True
 
 
 BACKBONES = {
@@ -91,8 +90,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def pick_precision(device: torch.device) -> str:
-    """bf16 where the hardware computes in it, else fp32."""
+def pick_precision(name: str, device: torch.device) -> str:
+    """The one that is named; for "auto" bf16 where the hardware computes in it, else fp32."""
+    if name != "auto":
+        return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

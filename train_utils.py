@@ -116,8 +116,8 @@ def _extract(
     np.lib.format.write_array_header_1_0(header, shape)
     part = file.with_suffix(".part")
     with part.open("ab") as rows:
-        first = max(0, rows.tell() - header.tell()) // row.nbytes // BATCH_ALIGNMENT * BATCH_ALIGNMENT
-        first = min(first, len(images))
+        there = min(len(images), max(0, rows.tell() - header.tell()) // row.nbytes)
+        first = there // BATCH_ALIGNMENT * BATCH_ALIGNMENT
         rows.truncate(header.tell() + first * row.nbytes if first else 0)
         if first:
             print(f"{model.name}: the features of {first:,} pictures are there already, going on with the others")
@@ -136,8 +136,7 @@ def _extract(
             bar.update(len(items))
         bar.close()
         seconds = (synchronized_time(device) - start) * len(images) / max(1, len(images) - first)
-    array = np.load(part, mmap_mode="r")
-    seal = {"sha256": _checksum(array), "seconds": seconds}
+    seal = {"sha256": _checksum(np.load(part, mmap_mode="r")), "seconds": seconds}
     with part.open("ab") as rows:
         rows.write(b"\n" + json.dumps(seal).encode())
         rows.flush()
@@ -239,10 +238,14 @@ def predict(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
     return torch.cat(logits).float().cpu(), torch.cat(labels).cpu()
 
 
+def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy, and the share of the labels, from 0 to 1, that have the largest logit."""
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
+
+
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean loss and accuracy."""
-    logits, labels = predict(model, batches)
-    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
+    return loss_and_accuracy(*predict(model, batches))
 
 
 def fit(

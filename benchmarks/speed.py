@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("plots/speed.png"))
     args = parser.parse_args()
     device = pick_device(args.device)
-    precision = pick_precision(device)
+    precision = pick_precision("auto", device)
     print(f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or draw_pictures(Path(scratch) / "pictures", args.images)
