@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import Images, explained, locked, map_batches, preprocess
 from models import DTYPES, TransferModel, content_hash
 
-BATCH_ALIGNMENT = 768  # a pass goes on where a batch of 12 or 256 started, so that its features come out the same
+BATCH_ALIGNMENT = 1280  # a pass goes on where a batch of 10 or 256 started, so that its features come out the same
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -86,7 +86,7 @@ def measure(
     loop = obvious_loop(name, root, args.seconds, device)
     files = list(find_images(root / "train"))[: args.images]
     pictures = Images(files, torch.zeros(len(files)))
-    batch_sizes = (8, 12, 16, 32) if device.type == "cpu" else (128, 256, 512)
+    batch_sizes = (8, 10, 16, 32) if device.type == "cpu" else (128, 256, 512)
     ours, bare = [], []
     for turn in range(ROUNDS):
         bare.append([bare_forward(model, size, args.seconds / 8, device, precision) for size in batch_sizes])
