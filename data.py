@@ -270,13 +270,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
-        values = np.asarray(image, dtype=np.float32)
-        white = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        return Image.fromarray((values / white * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        values = np.array(image, dtype=np.float32)
+        values *= 255 / (65535 if image.mode.startswith("I;16") or values.max() > 255 else 255)
+        return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    rgb = Image.new("RGB", image.size, "white")
+    rgb.paste(rgba, mask=rgba)
+    return rgb
 
 
 def preprocess(

@@ -1,5 +1,6 @@
-"""Small pictures and random weights, made here: no test needs a network."""
+"""Small pictures and random weights, made here: no test needs a network, or finds one."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -51,6 +52,15 @@ def weights(tmp_path_factory) -> Path:
                 module.running_var.uniform_(0.5, 1.5)
         torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(BACKBONES[name].weights.url).name)
     return home
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refused(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
 
 
 @pytest.fixture
