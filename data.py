@@ -48,7 +48,7 @@ EXPECTED_TREE = """
         train/<class>/*.jpg    one folder per class, the folder's name is the label
         test/<class>/*.jpg     the same classes
         val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
-MAX_PIXELS, MAX_BYTES = 30_000_000, 200_000_000  # so that no picture takes more than a few hundred MB to read
+MAX_PIXELS, MAX_BYTES = 25_000_000, 200_000_000  # so that no picture takes more than 250 MB to read
 _one_large_picture = threading.Lock()
 
 
