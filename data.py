@@ -288,21 +288,30 @@ def preprocess(
     std: list[float],
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    augment: torch.Generator | None = None,
 ) -> Tensor:
     """Pictures, uint8 (3, H, W) each -> normalised (B, 3, image_size, image_size), channels_last, on the device.
+
+    With `augment`, which says at random how, each is mirrored or not and moved a little.
 
     Resizing is linear, so it is two matrix products, one along each side: fast on every device, and on the CPU a
     fraction of a resize in float. Normalising comes first, while the picture is small.
     """
     if isinstance(images, list):
         if len({image.shape for image in images}) > 1:
-            each = (preprocess(image[None], image_size, mean, std, device, dtype) for image in images)
+            each = (preprocess(image[None], image_size, mean, std, device, dtype, augment) for image in images)
             return torch.cat(list(each))
         images = torch.stack(images)
     if torch.device(device).type == "cuda":
         images = images.pin_memory()  # or the copy would wait for the batch before it
     x = images.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
+    if augment is not None:
+        rows, columns = _moved(H, B, augment), _moved(W, B, augment)
+        mirrored = torch.rand(B, 1, generator=augment) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+        rows, columns, which = (index.to(device) for index in (rows, columns, torch.arange(B)))
+        x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
     shift, scale = _on_device(tuple(mean), device), _on_device(tuple(std), device)
     x = ((x / 255 - shift) / scale).to(dtype)
     if W != image_size:
@@ -312,6 +321,13 @@ def preprocess(
         rows = _resize_matrix(H, image_size, 1, device, dtype).T  # (S, H)
         x = rows @ x.reshape(B, H, image_size * 3)
     return x.reshape(B, image_size, image_size, 3).permute(0, 3, 1, 2)
+
+
+def _moved(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """(count, size): indices of pixels, moved by up to an eighth of the size, reflected at the edges."""
+    reach = size // 8
+    indices = torch.arange(size) + torch.randint(-reach, reach + 1, (count, 1), generator=generator)
+    return size - 1 - (size - 1 - indices.abs()).abs()
 
 
 @lru_cache

@@ -40,15 +40,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def classify(
-    model: TransferModel, items: Iterable[Path | np.ndarray], device: torch.device, precision: str, top_k: int
+    model: TransferModel,
+    metrics: dict,
+    items: Iterable[Path | np.ndarray],
+    device: torch.device,
+    precision: str,
+    top_k: int,
 ) -> Iterator[dict]:
-    """A record per picture, in order: its path, model, label, probability and top labels, or its path and error."""
+    """A record per picture, in order: its path, model, label, probability and top labels, or its path and error.
+
+    Probabilities are calibrated, by the temperature among the checkpoint's metrics.
+    """
     dtype = DTYPES[precision]
     fast = model.for_inference(device, dtype)
 
     def forward(pictures: list[Tensor]) -> Tensor:
         features = fast.forward_features(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-        return fast.classifier(features.float()).softmax(dim=1)
+        return (fast.classifier(features.float()) / metrics["temperature"]).softmax(dim=1)
 
     for batch, probabilities, errors in map_batches(forward, items, device, max_size=model.preprocessing["image_size"]):
         rows = iter(probabilities)
@@ -62,7 +70,7 @@ def classify(
                 {"label": model.classes[label], "probability": p}
                 for label, p in zip(labels.tolist(), best.tolist(), strict=True)
             ]
-            yield {"path": path, "model": model.name, **top[0], "top": top}
+            yield {"path": path, "model": metrics["model"], **top[0], "top": top}
 
 
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
@@ -115,17 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     write = writer(args.format, len(files) > 1)
     drawn = {}  # position of a picture -> (the picture, the lines of its caption)
     good = bad = 0
-    for model, _ in checkpoints:
+    for model, metrics in checkpoints:
         items, kept = itertools.tee(expand(args.paths) if args.paths else sample.items)
-        records = classify(model, items, device, precision, args.top_k)
-        bar = tqdm(records, desc=model.name, unit="img", disable=True if sys.stdout.isatty() else None)
+        records = classify(model, metrics, items, device, precision, args.top_k)
+        tuned = " (fine-tuned)" if metrics["model"] != model.name else ""
+        bar = tqdm(records, desc=metrics["model"], unit="img", disable=True if sys.stdout.isatty() else None)
         for i, (record, item) in enumerate(zip(bar, kept, strict=True)):
             record["path"] = record["path"] or f"{source} test picture {i}"
             write(record)
             good, bad = good + ("label" in record), bad + ("error" in record)
             if args.plot and "label" in record and (i in drawn or len(drawn) < SAMPLE):
                 _, lines = drawn.setdefault(i, (item, [truth[i]] if truth else []))
-                lines.append(f"{model.label}: {record['label']} {record['probability']:.0%}")
+                lines.append(f"{model.label}{tuned}: {record['label']} {record['probability']:.0%}")
     if not good + bad:
         raise FileNotFoundError(f"no pictures in {', '.join(map(str, args.paths))}")
     if drawn:

@@ -4,6 +4,7 @@
     python main_train.py --demo                           every step in a minute, without a network
     python main_train.py --data pets --models vgg16       your own pictures: pets/train/<class>/, pets/test/<class>/
     python main_train.py --limit 2000                     a quick look
+    python main_train.py --fine-tune 3 --image-size 128   the backbones as well; hours without a GPU
 
 Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each picture goes through a backbone once; its
 features are kept in data/features/, so a second run trains within seconds. A run that was cut off goes on from there.
@@ -12,16 +13,33 @@ features are kept in data/features/, so a second run trains within seconds. A ru
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import visualization
-from data import Data, ImageError, load_data, locked, positive, read_image, run_script, whole_or_absent
+from data import Data, ImageError, Images, load_data, locked, positive, read_image, run_script, whole_or_absent
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision, save_checkpoint
-from train_utils import Batches, cached_features, fit, loss_and_accuracy, predict, synchronized_time
+from train_utils import (
+    Batches,
+    Features,
+    cached_features,
+    cost,
+    feature_loader,
+    fit,
+    fit_temperature,
+    image_loader,
+    loss_and_accuracy,
+    metrics,
+    predict,
+    predict_images,
+)
 
 COLORS = dict(zip(BACKBONES, visualization.COLORS * len(BACKBONES), strict=False))
+FINE_TUNE_LR, FINE_TUNE_BATCH = 3e-4, 64  # the classifier's learning rate is three times the backbone's
+MISTAKES = 12  # pictures in plots/*_mistakes.png
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive, default=10, help="epochs of head training")
     add("--batch-size", type=positive, default=512, help="pictures a training step; fewer where an epoch has under 16")
     add("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
+    add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
+    add("--seeds", type=positive, default=1, metavar="N", help="train N heads and report the mean; the first is kept")
+    add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
     add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
     add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU where there is one")
@@ -49,78 +70,163 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train_model(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> dict:
-    """One backbone from its weights to its checkpoint and plots. Returns its row of results.json."""
-    row = BACKBONES[name]
-    torch.manual_seed(args.seed)
-    model = TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
+def train_model(
+    name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str
+) -> Iterator[dict]:
+    """One backbone from its weights to its checkpoints and plots. Yields its rows of results.json."""
     folder = Path("data/features") if not args.demo else args.output / "features"
-    features = cached_features(model, data.images, folder, device, precision)
-    test_features = cached_features(model, data.test, folder, device, precision)
 
-    def batches(features, images, indices, seed=None):
-        return Batches(
-            features.array, images.labels, indices[features.readable[indices]], args.batch_size, device, seed
+    def features_of(images: Images, mirrored: bool = False) -> Features:
+        return cached_features(model, images, folder, device, precision, mirrored=mirrored)
+
+    heads = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        torch.manual_seed(seed)
+        model = TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
+        if not heads:
+            views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
+            test = features_of(data.test)
+            train_rows, val_rows = (rows[views[0].readable[rows]] for rows in (data.train, data.val))
+            test_rows = test.readable.nonzero().flatten()
+            if len(train_rows) < 2 or not len(val_rows) or not len(test_rows):
+                raise ValueError("too few of the pictures can be read")
+            load, load_test = (feature_loader([v.array for v in part], device) for part in (views, [test]))
+            val_batches = Batches(load, data.images.labels, val_rows, args.batch_size, device)
+            test_batches = Batches(load_test, data.test.labels, test_rows, args.batch_size, device)
+        train_batches = Batches(load, data.images.labels, train_rows, args.batch_size, device, seed)
+        model.to(device)
+        history = fit(
+            model.classifier, train_batches, val_batches, args.epochs, args.lr, precision=precision, name=f"{name} head"
         )
+        heads.append((model, history, predict(model.classifier, test_batches)))
 
-    train = batches(features, data.images, data.train, args.seed)
-    val = batches(features, data.images, data.val)
-    test = batches(test_features, data.test, torch.arange(len(data.test)))
-    if len(train.indices) < 2 or not len(val.indices) or not len(test.indices):
-        raise ValueError("too few of the pictures can be read")
-
-    model.to(device)
-    start = synchronized_time(device)
-    history = fit(model.classifier, train, val, args.epochs, args.lr, precision=precision, name=name)
-    head_seconds = synchronized_time(device) - start
-    kept = min(history, key=lambda epoch: epoch["val_loss"])
-    logits, labels = predict(model.classifier, test)  # the test set is read once, here
-    test_loss, test_accuracy = loss_and_accuracy(logits, labels)
-    confusion = torch.zeros(len(data.classes), len(data.classes), dtype=torch.int64)
-    confusion.index_put_((labels, logits.argmax(dim=1)), torch.tensor(1), accumulate=True)
-
-    run = {
-        "model": name,
-        "weights": "random" if args.demo else row.weights.name,
+    common = {
+        "weights": "random" if args.demo else BACKBONES[name].weights.name,
         "data": args.data,
         "classes": list(data.classes),
         "image_size": args.image_size,
+        "views": args.views,
         "seed": args.seed,
-        "train_images": len(train.indices),
-        "val_images": len(val.indices),
-        "test_images": len(test.indices),
-        "epochs": args.epochs,
-        "val_loss": kept["val_loss"],
-        "val_accuracy": kept["val_accuracy"],
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "seconds": {
-            "features": features.seconds,
-            "head": head_seconds,
-            "fine_tune": 0.0,
-            "total": features.seconds + head_seconds,
-        },
-        "features_cached": features.cached,
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
+        "train_images": len(train_rows),
+        "val_images": len(val_rows),
+        "test_images": len(test_rows),
+        "features_cached": all(view.cached for view in views),
         "unreadable": [
             str(images.items[i])
-            for images, made in ((data.images, features), (data.test, test_features))
+            for images, made in ((data.images, views[0]), (data.test, test))
             for i in (~made.readable).nonzero().flatten()
         ],
-        "history": history,
-        "confusion_matrix": confusion.tolist(),
         "device": str(device),
         "precision": precision,
         "torch": str(torch.__version__),
     }
+    model, history, (logits, labels) = heads[0]
+    common["seconds"] = {
+        "features": sum(view.seconds for view in views),
+        "head": sum(epoch["seconds"] for epoch in history),
+        "fine_tune": 0.0,
+    }
+    temperature = fit_temperature(*predict(model.classifier, val_batches))
+    accuracies = {
+        "val": [best_epoch(history)["val_accuracy"] for _, history, _ in heads],
+        "test": [loss_and_accuracy(*answers)[1] for _, _, answers in heads],
+    }
+    about = {"model": name, **common, "epochs": args.epochs, "accuracy_by_seed": accuracies}
+    yield save_run(about, model, history, metrics(logits, labels, temperature), (logits, test_rows), data, args)
+    if not args.fine_tune:
+        return
+
+    model.features.requires_grad_(True)
+    model.to(memory_format=torch.channels_last)
+
+    def image_batches(images: Images, rows: Tensor, seed: int | None = None) -> Batches:
+        load = image_loader(images, model.preprocessing, device)
+        return Batches(load, images.labels, rows, min(args.batch_size, FINE_TUNE_BATCH), device, seed)
+
+    resume = args.output / "checkpoints" / f"{name}_finetuned.resume"
+    history = fit(
+        model,
+        image_batches(data.images, train_rows, args.seed),
+        image_batches(data.images, val_rows),
+        args.fine_tune,
+        FINE_TUNE_LR,
+        weight_decay=0.05,
+        precision=precision,
+        name=f"{name}_finetuned",
+        groups=[
+            {"params": model.features.parameters(), "lr": FINE_TUNE_LR},
+            {"params": model.classifier.parameters(), "lr": 3 * FINE_TUNE_LR},
+        ],
+        resume=resume,
+    )
+    common["seconds"] |= {"fine_tune": sum(epoch["seconds"] for epoch in history)}
+    val_answers, answers = (
+        predict_images(model, images, rows, device, precision)
+        for images, rows in ((data.images, val_rows), (data.test, test_rows))
+    )
+    measured = metrics(*answers, fit_temperature(*val_answers))
+    about = {"model": f"{name}_finetuned", **common, "epochs": args.fine_tune}
+    yield save_run(about, model, history, measured, (answers[0], test_rows), data, args)
+    resume.unlink(missing_ok=True)
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """The one that `fit` keeps."""
+    return min(history, key=lambda epoch: epoch["val_loss"])
+
+
+def save_run(
+    about: dict,
+    model: TransferModel,
+    history: list[dict],
+    measured: dict,
+    answers: tuple[Tensor, Tensor],
+    data: Data,
+    args: argparse.Namespace,
+) -> dict:
+    """Writes the checkpoint and the plots of a trained model. Returns its row of results.json."""
+    seconds, kept = about["seconds"], best_epoch(history)
+    run = {
+        **about,
+        "val_loss": kept["val_loss"],
+        "val_accuracy": kept["val_accuracy"],
+        **measured,
+        "seconds": {**seconds, "total": sum(seconds.values())},
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+        **cost(model, torch.device(about["device"]), about["precision"]),
+        "history": history,
+    }
+    checkpoint = args.output / "checkpoints" / f"{about['model']}.pt"
+    save_checkpoint(checkpoint, model, {key: value for key, value in run.items() if key != "history"})
+    run["checkpoint_bytes"] = checkpoint.stat().st_size
+
+    label, color, file = appearance(about["model"])
     plots = args.output / "plots"
-    save_checkpoint(args.output / "checkpoints" / f"{name}.pt", model, {k: v for k, v in run.items() if k != "history"})
-    visualization.plot_history(plots / f"{row.plot}.png", row.label, history, COLORS[name])
-    visualization.plot_confusion(plots / f"{row.plot}_confusion.png", row.label, run["confusion_matrix"], data.classes)
+    visualization.plot_history(plots / f"{file}.png", label, history, color)
+    visualization.plot_confusion(plots / f"{file}_confusion.png", label, run["confusion_matrix"], data.classes)
+    visualization.plot_reliability(plots / f"{file}_reliability.png", label, run["calibration"], color)
+    logits, rows = answers
+    confidence, predicted = (logits / run["temperature"]).softmax(dim=1).max(dim=1)
+    wrong = (predicted != data.test.labels[rows]).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
+    pictures, captions = [], []
+    for i in wrong.tolist():
+        pictures.append(read_image(data.test.items[rows[i]]).permute(1, 2, 0).numpy())
+        true, taken = data.classes[data.test.labels[rows[i]]], data.classes[predicted[i]]
+        captions.append(f"{true}\ntaken for {taken}, {confidence[i]:.0%}")
+    if pictures:
+        visualization.plot_predictions(plots / f"{file}_mistakes.png", pictures, captions)
     return run
+
+
+def appearance(model: str) -> tuple[str, str, str]:
+    """A run's label, color and plots' name."""
+    name = model.removesuffix("_finetuned")
+    row, tuned = BACKBONES[name], model != name
+    return row.label + ", fine-tuned" * tuned, COLORS[name], row.plot + "_finetuned" * tuned
 
 
 def update_results(file: Path, run: dict) -> list[dict]:
@@ -168,26 +274,27 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> i
     runs, unreadable = [], set()
     for name in args.models:
         try:
-            run = train_model(name, data, args, device, precision)
+            for run in train_model(name, data, args, device, precision):
+                seconds = run["seconds"]
+                cached = " (cached)" if run["features_cached"] else ""
+                tuned = f", fine-tuning {seconds['fine_tune']:.1f} s" if seconds["fine_tune"] else ""
+                print(
+                    f"{run['model']}: test accuracy {run['test_accuracy']:.2%}, "
+                    f"features {seconds['features']:.1f} s{cached}, head {seconds['head']:.1f} s{tuned}"
+                )
+                unreadable.update(run["unreadable"])
+                runs.append(run)
+                everything = update_results(args.output / "plots" / "results.json", run)
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
             print(f"error: {name} left out: {error}", file=sys.stderr)
-            continue
-        seconds = run["seconds"]
-        cached = " (cached)" if run["features_cached"] else ""
-        print(
-            f"{name}: test accuracy {run['test_accuracy']:.2%}, features {seconds['features']:.1f} s{cached}, "
-            f"head {seconds['head']:.1f} s"
-        )
-        unreadable.update(run["unreadable"])
-        runs.append(run)
-        everything = update_results(args.output / "plots" / "results.json", run)
     if not runs:
         return 2
-    comparable = [run for run in everything if run["data"] == args.data and run["model"] in BACKBONES]
-    points = [
-        (BACKBONES[run["model"]].label, run["seconds"]["total"], run["test_accuracy"], COLORS[run["model"]])
-        for run in comparable
-    ]
+    known = {name + suffix for name in BACKBONES for suffix in ("", "_finetuned")}
+    comparable = [run for run in everything if run["data"] == args.data and run["model"] in known]
+    points = []
+    for run in comparable:
+        label, color, _ = appearance(run["model"])
+        points.append((label, run["seconds"]["total"], run["test_accuracy"], color))
     visualization.plot_comparison(args.output / "plots" / "comparison.png", points)
     print_table(comparable)
     for path in sorted(unreadable):
@@ -197,7 +304,9 @@ def compare(args: argparse.Namespace, device: torch.device, precision: str) -> i
             print(f"left out: {error}", file=sys.stderr)
     if unreadable:
         print(f"{len(unreadable)} pictures can't be read and were left out", file=sys.stderr)
-    complete = len(runs) == len(args.models) and all(len(run["history"]) == run["epochs"] for run in runs)
+    complete = len(runs) == len(args.models) * (2 if args.fine_tune else 1) and all(
+        len(run["history"]) == run["epochs"] for run in runs
+    )
     return 0 if complete and not unreadable else 1
 
 

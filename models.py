@@ -66,6 +66,12 @@ BACKBONES = {
         new_last_layer,
         every_level=False,
     ),
+    "mobilenet_v3_large_levels": Backbone(
+        "MobileNetV3-Large, every level",
+        models.mobilenet_v3_large,
+        models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
+        "mobilenet_large_levels",
+    ),
     "mobilenet_v3_small": Backbone(
         "MobileNetV3-Small",
         models.mobilenet_v3_small,
@@ -124,9 +130,16 @@ class TransferModel(nn.Module):
         self.classifier = row.classifier(self.width, len(classes), backbone.classifier)
 
     def train(self, mode: bool = True) -> "TransferModel":
-        """Frozen means frozen: BatchNorm of `features` stays in eval mode, or its statistics would drift."""
+        """Frozen means frozen: BatchNorm of `features` stays in eval mode, or its statistics would drift.
+
+        While fine-tuning, so does the classifier's.
+        """
         super().train(mode)
         self.features.eval()
+        if next(self.features.parameters()).requires_grad:
+            for module in self.classifier:
+                if isinstance(module, nn.BatchNorm1d):
+                    module.eval()
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -64,6 +64,30 @@ def plot_confusion(path: Path, title: str, matrix: Sequence[Sequence[int]], clas
     _save(figure, path)
 
 
+def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color: str) -> None:
+    """Accuracy against confidence by bins, before and after scaling; a dot's area is its share of the pictures."""
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot((0, 1), (0, 1), color="#999999", linewidth=1)
+    for when, shade in (("before", "#999999"), ("after", color)):
+        bins = calibration[when]
+        count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
+        there = count > 0
+        axes.plot(confidence[there], accuracy[there], color=shade, linewidth=2)
+        area = 20 + 600 * count[there] / count.sum()
+        label = f"{when} scaling: error {bins['ece']:.1%}"
+        axes.scatter(confidence[there], accuracy[there], area, color=shade, alpha=0.6, label=label)
+    axes.set_title(title, fontsize=15)
+    axes.set_xlabel("confidence", fontsize=12)
+    axes.set_ylabel("test accuracy", fontsize=12)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3)
+    for handle in axes.legend(fontsize=12, loc="upper left").legend_handles:
+        handle.set_sizes([60])
+    _save(figure, path)
+
+
 def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str]]) -> None:
     """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color)."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -42,7 +42,9 @@ def finish(folder: Path) -> tuple[dict, dict]:
     }
     results = json.loads((folder / "demo" / "plots" / "results.json").read_text())
     for run in results["runs"]:
-        del run["seconds"], run["features_cached"]
+        del run["seconds"], run["features_cached"], run["images_per_second"]
+        for epoch in run["history"]:
+            del epoch["seconds"]
     return tensors, results
 
 

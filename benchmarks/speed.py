@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, map_batches, run_script
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
-from train_utils import Batches, cached_features, fit, synchronized_time
+from train_utils import Batches, cached_features, feature_loader, fit, synchronized_time
 from visualization import plot_speed
 
 EPOCHS, EPOCH = 20, 50_000  # what the extrapolations are for: 20 epochs of CIFAR-10
@@ -95,8 +95,9 @@ def measure(
     shared, own = np.median(bare, axis=0).max(axis=0).tolist()
 
     features, labels = torch.randn(EPOCH, model.width, dtype=torch.float16), torch.randint(10, (EPOCH,))
-    train = Batches(features, labels, torch.arange(EPOCH * 4 // 5), 512, device, seed=0)
-    val = Batches(features, labels, torch.arange(EPOCH * 4 // 5, EPOCH), 512, device)
+    load = feature_loader([features], device)
+    train = Batches(load, labels, torch.arange(EPOCH * 4 // 5), 512, device, seed=0)
+    val = Batches(load, labels, torch.arange(EPOCH * 4 // 5, EPOCH), 512, device)
     start = synchronized_time(device)
     fit(model.to(device).classifier, train, val, 2, 1e-3, precision=precision)
     return loop, float(np.median(ours)), shared, own, (synchronized_time(device) - start) / 2 * EPOCHS

@@ -29,7 +29,9 @@ def results(folder):
     """results.json without what may differ from run to run: times."""
     rows = json.loads((folder / "plots" / "results.json").read_text())["runs"]
     for row in rows:
-        del row["seconds"], row["features_cached"]
+        del row["seconds"], row["features_cached"], row["images_per_second"]
+        for epoch in row["history"]:
+            del epoch["seconds"]
     return {row["model"]: row for row in rows}
 
 
@@ -53,11 +55,13 @@ def test_the_whole_job(run, pictures, tmp_path):
         assert row["val_loss"] == pytest.approx(min(epoch["val_loss"] for epoch in row["history"]), rel=1e-5)
         assert np.sum(row["confusion_matrix"]) == row["test_images"] == 18
         assert np.trace(row["confusion_matrix"]) / 18 == pytest.approx(row["test_accuracy"])
+    suffixes = ("", "_confusion", "_reliability")
     plots = {
         "comparison",
-        *(f"{p}{s}" for p in ("mobilenet", "mobilenet_large", "mobilenet_small") for s in ("", "_confusion")),
+        *(f"{p}{s}" for p in ("mobilenet", "mobilenet_large", "mobilenet_small") for s in suffixes),
     }
-    assert {file.stem for file in (tmp_path / "plots").glob("*.png")} == plots
+    drawn = {file.stem for file in (tmp_path / "plots").glob("*.png")}
+    assert {name for name in drawn if not name.endswith("_mistakes")} == plots  # there may be none
     assert rows["mobilenet_v2"]["test_accuracy"] > 0.6  # three colours, told apart even by random features
 
     # predict agrees with evaluate
@@ -124,6 +128,42 @@ def test_a_pass_cut_off_goes_on_where_it_was(run, pictures, tmp_path, monkeypatc
     assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
 
 
+def test_fine_tuning_goes_on_where_it_was(run, pictures, tmp_path, monkeypatch):
+    (pictures / "train" / "red" / "3.png").write_bytes(b"oops")
+    command = ("--data", pictures, *SMALL, *QUICK, "--fine-tune", 3, "--views", 2, "--seeds", 2)
+    code, out, _ = run(main_train, *command)
+    assert code == 1 and "mobilenet_v3_small_finetuned: test accuracy" in out
+    expected, state = results(tmp_path), checkpoints(tmp_path)
+    assert list(expected) == ["mobilenet_v3_small", "mobilenet_v3_small_finetuned"]
+    assert len(expected["mobilenet_v3_small"]["accuracy_by_seed"]["test"]) == 2
+
+    frozen, tuned = state["mobilenet_v3_small.pt"], state["mobilenet_v3_small_finetuned.pt"]
+    for key in frozen:  # weights move, statistics don't
+        assert torch.equal(frozen[key], tuned[key]) == ("running" in key or "num_batches" in key), key
+    out = run(
+        inference, pictures / "test", "--checkpoint", "checkpoints/mobilenet_v3_small_finetuned.pt", "--format", "json"
+    )[1]
+    right = [record["label"] == record["path"].split("/")[-2] for record in map(json.loads, out.splitlines())]
+    assert np.mean(right) == pytest.approx(expected["mobilenet_v3_small_finetuned"]["test_accuracy"])
+
+    (tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt").unlink()
+    whole, epochs = train_utils.train_one_epoch, []
+
+    def interrupted(*args):
+        epochs.append(0)
+        if len(epochs) == 2 * 3 + 2 + 1:  # two heads, two epochs of fine-tuning
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(train_utils, "train_one_epoch", interrupted)
+    assert run(main_train, *command)[0] == 130
+    monkeypatch.setattr(train_utils, "train_one_epoch", whole)
+    code, out, _ = run(main_train, *command)
+    assert code == 1 and "2 epochs of 3 are done already" in out
+    assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
+    assert not list(tmp_path.rglob("*.resume"))
+
+
 def test_broken_pictures_are_named_and_left_out(run, pictures, tmp_path):
     (pictures / "train" / "red" / "3.png").write_bytes(b"oops")
     (pictures / "test" / "blue" / "2.png").write_bytes(b"")
@@ -155,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_one_model(run, pictures, tmp_path, monke
 
     monkeypatch.setattr(train_utils, "train_one_epoch", diverges)
     code, _, err = run(main_train, "--data", pictures, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
-    assert code == 1 and "mobilenet_v3_small: the loss is nan in epoch 3, at a learning rate of" in err
+    assert code == 1 and "mobilenet_v3_small head: the loss is nan in epoch 3, at a learning rate of" in err
     rows = results(tmp_path)
     assert [len(row["history"]) for row in rows.values()] == [2, 3]
     _, metrics = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
