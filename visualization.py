@@ -88,29 +88,23 @@ def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color
     _save(figure, path)
 
 
-def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color)."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str, str]]) -> None:
+    """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color, marker)."""
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    middle = np.sqrt(min(point[1] for point in points) * max(point[1] for point in points))
-    for label, seconds, accuracy, color in points:
-        left = seconds <= middle
-        axes.plot(seconds, accuracy, "o", color=color, markersize=12)
-        text = f"{label} {accuracy:.1%}"
-        offset, align = (10, "left") if left else (-10, "right")
-        axes.annotate(
-            text, (seconds, accuracy), (offset, 0), textcoords="offset points", ha=align, va="center", fontsize=13
-        )
+    for label, seconds, accuracy, color, marker in sorted(points, key=lambda point: -point[2]):
+        axes.plot(seconds, accuracy, marker, color=color, markersize=11, label=f"{accuracy:.1%}  {label}")
     axes.set_xscale("log")
     axes.set_xlim(min(point[1] for point in points) / 2, max(point[1] for point in points) * 2)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.margins(y=0.2)
-    axes.set_xlabel("training time, seconds", fontsize=12)
-    axes.set_ylabel("test accuracy", fontsize=12)
+    axes.margins(y=0.1)
+    axes.set_xlabel("training time, seconds", fontsize=13)
+    axes.set_ylabel("test accuracy", fontsize=13)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=13, frameon=False)
     _save(figure, path)
 
 

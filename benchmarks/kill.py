@@ -19,7 +19,8 @@ from tqdm import trange
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = 2  # seconds in which nothing happens yet
-COMMAND = ["--demo", "--models", "mobilenet_v3_small", "mobilenet_v2", "--epochs", "3", "--device", "cpu"]
+COMMAND = ["--demo", "--models", "mobilenet_v3_small", "mobilenet_v2", "--limit", "200", "--epochs", "3"]
+COMMAND += ["--fine-tune", "2", "--device", "cpu"]
 
 
 def start(folder: Path) -> subprocess.Popen:
