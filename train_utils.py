@@ -34,6 +34,7 @@ from tqdm import tqdm
 from data import Images, explained, locked, map_batches, preprocess, read_image, whole_or_absent
 from models import DTYPES, TransferModel, content_hash
 
+LABEL_SMOOTHING = 0.1  # worth half a point of frozen accuracy
 BATCH_ALIGNMENT = 1280  # a pass goes on where a batch of 10 or 256 started, so that its features come out the same
 
 
@@ -80,7 +81,7 @@ def cached_features(
     key = {
         "backbone": model.name,
         "weights": content_hash(model.features.state_dict()),
-        "every_level": model.every_level,
+        "width": model.width,
         "preprocessing": model.preprocessing,
         "precision": precision,
         "device": device.type,
@@ -259,12 +260,12 @@ def train_one_epoch(
     for images, labels in batches:
         with autocast:
             logits = model(images)
-            loss = F.cross_entropy(logits, labels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         scheduler.step()
-        total_loss += loss.detach() * len(labels)  # stays on the device: nothing waits for it here
+        total_loss += F.cross_entropy(logits.detach().float(), labels) * len(labels)  # stays on the device: no waiting
         correct += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
     return float(total_loss) / seen, int(correct) / seen
