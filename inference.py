@@ -55,8 +55,8 @@ def classify(
     fast = model.for_inference(device, dtype)
 
     def forward(pictures: list[Tensor]) -> Tensor:
-        features = fast.forward_features(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-        return (fast.classifier(features.float()) / metrics["temperature"]).softmax(dim=1)
+        logits = fast(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
+        return (logits / metrics["temperature"]).softmax(dim=1)
 
     for batch, probabilities, errors in map_batches(forward, items, device, max_size=model.preprocessing["image_size"]):
         rows = iter(probabilities)

@@ -155,7 +155,7 @@ class TransferModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)"""
-        return self.classifier(self.forward_features(images))
+        return self.classifier(self.forward_features(images).float())  # it stays in float32
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
         """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last, `dtype`.

@@ -289,8 +289,7 @@ def predict_images(
     fast, dtype = model.for_inference(device, DTYPES[precision]), DTYPES[precision]
 
     def forward(pictures: list[Tensor]) -> Tensor:
-        features = fast.forward_features(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-        return fast.classifier(features.float())
+        return fast(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
 
     chosen = images.subset(rows)
     size = model.preprocessing["image_size"]
@@ -452,7 +451,7 @@ def cost(model: TransferModel, device: torch.device, precision: str) -> dict:
             seconds = []
             for _ in range(6):  # the first one warms up
                 start = synchronized_time(device)
-                fast.classifier(fast.forward_features(images).float())
+                fast(images)
                 seconds.append(synchronized_time(device) - start)
             rates[batch_size] = batch_size / statistics.median(seconds[1:])
     best = max(rates, key=rates.get)

@@ -113,7 +113,9 @@ def plot_predictions(path: Path, pictures: Sequence[np.ndarray], captions: Seque
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
     lines = max(caption.count("\n") + 1 for caption in captions)
-    figure = Figure(figsize=(2.5 * columns, rows * (1.7 + 0.24 * lines)), layout="constrained")
+    longest = max(len(line) for caption in captions for line in caption.split("\n"))
+    size = (max(2.5, 0.095 * longest) * columns, rows * (1.7 + 0.24 * lines))
+    figure = Figure(figsize=size, layout="constrained")
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.axis("off")
     for axes, picture, caption in zip(figure.axes, pictures, captions, strict=False):

@@ -19,8 +19,8 @@ from tqdm import trange
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = 2  # seconds in which nothing happens yet
-COMMAND = ["--demo", "--models", "mobilenet_v3_small", "mobilenet_v2", "--limit", "200", "--epochs", "3"]
-COMMAND += ["--fine-tune", "2", "--device", "cpu"]
+COMMAND = ["--demo", "--models", "mobilenet_v3_small", "--limit", "200", "--epochs", "3", "--fine-tune", "2"]
+COMMAND += ["--device", "cpu"]
 
 
 def start(folder: Path) -> subprocess.Popen:
