@@ -127,7 +127,8 @@ def _extract(
             pictures = [picture.flip(2) for picture in pictures]
         return fast.forward_features(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
 
-    row = np.empty(model.width, np.float32 if precision == "fp32" else np.float16)
+    kept = torch.float32 if precision == "fp32" else torch.float16
+    row = torch.empty(model.width, dtype=kept).numpy()
     header = io.BytesIO()
     shape = {"descr": row.dtype.str, "fortran_order": False, "shape": (len(images), model.width)}
     np.lib.format.write_array_header_1_0(header, shape)
@@ -144,12 +145,12 @@ def _extract(
         bar = tqdm(total=len(images), initial=first, desc=f"{model.name} features", unit="img", disable=None)
         size = model.preprocessing["image_size"]
         for items, outputs, errors in map_batches(forward, images.items[first:], device, batch_size, size):
-            block = np.full((len(items), model.width), np.nan, row.dtype)
-            good = [i for i in range(len(items)) if i not in errors]
-            block[good] = outputs.numpy() if good else 0
-            if not np.isfinite(block[good]).all():
+            block = torch.full((len(items), model.width), math.nan, dtype=kept)
+            if good := [i for i in range(len(items)) if i not in errors]:
+                block[good] = outputs.to(kept)
+            if not block[good].isfinite().all():
                 raise FloatingPointError(f"features of {model.name} overflow in {precision}: use --precision fp32")
-            rows.write(block)
+            rows.write(block.numpy())
             bar.update(len(items))
         bar.close()
         seconds = (synchronized_time(device) - start) * len(images) / max(1, len(images) - first)
