@@ -71,37 +71,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def train_model(
-    name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str
-) -> Iterator[dict]:
+def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dict]:
     """One backbone from its weights to its checkpoints and plots. Yields its rows of results.json."""
-    folder = Path("data/features") if not args.demo else args.output / "features"
+    folder = args.output / "features" if args.demo else Path("data/features")
+
+    def new_model(seed: int) -> TransferModel:
+        torch.manual_seed(seed)
+        return TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
 
     def features_of(images: Images, mirrored: bool = False) -> Features:
-        return cached_features(model, images, folder, device, precision, mirrored=mirrored)
+        return cached_features(new_model(args.seed), images, folder, args.device, args.precision, mirrored=mirrored)
 
+    views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
+    test = features_of(data.test)
+    train_rows, val_rows = (rows[views[0].readable[rows]] for rows in (data.train, data.val))
+    test_rows = test.readable.nonzero().flatten()
+    if len(train_rows) < 2 or not len(val_rows) or not len(test_rows):
+        raise ValueError("too few of the pictures can be read")
+
+    load, load_test = (feature_loader([v.array for v in part], args.device) for part in (views, [test]))
+    val_batches = Batches(load, data.images.labels, val_rows, args.batch_size, args.device)
+    test_batches = Batches(load_test, data.test.labels, test_rows, args.batch_size, args.device)
     heads = []
     for seed in range(args.seed, args.seed + args.seeds):
-        torch.manual_seed(seed)
-        model = TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
-        if not heads:
-            views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
-            test = features_of(data.test)
-            train_rows, val_rows = (rows[views[0].readable[rows]] for rows in (data.train, data.val))
-            test_rows = test.readable.nonzero().flatten()
-            if len(train_rows) < 2 or not len(val_rows) or not len(test_rows):
-                raise ValueError("too few of the pictures can be read")
-            load, load_test = (feature_loader([v.array for v in part], device) for part in (views, [test]))
-            val_batches = Batches(load, data.images.labels, val_rows, args.batch_size, device)
-            test_batches = Batches(load_test, data.test.labels, test_rows, args.batch_size, device)
-        train_batches = Batches(load, data.images.labels, train_rows, args.batch_size, device, seed)
-        model.to(device)
+        model = new_model(seed).to(args.device)
+        train_batches = Batches(load, data.images.labels, train_rows, args.batch_size, args.device, seed)
         history = fit(
-            model.classifier, train_batches, val_batches, args.epochs, args.lr, precision=precision, name=f"{name} head"
+            model.classifier,
+            train_batches,
+            val_batches,
+            args.epochs,
+            args.lr,
+            precision=args.precision,
+            name=f"{name} head",
         )
         heads.append((model, history, predict(model.classifier, test_batches)))
+    model, history, (logits, _) = heads[0]
 
-    common = {
+    about = {
+        "model": name,
         "weights": "random" if args.demo else BACKBONES[name].weights.name,
         "data": args.data,
         "classes": list(data.classes),
@@ -111,65 +119,69 @@ def train_model(
         "train_images": len(train_rows),
         "val_images": len(val_rows),
         "test_images": len(test_rows),
+        "epochs": args.epochs,
         "features_cached": all(view.cached for view in views),
         "unreadable": [
             str(images.items[i])
             for images, made in ((data.images, views[0]), (data.test, test))
             for i in (~made.readable).nonzero().flatten()
         ],
-        "device": str(device),
-        "precision": precision,
+        "device": str(args.device),
+        "precision": args.precision,
         "torch": str(torch.__version__),
-    }
-    model, history, (logits, labels) = heads[0]
-    common["seconds"] = {
-        "features": sum(view.seconds for view in views),
-        "head": sum(epoch["seconds"] for epoch in history),
-        "fine_tune": 0.0,
+        "accuracy_by_seed": {
+            "val": [best_epoch(history)["val_accuracy"] for _, history, _ in heads],
+            "test": [loss_and_accuracy(*answers)[1] for _, _, answers in heads],
+        },
+        "seconds": {"features": sum(v.seconds for v in views), "head": seconds_of(history), "fine_tune": 0.0},
     }
     temperature = fit_temperature(*predict(model.classifier, val_batches))
-    accuracies = {
-        "val": [best_epoch(history)["val_accuracy"] for _, history, _ in heads],
-        "test": [loss_and_accuracy(*answers)[1] for _, _, answers in heads],
-    }
-    about = {"model": name, **common, "epochs": args.epochs, "accuracy_by_seed": accuracies}
-    yield save_run(about, model, history, metrics(logits, labels, temperature), (logits, test_rows), data, args)
-    if not args.fine_tune:
-        return
+    yield save_run(about, model, history, logits, temperature, test_rows, data, args)
+    if args.fine_tune:
+        yield fine_tune(about, model, train_rows, val_rows, test_rows, data, args)
 
+
+def fine_tune(
+    about: dict,
+    model: TransferModel,
+    train_rows: Tensor,
+    val_rows: Tensor,
+    test_rows: Tensor,
+    data: Data,
+    args: argparse.Namespace,
+) -> dict:
+    """Goes on from a trained classifier with the backbone unfrozen. Returns its row of results.json."""
+    about = about | {"model": f"{model.name}_finetuned", "epochs": args.fine_tune}
     model.features.requires_grad_(True)
     model.to(memory_format=torch.channels_last)
-
-    def image_batches(images: Images, rows: Tensor, seed: int | None = None) -> Batches:
-        load = image_loader(images, model.preprocessing, device)
-        return Batches(load, images.labels, rows, min(args.batch_size, FINE_TUNE_BATCH), device, seed)
-
-    resume = args.output / "checkpoints" / f"{name}_finetuned.resume"
+    load = image_loader(data.images, model.preprocessing, args.device)
+    batch_size = min(args.batch_size, FINE_TUNE_BATCH)
+    resume = args.output / "checkpoints" / f"{about['model']}.resume"
     history = fit(
         model,
-        image_batches(data.images, train_rows, args.seed),
-        image_batches(data.images, val_rows),
+        Batches(load, data.images.labels, train_rows, batch_size, args.device, args.seed),
+        Batches(load, data.images.labels, val_rows, batch_size, args.device),
         args.fine_tune,
         FINE_TUNE_LR,
         weight_decay=0.05,
-        precision="fp32" if device.type == "cpu" else precision,  # on the CPU the way back is slower in bf16
-        name=f"{name}_finetuned",
+        precision="fp32" if args.device.type == "cpu" else args.precision,  # on the CPU the way back is slower in bf16
+        name=about["model"],
         groups=[
             {"params": model.features.parameters(), "lr": FINE_TUNE_LR},
             {"params": model.classifier.parameters(), "lr": 2 * FINE_TUNE_LR},
         ],
         resume=resume,
     )
-    common["seconds"] |= {"fine_tune": sum(epoch["seconds"] for epoch in history)}
-    val_answers, answers = (
-        predict_images(model, images, rows, device, precision)
-        for images, rows in ((data.images, val_rows), (data.test, test_rows))
-    )
-    measured = metrics(*answers, fit_temperature(*val_answers))
-    accuracies = {"val": [best_epoch(history)["val_accuracy"]], "test": [measured["test_accuracy"]]}
-    about = {"model": f"{name}_finetuned", **common, "epochs": args.fine_tune, "accuracy_by_seed": accuracies}
-    yield save_run(about, model, history, measured, (answers[0], test_rows), data, args)
+    temperature = fit_temperature(*predict_images(model, data.images, val_rows, args.device, args.precision))
+    logits, labels = predict_images(model, data.test, test_rows, args.device, args.precision)
+    about["seconds"] = about["seconds"] | {"fine_tune": seconds_of(history)}
+    about["accuracy_by_seed"] = {
+        "val": [best_epoch(history)["val_accuracy"]],
+        "test": [loss_and_accuracy(logits, labels)[1]],
+    }
+    run = save_run(about, model, history, logits, temperature, test_rows, data, args)
     resume.unlink(missing_ok=True)
+    return run
 
 
 def best_epoch(history: list[dict]) -> dict:
@@ -177,48 +189,51 @@ def best_epoch(history: list[dict]) -> dict:
     return min(history, key=lambda epoch: epoch["val_loss"])
 
 
+def seconds_of(history: list[dict]) -> float:
+    return sum(epoch["seconds"] for epoch in history)
+
+
 def save_run(
     about: dict,
     model: TransferModel,
     history: list[dict],
-    measured: dict,
-    answers: tuple[Tensor, Tensor],
+    logits: Tensor,
+    temperature: float,
+    test_rows: Tensor,
     data: Data,
     args: argparse.Namespace,
 ) -> dict:
     """Writes the checkpoint and the plots of a trained model. Returns its row of results.json."""
-    seconds, kept = about["seconds"], best_epoch(history)
+    labels, kept = data.test.labels[test_rows], best_epoch(history)
     run = {
         **about,
         "val_loss": kept["val_loss"],
         "val_accuracy": kept["val_accuracy"],
-        **measured,
-        "seconds": {**seconds, "total": sum(seconds.values())},
+        **metrics(logits, labels, temperature),
+        "seconds": {**about["seconds"], "total": sum(about["seconds"].values())},
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         },
-        **cost(model, torch.device(about["device"]), about["precision"]),
+        **cost(model, args.device, args.precision),
         "history": history,
     }
-    checkpoint = args.output / "checkpoints" / f"{about['model']}.pt"
+    checkpoint = args.output / "checkpoints" / f"{run['model']}.pt"
     save_checkpoint(checkpoint, model, {key: value for key, value in run.items() if key != "history"})
     run["checkpoint_bytes"] = checkpoint.stat().st_size
 
-    label, color, file = appearance(about["model"])
+    label, color, file = appearance(run["model"])
     plots = args.output / "plots"
     visualization.plot_history(plots / f"{file}.png", label, history, color)
     visualization.plot_confusion(plots / f"{file}_confusion.png", label, run["confusion_matrix"], data.classes)
     visualization.plot_reliability(plots / f"{file}_reliability.png", label, run["calibration"], color)
-    logits, rows = answers
-    confidence, predicted = (logits / run["temperature"]).softmax(dim=1).max(dim=1)
-    wrong = (predicted != data.test.labels[rows]).nonzero().flatten()
+    confidence, predicted = (logits / temperature).softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
     pictures, captions = [], []
     for i in wrong.tolist():
-        pictures.append(read_image(data.test.items[rows[i]]).permute(1, 2, 0).numpy())
-        true, taken = data.classes[data.test.labels[rows[i]]], data.classes[predicted[i]]
-        captions.append(f"{true}\ntaken for {taken}, {confidence[i]:.0%}")
+        pictures.append(read_image(data.test.items[test_rows[i]]).permute(1, 2, 0).numpy())
+        captions.append(f"{data.classes[labels[i]]}\ntaken for {data.classes[predicted[i]]}, {confidence[i]:.0%}")
     if pictures:
         visualization.plot_predictions(plots / f"{file}_mistakes.png", pictures, captions)
     return run
@@ -262,26 +277,26 @@ def print_table(runs: list[dict]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
     with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
         for folder in ("checkpoints", "plots"):
             for left_behind in (args.output / folder).glob(".*.part"):  # by a run that was killed
                 left_behind.unlink()
-        return compare(args, device, precision)
+        return compare(args)
 
 
-def compare(args: argparse.Namespace, device: torch.device, precision: str) -> int:
+def compare(args: argparse.Namespace) -> int:
     """Trains one model after the other, prints the table, and returns the exit code."""
     data = load_data(args.data, limit=args.limit, seed=args.seed)
     print(
         f"{args.data}: {len(data.classes)} classes, {len(data.train):,} pictures to train on, {len(data.val):,} for "
-        f"validation, {len(data.test):,} to test; {precision} on {device}"
+        f"validation, {len(data.test):,} to test; {args.precision} on {args.device}"
     )
     runs, unreadable = [], set()
     for name in args.models:
         try:
-            for run in train_model(name, data, args, device, precision):
+            for run in train_model(name, data, args):
                 seconds = run["seconds"]
                 cached = " (cached)" if run["features_cached"] else ""
                 tuned = f", fine-tuning {seconds['fine_tune']:.1f} s" if seconds["fine_tune"] else ""

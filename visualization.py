@@ -122,23 +122,3 @@ def plot_predictions(path: Path, pictures: Sequence[np.ndarray], captions: Seque
         axes.imshow(picture, interpolation="nearest")
         axes.set_title(caption, fontsize=11, y=-0.04, va="top")
     _save(figure, path)
-
-
-def plot_speed(path: Path, rates: dict[str, tuple[float, float, float]]) -> None:
-    """Images a second by model: the obvious loop, ours from files to features, the bare forward pass."""
-    figure = Figure(figsize=(7, 1.6 + 1.1 * len(rates)), layout="constrained")
-    axes = figure.subplots()
-    position = np.arange(len(rates))
-    names = ("the obvious loop", "ours, from files to features", "bare forward pass")
-    for i, (name, color) in enumerate(zip(names, ("#999999", COLORS[0], COLORS[5]), strict=True)):
-        values = [rate[i] for rate in rates.values()]
-        bars = axes.barh(position + 0.27 * i, values, 0.25, color=color, label=name)
-        axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=4, fontsize=12)
-    axes.set_yticks(position + 0.27, rates, fontsize=13)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(1, 3 * max(max(rate) for rate in rates.values()))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("images a second", fontsize=12)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=11, frameon=False)
-    _save(figure, path)
