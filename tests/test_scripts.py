@@ -377,9 +377,13 @@ def test_predictions_do_not_depend_on_the_company(run, pictures):
 
 
 def start(*args, cwd):
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, *map(str, args)]
+    # a process started in the background ignores SIGINT, and so would its children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_demo_and_a_pipe_that_closes(tmp_path):
