@@ -83,13 +83,13 @@ def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dic
         return cached_features(new_model(args.seed), images, folder, args.device, args.precision, mirrored=mirrored)
 
     views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
-    test = features_of(data.test)
+    test_view = features_of(data.test)
     train_rows, val_rows = (rows[views[0].readable[rows]] for rows in (data.train, data.val))
-    test_rows = test.readable.nonzero().flatten()
+    test_rows = test_view.readable.nonzero().flatten()
     if len(train_rows) < 2 or not len(val_rows) or not len(test_rows):
         raise ValueError("too few of the pictures can be read")
 
-    load, load_test = (feature_loader([v.array for v in part], args.device) for part in (views, [test]))
+    load, load_test = (feature_loader([view.array for view in part], args.device) for part in (views, [test_view]))
     val_batches = Batches(load, data.images.labels, val_rows, args.batch_size, args.device)
     test_batches = Batches(load_test, data.test.labels, test_rows, args.batch_size, args.device)
     heads = []
@@ -123,7 +123,7 @@ def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dic
         "features_cached": all(view.cached for view in views),
         "unreadable": [
             str(images.items[i])
-            for images, made in ((data.images, views[0]), (data.test, test))
+            for images, made in ((data.images, views[0]), (data.test, test_view))
             for i in (~made.readable).nonzero().flatten()
         ],
         "device": str(args.device),
@@ -136,31 +136,32 @@ def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dic
         "seconds": {"features": sum(v.seconds for v in views), "head": seconds_of(history), "fine_tune": 0.0},
     }
     temperature = fit_temperature(*predict(model.classifier, val_batches))
-    yield save_run(about, model, history, logits, temperature, test_rows, data, args)
+    readable = data.test.subset(test_rows)
+    yield save_run(about, model, history, logits, temperature, readable, args)
     if args.fine_tune:
-        yield fine_tune(about, model, train_rows, val_rows, test_rows, data, args)
+        yield fine_tune(about, model, data.images, train_rows, val_rows, readable, args)
 
 
 def fine_tune(
     about: dict,
     model: TransferModel,
+    images: Images,
     train_rows: Tensor,
     val_rows: Tensor,
-    test_rows: Tensor,
-    data: Data,
+    test: Images,
     args: argparse.Namespace,
 ) -> dict:
     """Goes on from a trained classifier with the backbone unfrozen. Returns its row of results.json."""
     about = about | {"model": f"{model.name}_finetuned", "epochs": args.fine_tune}
     model.features.requires_grad_(True)
     model.to(memory_format=torch.channels_last)
-    load = image_loader(data.images, model.preprocessing, args.device)
+    load = image_loader(images, model.preprocessing, args.device)
     batch_size = min(args.batch_size, FINE_TUNE_BATCH)
     resume = args.output / "checkpoints" / f"{about['model']}.resume"
     history = fit(
         model,
-        Batches(load, data.images.labels, train_rows, batch_size, args.device, args.seed),
-        Batches(load, data.images.labels, val_rows, batch_size, args.device),
+        Batches(load, images.labels, train_rows, batch_size, args.device, args.seed),
+        Batches(load, images.labels, val_rows, batch_size, args.device),
         args.fine_tune,
         FINE_TUNE_LR,
         weight_decay=0.05,
@@ -172,14 +173,15 @@ def fine_tune(
         ],
         resume=resume,
     )
-    temperature = fit_temperature(*predict_images(model, data.images, val_rows, args.device, args.precision))
-    logits, labels = predict_images(model, data.test, test_rows, args.device, args.precision)
+    val = images.subset(val_rows)
+    temperature = fit_temperature(predict_images(model, val, args.device, args.precision), val.labels)
+    logits = predict_images(model, test, args.device, args.precision)
     about["seconds"] = about["seconds"] | {"fine_tune": seconds_of(history)}
     about["accuracy_by_seed"] = {
         "val": [best_epoch(history)["val_accuracy"]],
-        "test": [loss_and_accuracy(logits, labels)[1]],
+        "test": [loss_and_accuracy(logits, test.labels)[1]],
     }
-    run = save_run(about, model, history, logits, temperature, test_rows, data, args)
+    run = save_run(about, model, history, logits, temperature, test, args)
     resume.unlink(missing_ok=True)
     return run
 
@@ -199,17 +201,16 @@ def save_run(
     history: list[dict],
     logits: Tensor,
     temperature: float,
-    test_rows: Tensor,
-    data: Data,
+    test: Images,
     args: argparse.Namespace,
 ) -> dict:
     """Writes the checkpoint and the plots of a trained model. Returns its row of results.json."""
-    labels, kept = data.test.labels[test_rows], best_epoch(history)
+    kept = best_epoch(history)
     run = {
         **about,
         "val_loss": kept["val_loss"],
         "val_accuracy": kept["val_accuracy"],
-        **metrics(logits, labels, temperature),
+        **metrics(logits, test.labels, temperature),
         "seconds": {**about["seconds"], "total": sum(about["seconds"].values())},
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
@@ -225,15 +226,17 @@ def save_run(
     label, color, file = appearance(run["model"])
     plots = args.output / "plots"
     visualization.plot_history(plots / f"{file}.png", label, history, color)
-    visualization.plot_confusion(plots / f"{file}_confusion.png", label, run["confusion_matrix"], data.classes)
+    visualization.plot_confusion(plots / f"{file}_confusion.png", label, run["confusion_matrix"], model.classes)
     visualization.plot_reliability(plots / f"{file}_reliability.png", label, run["calibration"], color)
     confidence, predicted = (logits / temperature).softmax(dim=1).max(dim=1)
-    wrong = (predicted != labels).nonzero().flatten()
+    wrong = (predicted != test.labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
     pictures, captions = [], []
     for i in wrong.tolist():
-        pictures.append(read_image(data.test.items[test_rows[i]]).permute(1, 2, 0).numpy())
-        captions.append(f"{data.classes[labels[i]]}\ntaken for {data.classes[predicted[i]]}, {confidence[i]:.0%}")
+        pictures.append(read_image(test.items[i]).permute(1, 2, 0).numpy())
+        captions.append(
+            f"{model.classes[test.labels[i]]}\ntaken for {model.classes[predicted[i]]}, {confidence[i]:.0%}"
+        )
     if pictures:
         visualization.plot_predictions(plots / f"{file}_mistakes.png", pictures, captions)
     return run

@@ -283,19 +283,15 @@ def predict(
     return torch.cat(logits).float().cpu(), torch.cat(labels).cpu()
 
 
-def predict_images(
-    model: TransferModel, images: Images, rows: Tensor, device: torch.device, precision: str
-) -> tuple[Tensor, Tensor]:
-    """Logits and labels of those rows, as inference.py computes them."""
+def predict_images(model: TransferModel, images: Images, device: torch.device, precision: str) -> Tensor:
+    """Logits (N, classes), as inference.py computes them."""
     fast, dtype = model.for_inference(device, DTYPES[precision]), DTYPES[precision]
 
     def forward(pictures: list[Tensor]) -> Tensor:
         return fast(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
 
-    chosen = images.subset(rows)
     size = model.preprocessing["image_size"]
-    logits = [outputs for _, outputs, _ in map_batches(forward, chosen.items, device, max_size=size)]
-    return torch.cat(logits), chosen.labels
+    return torch.cat([logits for _, logits, _ in map_batches(forward, images.items, device, max_size=size)])
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
