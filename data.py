@@ -360,7 +360,7 @@ def map_batches(
     on_cpu = device.type == "cpu"
     threads = torch.get_num_threads()
     workers = threads if on_cpu else min(16, os.cpu_count() or 1)
-    batch_size = batch_size or (10 if on_cpu else 256)
+    batch_size = batch_size or (8 if on_cpu else 256)
     turn = nullcontext() if on_cpu else threading.Lock()
 
     def run(batch: list[Path | np.ndarray]) -> tuple[list[Path | np.ndarray], Tensor, dict[int, ImageError]]:

@@ -35,7 +35,7 @@ from data import Images, explained, locked, map_batches, preprocess, read_image,
 from models import DTYPES, TransferModel, content_hash
 
 LABEL_SMOOTHING = 0.1  # worth half a point of frozen accuracy
-BATCH_ALIGNMENT = 1280  # a pass goes on where a batch of 10 or 256 started, so that its features come out the same
+BATCH_ALIGNMENT = 256  # a pass goes on where a batch of 8 or 256 started, so that its features come out the same
 
 
 def synchronized_time(device: torch.device) -> float:

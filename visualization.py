@@ -90,7 +90,7 @@ def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color
 
 def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str, str]]) -> None:
     """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color, marker)."""
-    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4 + 0.29 * len(points)), layout="constrained")
     axes = figure.subplots()
     for label, seconds, accuracy, color, marker in sorted(points, key=lambda point: -point[2]):
         axes.plot(seconds, accuracy, marker, color=color, markersize=11, label=f"{accuracy:.1%}  {label}")
@@ -104,7 +104,7 @@ def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str, s
     axes.set_ylabel("test accuracy", fontsize=13)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=13, frameon=False)
+    figure.legend(loc="outside lower center", fontsize=13, frameon=False)
     _save(figure, path)
 
 

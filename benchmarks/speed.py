@@ -8,12 +8,13 @@ For each model, in one run on one machine, in images a second:
     (a) the obvious loop: ImageFolder, Resize, ToTensor, Normalize, DataLoader with two workers, the whole float32 model
         forward, only the classifier trained; measured over --seconds, then extrapolated to whole epochs
     (b) ours: from picture files to features stored in a file
-    (c) the bare forward pass on a tensor that is ready, BatchNorm folded, channels_last, in the precision of (b):
-        the best of several batch sizes, once with all cores on each batch, as PyTorch does by itself, and once with a
-        batch for each core, as (b) does
+    (c) the bare forward pass on a tensor that is ready, in the best way of PyTorch's own modules: BatchNorm folded,
+        channels_last, the precision of (b), all cores on each batch, the best of several batch sizes
+    (d) the bare forward pass on a tensor that is ready, as (b) does it: with activations inside the convolutions, and
+        on the CPU a batch for each core
 
-(b) and (c) take turns, three times, and the median counts. Twenty epochs of (b) are one pass and twenty epochs of its
-classifier.
+(b), (c) and (d) take turns, three times, and the median counts. Twenty epochs of (b) are one pass and twenty
+epochs of its classifier.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, map_batches, run_script
-from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
+from models import BACKBONES, DTYPES, FUSED, TransferModel, pick_device, pick_precision
 from train_utils import Batches, cached_features, feature_loader, fit, synchronized_time
 from visualization import COLORS
 
@@ -57,14 +59,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or draw_pictures(Path(scratch) / "pictures", args.images)
         rates = {name: measure(name, root, Path(scratch), args, device, precision) for name in args.models}
-    print(f"\n{'images/s':20} {'(a) loop':>9} {'(b) ours':>9} {'(c) all cores':>14} {'each core':>10} {'b / c':>11}")
-    for name, (loop, ours, shared, own, _) in rates.items():
-        print(f"{name:20} {loop:9.1f} {ours:9.1f} {shared:14.1f} {own:10.1f} {ours / shared:5.2f} {ours / own:5.2f}")
+    heading = ("(a) loop", "(b) ours", "(c) bare", "(d) fused", "b / c", "b / d")
+    print(f"\n{'images/s':20}", *(f"{column:>9}" for column in heading))
+    for name, (loop, ours, bare, fused, _) in rates.items():
+        print(f"{name:20} {loop:9.1f} {ours:9.1f} {bare:9.1f} {fused:9.1f} {ours / bare:9.2f} {ours / fused:9.2f}")
     print(f"\n{f'{EPOCHS} epochs of {EPOCH:,}':20} {'(a) extrapolated':>17} {'(b) pass + head':>22} {'a / b':>7}")
     for name, (loop, ours, _, _, head) in rates.items():
         a, b = EPOCHS * EPOCH / loop, EPOCH / ours + head
         print(f"{name:20} {a / 3600:15.1f} h {EPOCH / ours:12.1f} + {head:5.1f} s {a / b:7.0f}")
-    plot_speed(args.plot, {BACKBONES[name].label: (r[0], r[1], max(r[2:4])) for name, r in rates.items()})
+    plot_speed(args.plot, {BACKBONES[name].label: r[:3] for name, r in rates.items()})
     return 0
 
 
@@ -81,7 +84,7 @@ def draw_pictures(root: Path, count: int) -> Path:
 def measure(
     name: str, root: Path, scratch: Path, args: argparse.Namespace, device: torch.device, precision: str
 ) -> tuple[float, float, float, float, float]:
-    """Images a second of (a), (b), (c) with all cores on a batch, (c) with a batch a core; seconds of (b)'s heads."""
+    """Images a second of (a), (b), (c) and (d), and the seconds of (b)'s classifier."""
     torch.manual_seed(0)
     model = TransferModel(name, "0123456789", pretrained=False)
     loop = obvious_loop(name, root, args.seconds, device)
@@ -93,7 +96,7 @@ def measure(
         bare.append([bare_forward(model, size, args.seconds / 8, device, precision) for size in batch_sizes])
         cache = scratch / str(turn)
         ours.append(len(files) / cached_features(model, pictures, cache, device, precision).seconds)
-    shared, own = np.median(bare, axis=0).max(axis=0).tolist()
+    stock, fused = np.median(bare, axis=0).max(axis=0).tolist()
 
     features, labels = torch.randn(EPOCH, model.width, dtype=torch.float16), torch.randint(10, (EPOCH,))
     load = feature_loader([features], device)
@@ -101,7 +104,7 @@ def measure(
     val = Batches(load, labels, torch.arange(EPOCH * 4 // 5, EPOCH), 512, device)
     start = synchronized_time(device)
     fit(model.to(device).classifier, train, val, 2, 1e-3, precision=precision)
-    return loop, float(np.median(ours)), shared, own, (synchronized_time(device) - start) / 2 * EPOCHS
+    return loop, float(np.median(ours)), stock, fused, (synchronized_time(device) - start) / 2 * EPOCHS
 
 
 def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) -> float:
@@ -130,23 +133,25 @@ def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) ->
 def bare_forward(
     model: TransferModel, batch_size: int, seconds: float, device: torch.device, precision: str
 ) -> tuple[float, float]:
-    """Images a second, with all cores on each batch, and with a batch for each core."""
+    """Images a second of (c) and (d)."""
+    with patch.dict(FUSED, clear=True):  # PyTorch's own modules
+        stock = model.for_inference(device, DTYPES[precision])
     fast = model.for_inference(device, DTYPES[precision])
     images = torch.randn(batch_size, 3, 224, 224, dtype=DTYPES[precision], device=device)
     images = images.to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        fast.forward_features(images)
-        start, shared = synchronized_time(device), 0
+        stock.forward_features(images)
+        start, seen = synchronized_time(device), 0
         while synchronized_time(device) - start < seconds:
-            fast.forward_features(images)
-            shared += batch_size
-    shared /= synchronized_time(device) - start
+            stock.forward_features(images)
+            seen += batch_size
+    shared = seen / (synchronized_time(device) - start)
 
     items = repeat(np.zeros((1, 1, 3), np.uint8), seconds)  # nothing to read: the batch is there
-    start, own = synchronized_time(device), 0
+    start, seen = synchronized_time(device), 0
     for batch, _, _ in map_batches(lambda _: fast.forward_features(images), items, device, batch_size):
-        own += len(batch)
-    return shared, own / (synchronized_time(device) - start)
+        seen += len(batch)
+    return shared, seen / (synchronized_time(device) - start)
 
 
 def repeat(item: np.ndarray, seconds: float) -> Iterator[np.ndarray]:

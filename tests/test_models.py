@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -45,6 +47,22 @@ def test_for_inference_computes_the_same(name, images, weights, monkeypatch):
     assert torch.allclose(fp32, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
     assert (bf16 - expected).norm() < 0.05 * expected.norm()
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())  # the model itself is untouched
+
+
+def test_every_level_stays_what_it_is_where_the_levels_are_single_layers(images, monkeypatch):
+    def build():
+        network = torch.nn.Module()
+        network.features = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3)
+        )
+        network.classifier = torch.nn.Sequential(torch.nn.Linear(8, 1000))
+        return network
+
+    monkeypatch.setitem(BACKBONES, "tiny", replace(BACKBONES["mobilenet_v2"], build=build))
+    model = TransferModel("tiny", "abc", pretrained=False).eval()
+    fast = model.for_inference(CPU, torch.float32)
+    assert model.width == 3 * 4 * 4 + 8
+    assert torch.allclose(fast.forward_features(images), model.forward_features(images), atol=1e-5)
 
 
 def test_the_checkpoint_is_at_home_in_torchvision(tmp_path, images, weights, monkeypatch):
