@@ -172,19 +172,6 @@ class TransferModel(nn.Module):
         return fast.to(device)
 
 
-def _fold(block: nn.Sequential, fused: bool) -> None:
-    """BatchNorm becomes part of the convolution before it, and where `fused` says so, the activation after them too."""
-    conv = None
-    for i, module in enumerate(block):
-        if conv is not None and isinstance(module, nn.BatchNorm2d):
-            block[conv], block[i] = fuse_conv_bn_eval(block[conv], module), nn.Identity()
-        elif conv is not None and fused and type(module) in FUSED:
-            block[conv], block[i] = ConvActivation(block[conv], module), nn.Identity()
-            conv = None
-        else:
-            conv = i if isinstance(module, nn.Conv2d) else None
-
-
 # what oneDNN calls an activation, and its arguments
 FUSED = {
     nn.ReLU: ("relu", []),
@@ -208,6 +195,19 @@ class ConvActivation(nn.Module):
         c = self.conv
         shape = c.padding, c.stride, c.dilation, c.groups
         return torch.ops.mkldnn._convolution_pointwise(images, c.weight, c.bias, *shape, *self.activation, "")
+
+
+def _fold(block: nn.Sequential, fused: bool) -> None:
+    """BatchNorm becomes part of the convolution before it, and where `fused` says so, the activation after them too."""
+    conv = None
+    for i, module in enumerate(block):
+        if conv is not None and isinstance(module, nn.BatchNorm2d):
+            block[conv], block[i] = fuse_conv_bn_eval(block[conv], module), nn.Identity()
+        elif conv is not None and fused and type(module) in FUSED:
+            block[conv], block[i] = ConvActivation(block[conv], module), nn.Identity()
+            conv = None
+        else:
+            conv = i if isinstance(module, nn.Conv2d) else None
 
 
 def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:
