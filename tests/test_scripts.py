@@ -210,13 +210,13 @@ def test_out_of_memory_halves_the_batch(run, pictures, tmp_path, monkeypatch):
     whole = train_utils.preprocess
 
     def greedy(images, *args, **kwargs):
-        if len(images) > 8:
+        if len(images) > 4:
             raise torch.OutOfMemoryError("no room")
         return whole(images, *args, **kwargs)
 
     monkeypatch.setattr(train_utils, "preprocess", greedy)
     code, _, err = run(main_train, *command)
-    assert code == 0 and "batches of 8" in err
+    assert code == 0 and "batches of 4" in err
     assert results(tmp_path)["mobilenet_v3_small"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
 
 
