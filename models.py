@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -158,22 +159,30 @@ class TransferModel(nn.Module):
         return self.classifier(self.forward_features(images).float())  # it stays in float32
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
-        """A copy that computes the same in less time: convolutions with BatchNorm and activation in one, channels_last.
+        """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last.
 
-        `features` in `dtype`; the classifier stays in float32.
+        On the CPU the convolutions are PackedConv. `features` in `dtype`; the classifier stays in float32.
         """
         fast = copy.deepcopy(self).eval()
-        fused = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        fused &= dtype == torch.float32 or pick_precision("auto", device) == "bf16"
         for block in fast.features.modules():
-            if isinstance(block, nn.Sequential) and not (self.every_level and block is fast.features):
-                _fold(block, fused)
+            if isinstance(block, nn.Sequential):
+                _fold(block)
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
+        if device.type == "cpu" and torch.backends.mkldnn.is_available():
+            if dtype == torch.float32 or pick_precision("auto", device) == "bf16":
+                _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
 
 
+def _fold(block: nn.Sequential) -> None:
+    """BatchNorm becomes part of the convolution before it."""
+    for i, (conv, norm) in enumerate(pairwise(list(block))):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+
+
 # what oneDNN calls an activation, and its arguments
-FUSED = {
+ACTIVATIONS = {
     nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.Hardswish: ("hardswish", []),
@@ -181,33 +190,75 @@ FUSED = {
 }
 
 
-class ConvActivation(nn.Module):
-    """A convolution and the activation after it in one go over memory: up to 1.7 times as fast on a CPU.
+class PackedConv(nn.Module):
+    """A convolution, its weights laid out for oneDNN, that adds a residual or applies an activation as it writes.
 
-    By the oneDNN operator that torch.compile would use, without its compiler.
+    These are the operators that torch.compile would use, without its compiler. On a CPU the frozen pass is up to 1.9
+    times as fast: what is saved are trips to memory.
     """
 
-    def __init__(self, conv: nn.Conv2d, activation: nn.Module):
+    def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.conv, self.activation = conv, FUSED[type(activation)]
+        self.shape = conv.padding, conv.stride, conv.dilation, conv.groups
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *self.shape)
+        self.bias, self.activation = conv.bias, ("none", [])
+
+    def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            add = "add", None, None, [], None
+            return torch.ops.mkldnn._convolution_pointwise.binary(
+                images, residual, self.weight, self.bias, *self.shape, *add
+            )
+        return torch.ops.mkldnn._convolution_pointwise(
+            images, self.weight, self.bias, *self.shape, *self.activation, ""
+        )
+
+
+class PackedResidual(nn.Module):
+    """layers(images) + images, where the last layer is a PackedConv."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__()
+        self.layers, self.last = nn.Sequential(*layers[:-1]), layers[-1]
 
     def forward(self, images: Tensor) -> Tensor:
-        c = self.conv
-        shape = c.padding, c.stride, c.dilation, c.groups
-        return torch.ops.mkldnn._convolution_pointwise(images, c.weight, c.bias, *shape, *self.activation, "")
+        return self.last(self.layers(images), images)
 
 
-def _fold(block: nn.Sequential, fused: bool) -> None:
-    """BatchNorm becomes part of the convolution before it, and where `fused` says so, the activation after them too."""
+class GlobalAverage(nn.Module):
+    """AdaptiveAvgPool2d(1), which in bfloat16 takes six times as long."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, images.shape[2:])
+
+
+def _pack(block: nn.Module, spare_levels: bool = False) -> None:
+    """Puts PackedConv, PackedResidual and GlobalAverage in place of what they do faster, all the way down."""
     conv = None
-    for i, module in enumerate(block):
-        if conv is not None and isinstance(module, nn.BatchNorm2d):
-            block[conv], block[i] = fuse_conv_bn_eval(block[conv], module), nn.Identity()
-        elif conv is not None and fused and type(module) in FUSED:
-            block[conv], block[i] = ConvActivation(block[conv], module), nn.Identity()
+    for name, module in block.named_children():
+        if isinstance(module, nn.Conv2d):
+            conv = PackedConv(module)
+            setattr(block, name, conv)
+        elif conv and type(module) in ACTIVATIONS and isinstance(block, nn.Sequential) and not spare_levels:
+            conv.activation, conv = ACTIVATIONS[type(module)], None
+            setattr(block, name, nn.Identity())
+        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size == 1:
+            setattr(block, name, GlobalAverage())
+        elif not isinstance(module, nn.Identity):
             conv = None
-        else:
-            conv = i if isinstance(module, nn.Conv2d) else None
+            _pack(module)
+            if getattr(module, "use_res_connect", False):
+                layers = list(_flat(module.block if hasattr(module, "block") else module.conv))
+                setattr(block, name, PackedResidual(layers))
+
+
+def _flat(layers: nn.Sequential) -> Iterator[nn.Module]:
+    """Its layers without the nesting."""
+    for layer in layers:
+        if isinstance(layer, nn.Sequential):
+            yield from _flat(layer)
+        elif not isinstance(layer, nn.Identity):
+            yield layer
 
 
 def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:

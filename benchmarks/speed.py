@@ -11,18 +11,20 @@ For each model, in one run on one machine, in images a second:
     (c) the bare forward pass on a tensor that is ready, in the best way of PyTorch's own modules: BatchNorm folded,
         channels_last, the precision of (b), the best of several batch sizes, of all cores on each batch and of a
         batch for each core
-    (d) the bare forward pass on a tensor that is ready, as (b) does it: with activations inside the convolutions, and
-        on the CPU a batch for each core
+    (d) the same through torch.compile with freezing, all cores on each batch, the best of two batch sizes, without
+        the seconds of compiling
+    (e) the bare forward pass on a tensor that is ready, as (b) does it: by PackedConv, and on the CPU a batch for each
+        core
 
-(b), (c) and (d) take turns, three times, and the median counts. Twenty epochs of (b) are one pass and twenty
-epochs of its classifier.
+(b) to (e) take turns, three times, and the median counts. Twenty epochs of (b) are one pass and twenty epochs of its
+classifier.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,7 +39,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, map_batches, run_script
-from models import BACKBONES, DTYPES, FUSED, TransferModel, pick_device, pick_precision
+from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
 from train_utils import Batches, cached_features, feature_loader, fit, synchronized_time
 from visualization import COLORS
 
@@ -60,15 +62,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or draw_pictures(Path(scratch) / "pictures", args.images)
         rates = {name: measure(name, root, Path(scratch), args, device, precision) for name in args.models}
-    heading = ("(a) loop", "(b) ours", "(c) bare", "(d) fused", "b / c", "b / d")
-    print(f"\n{'images/s':20}", *(f"{column:>9}" for column in heading))
-    for name, (loop, ours, bare, fused, _) in rates.items():
-        print(f"{name:20} {loop:9.1f} {ours:9.1f} {bare:9.1f} {fused:9.1f} {ours / bare:9.2f} {ours / fused:9.2f}")
+    heading = ("(a) loop", "(b) ours", "(c) bare", "(d) compiled", "(e) packed", "b / c", "b / d", "b / e")
+    print(f"\n{'images/s':18}", *(f"{column:>12}" for column in heading))
+    for name, (loop, ours, *bare, _) in rates.items():
+        print(f"{name:18}", *(f"{rate:12.1f}" for rate in (loop, ours, *bare)), *(f"{ours / b:12.2f}" for b in bare))
     print(f"\n{f'{EPOCHS} epochs of {EPOCH:,}':20} {'(a) extrapolated':>17} {'(b) pass + head':>22} {'a / b':>7}")
-    for name, (loop, ours, _, _, head) in rates.items():
+    for name, (loop, ours, *_, head) in rates.items():
         a, b = EPOCHS * EPOCH / loop, EPOCH / ours + head
         print(f"{name:20} {a / 3600:15.1f} h {EPOCH / ours:12.1f} + {head:5.1f} s {a / b:7.0f}")
-    plot_speed(args.plot, {BACKBONES[name].label: r[:3] for name, r in rates.items()})
+    plot_speed(args.plot, {BACKBONES[name].label: (r[0], r[1], max(r[2:5])) for name, r in rates.items()})
     return 0
 
 
@@ -84,20 +86,22 @@ def draw_pictures(root: Path, count: int) -> Path:
 
 def measure(
     name: str, root: Path, scratch: Path, args: argparse.Namespace, device: torch.device, precision: str
-) -> tuple[float, float, float, float, float]:
-    """Images a second of (a), (b), (c) and (d), and the seconds of (b)'s classifier."""
+) -> tuple[float, ...]:
+    """Images a second of (a) to (e), and the seconds of (b)'s classifier."""
     torch.manual_seed(0)
     model = TransferModel(name, "0123456789", pretrained=False)
     loop = obvious_loop(name, root, args.seconds, device)
     files = list(find_images(root / "train"))[: args.images]
     pictures = Images(files, torch.zeros(len(files)))
-    batch_sizes = (8, 10, 16, 32) if device.type == "cpu" else (128, 256, 512)
-    ours, bare = [], []
+    bare = bare_forwards(model, device, DTYPES[precision])
+    ours, rates = [], {key: [] for key in bare}
     for turn in range(ROUNDS):
-        bare.append([bare_forward(model, size, args.seconds / 8, device, precision) for size in batch_sizes])
+        for (key, size, mapped), forward in bare.items():
+            images = ready_images(size, device, DTYPES[precision])
+            rates[key, size, mapped].append(rate(forward, images, mapped, args.seconds / 10, device))
         cache = scratch / str(turn)
         ours.append(len(files) / cached_features(model, pictures, cache, device, precision).seconds)
-    stock, fused = np.median(bare, axis=0).max(axis=0).tolist()
+    best = [max(float(np.median(r)) for (key, *_), r in rates.items() if key == column) for column in "cde"]
 
     features, labels = torch.randn(EPOCH, model.width, dtype=torch.float16), torch.randint(10, (EPOCH,))
     load = feature_loader([features], device)
@@ -105,7 +109,7 @@ def measure(
     val = Batches(load, labels, torch.arange(EPOCH * 4 // 5, EPOCH), 512, device)
     start = synchronized_time(device)
     fit(model.to(device).classifier, train, val, 2, 1e-3, precision=precision)
-    return loop, float(np.median(ours)), stock, fused, (synchronized_time(device) - start) / 2 * EPOCHS
+    return loop, float(np.median(ours)), *best, (synchronized_time(device) - start) / 2 * EPOCHS
 
 
 def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) -> float:
@@ -131,31 +135,43 @@ def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) ->
     return seen / (synchronized_time(device) - start)
 
 
-def bare_forward(
-    model: TransferModel, batch_size: int, seconds: float, device: torch.device, precision: str
-) -> tuple[float, float]:
-    """Images a second of (c) and (d)."""
-    with patch.dict(FUSED, clear=True):  # PyTorch's own modules
-        stock = model.for_inference(device, DTYPES[precision])
-    fast = model.for_inference(device, DTYPES[precision])
-    images = torch.randn(batch_size, 3, 224, 224, dtype=DTYPES[precision], device=device)
-    images = images.to(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        stock.forward_features(images)
-        start, seen = synchronized_time(device), 0
-        while synchronized_time(device) - start < seconds:
-            stock.forward_features(images)
-            seen += batch_size
-    shared = seen / (synchronized_time(device) - start)
+def bare_forwards(
+    model: TransferModel, device: torch.device, dtype: torch.dtype
+) -> dict[tuple[str, int, bool], Callable]:
+    """The ways to be timed, by column, batch size, and whether each core gets a batch of its own."""
+    fast = model.for_inference(device, dtype).forward_features
+    with patch("torch.backends.mkldnn.is_available", return_value=False):  # PyTorch's own modules
+        stock = model.for_inference(device, dtype).forward_features
+    compiled = torch.compile(stock, dynamic=False)
+    sizes = (8, 16) if device.type == "cpu" else (128, 256)
+    start = time.perf_counter()
+    with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+        for size in sizes:
+            compiled(ready_images(size, device, dtype))
+    print(f"{model.name}: {time.perf_counter() - start:.1f} s to compile for {len(sizes)} batch sizes")
+    columns = {"c": (stock, (False, True)), "d": (compiled, (False,)), "e": (fast, (True,))}
+    return {(c, size, m): forward for c, (forward, ways) in columns.items() for size in sizes for m in ways}
 
-    def own(model: TransferModel) -> float:
-        items = repeat(np.zeros((1, 1, 3), np.uint8), seconds)  # nothing to read: the batch is there
-        start, seen = synchronized_time(device), 0
-        for batch, _, _ in map_batches(lambda _: model.forward_features(images), items, device, batch_size):
+
+def ready_images(batch_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    images = torch.randn(batch_size, 3, 224, 224, dtype=dtype, device=device)
+    return images.to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def rate(forward: Callable, images: torch.Tensor, mapped: bool, seconds: float, device: torch.device) -> float:
+    """Images a second: one batch after the other, or as map_batches runs them, with nothing to read."""
+    items, seen = repeat(np.zeros((1, 1, 3), np.uint8), seconds), 0
+    forward(images)
+    start = synchronized_time(device)
+    if mapped:
+        for batch, _, _ in map_batches(lambda _: forward(images), items, device, len(images)):
             seen += len(batch)
-        return seen / (synchronized_time(device) - start)
-
-    return max(shared, own(stock)), own(fast)
+    else:
+        while synchronized_time(device) - start < seconds:
+            forward(images)
+            seen += len(images)
+    return seen / (synchronized_time(device) - start)
 
 
 def repeat(item: np.ndarray, seconds: float) -> Iterator[np.ndarray]:

@@ -40,10 +40,10 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """A TORCH_HOME with random weights, BatchNorm statistics included, for the small backbones."""
+    """A TORCH_HOME with random weights, BatchNorm statistics included, for all backbones but VGG16."""
     home = tmp_path_factory.mktemp("torch_home")
     (home / "hub" / "checkpoints").mkdir(parents=True)
-    for name in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"):
+    for name in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0"):
         torch.manual_seed(1)
         model = BACKBONES[name].build()
         for module in model.modules():

@@ -36,7 +36,7 @@ def test_frozen_means_frozen(name, images):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", SMALL)
 def test_for_inference_computes_the_same(name, images, weights, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(weights))  # random BatchNorm statistics, so that folding has work to do
     model = TransferModel(name, "abc").eval()
