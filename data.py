@@ -342,6 +342,17 @@ def _resize_matrix(old: int, new: int, channels: int, device: torch.device | str
     return torch.kron(matrix, torch.eye(channels)).T.contiguous().to(device, dtype)
 
 
+@contextmanager
+def one_thread(on_cpu: bool = True) -> Iterator[None]:
+    """Torch's operators on the CPU use one thread each, so that map_batches can use the cores."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if on_cpu else threads)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def map_batches(
     function: Callable[[list[Tensor]], Tensor],
     items: Iterable[Path | np.ndarray],
@@ -358,8 +369,7 @@ def map_batches(
     one forward pass at a time, which bounds its memory.
     """
     on_cpu = device.type == "cpu"
-    threads = torch.get_num_threads()
-    workers = threads if on_cpu else min(16, os.cpu_count() or 1)
+    workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
     batch_size = batch_size or (8 if on_cpu else 256)
     turn = nullcontext() if on_cpu else threading.Lock()
 
@@ -378,17 +388,16 @@ def map_batches(
     batches = iter(lambda: list(islice(items, batch_size)), [])
     pool = ThreadPoolExecutor(workers)
     pending = deque()
-    try:
-        torch.set_num_threads(1 if on_cpu else threads)
-        for batch in batches:
-            pending.append(pool.submit(run, batch))
-            if len(pending) > 2 * workers:
+    with one_thread(on_cpu):
+        try:
+            for batch in batches:
+                pending.append(pool.submit(run, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------- what every script has to get right

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from data import whole_or_absent
+from data import one_thread, whole_or_absent
 
 
 def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
@@ -170,7 +170,8 @@ class TransferModel(nn.Module):
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
         if device.type == "cpu" and torch.backends.mkldnn.is_available():
             if dtype == torch.float32 or pick_precision("auto", device) == "bf16":
-                _pack(fast.features, spare_levels=self.every_level)
+                with one_thread():  # the layout that oneDNN wants depends on it; any other costs a copy each time
+                    _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Images, explained, locked, map_batches, preprocess, read_image, whole_or_absent
+from data import Images, explained, locked, map_batches, one_thread, preprocess, read_image, whole_or_absent
 from models import DTYPES, TransferModel, content_hash
 
 LABEL_SMOOTHING = 0.1  # worth half a point of frozen accuracy
@@ -446,10 +446,11 @@ def cost(model: TransferModel, device: torch.device, precision: str) -> dict:
             images = torch.zeros(batch_size, 3, size, size, dtype=dtype, device=device)
             images = images.to(memory_format=torch.channels_last)
             seconds = []
-            for _ in range(6):  # the first one warms up
-                start = synchronized_time(device)
-                fast(images)
-                seconds.append(synchronized_time(device) - start)
+            with one_thread(device.type == "cpu" and batch_size == 1):  # as in map_batches
+                for _ in range(6):  # the first one warms up
+                    start = synchronized_time(device)
+                    fast(images)
+                    seconds.append(synchronized_time(device) - start)
             rates[batch_size] = batch_size / statistics.median(seconds[1:])
     best = max(rates, key=rates.get)
     return {

@@ -142,12 +142,13 @@ def bare_forwards(
     fast = model.for_inference(device, dtype).forward_features
     with patch("torch.backends.mkldnn.is_available", return_value=False):  # PyTorch's own modules
         stock = model.for_inference(device, dtype).forward_features
+    torch._dynamo.reset()  # of the model before, or it would give up compiling
     compiled = torch.compile(stock, dynamic=False)
     sizes = (8, 16) if device.type == "cpu" else (128, 256)
     start = time.perf_counter()
-    with torch.inference_mode(), torch._inductor.config.patch(freezing=True):
+    with torch._inductor.config.patch(freezing=True):
         for size in sizes:
-            compiled(ready_images(size, device, dtype))
+            rate(compiled, ready_images(size, device, dtype), False, 0, device)
     print(f"{model.name}: {time.perf_counter() - start:.1f} s to compile for {len(sizes)} batch sizes")
     columns = {"c": (stock, (False, True)), "d": (compiled, (False,)), "e": (fast, (True,))}
     return {(c, size, m): forward for c, (forward, ways) in columns.items() for size in sizes for m in ways}
