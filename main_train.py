@@ -39,7 +39,7 @@ from train_utils import (
 )
 
 COLORS = dict(zip(BACKBONES, visualization.COLORS * len(BACKBONES), strict=False))
-FINE_TUNE_LR, FINE_TUNE_BATCH = 1e-4, 32  # the classifier's learning rate is twice the backbone's
+FINE_TUNE_LR, FINE_TUNE_BATCH = 2e-4, 32  # the classifier's learning rate is twice the backbone's
 MISTAKES = 12  # pictures in plots/*_mistakes.png
 
 
