@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> int:
     files = args.checkpoint or sorted(Path("checkpoints").glob("*.pt"))
     if not files:
         raise FileNotFoundError("no checkpoints/*.pt yet: train with main_train.py, or name one with --checkpoint")
-    checkpoints = [load_checkpoint(file) for file in files]
+    checkpoints = []
+    for model, metrics in map(load_checkpoint, files):
+        usual = {"model": model.name, "temperature": 1.0, "data": "cifar10"}  # where save_checkpoint was given less
+        checkpoints.append((model, usual | metrics))
 
     truth = {}
     if not args.paths:

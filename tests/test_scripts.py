@@ -19,7 +19,7 @@ import inference
 import main_train
 import train_utils
 from data import locked
-from models import load_checkpoint
+from models import TransferModel, load_checkpoint, save_checkpoint
 
 QUICK = ("--image-size", 32, "--epochs", 3)
 SMALL = ("--models", "mobilenet_v3_small")
@@ -479,3 +479,9 @@ def test_full_disk_read_only_folder_no_home_no_network(pictures, weights, tmp_pa
     monkeypatch.delenv("TORCH_HOME")
     code, err = namespace('"$@"', *two[:1])
     assert code == 2 and "/proc/nowhere" in err.splitlines()[-1]  # matplotlib says a word about it first
+
+
+def test_inference_reads_a_checkpoint_that_save_checkpoint_was_given_no_metrics_for(run, pictures, tmp_path):
+    save_checkpoint(tmp_path / "own.pt", TransferModel("mobilenet_v3_small", "ab", 64, pretrained=False), {})
+    code, out, _ = run(inference, next(pictures.rglob("*.png")), "--checkpoint", tmp_path / "own.pt")
+    assert code == 0 and ".png: " in out
