@@ -165,13 +165,13 @@ class TransferModel(nn.Module):
         """
         fast = copy.deepcopy(self).eval()
         for block in fast.features.modules():
-            if isinstance(block, nn.Sequential):
+            if isinstance(block, nn.Sequential) and not (self.every_level and block is fast.features):
                 _fold(block)
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
-        if device.type == "cpu" and torch.backends.mkldnn.is_available():
-            if dtype == torch.float32 or pick_precision("auto", device) == "bf16":
-                with one_thread():  # the layout that oneDNN wants depends on it; any other costs a copy each time
-                    _pack(fast.features, spare_levels=self.every_level)
+        packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
+        if packs and (dtype == torch.float32 or pick_precision("auto", device) == "bf16"):
+            with one_thread():  # the layout that oneDNN wants depends on it; any other costs a copy each time
+                _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
 
 
@@ -227,7 +227,7 @@ class PackedResidual(nn.Module):
 
 
 class GlobalAverage(nn.Module):
-    """AdaptiveAvgPool2d(1), which in bfloat16 takes six times as long."""
+    """AdaptiveAvgPool2d(1), which in bfloat16 takes up to six times as long."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, images.shape[2:])

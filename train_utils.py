@@ -145,11 +145,11 @@ def _extract(
         bar = tqdm(total=len(images), initial=first, desc=f"{model.name} features", unit="img", disable=None)
         size = model.preprocessing["image_size"]
         for items, outputs, errors in map_batches(forward, images.items[first:], device, batch_size, size):
-            block = outputs.to(kept)
-            if not block.isfinite().all():
+            block = torch.full((len(items), model.width), math.nan, dtype=kept)
+            if good := [i for i in range(len(items)) if i not in errors]:
+                block[good] = outputs.to(kept)
+            if not block[good].isfinite().all():
                 raise FloatingPointError(f"features of {model.name} overflow in {precision}: use --precision fp32")
-            for i in sorted(errors):
-                block = torch.cat([block[:i], torch.full((1, model.width), math.nan, dtype=kept), block[i:]])
             rows.write(block.numpy())
             bar.update(len(items))
         bar.close()

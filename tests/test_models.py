@@ -55,6 +55,7 @@ def test_every_level_stays_what_it_is_where_the_levels_are_single_layers(images,
         network.features = torch.nn.Sequential(
             torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3)
         )
+        network.features[1].running_mean.fill_(0.5)  # so that folding it would change the first level
         network.classifier = torch.nn.Sequential(torch.nn.Linear(8, 1000))
         return network
 
