@@ -366,12 +366,23 @@ def map_batches(
     the batch the errors of the others.
     On the CPU every core works on small batches of its own, from file to output: convolutions of one thread that stay
     in its cache run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
-    one forward pass at a time, which bounds its memory.
+    one forward pass at a time, which bounds its memory; where that is not enough, of ever fewer pictures.
     """
     on_cpu = device.type == "cpu"
     workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
-    batch_size = batch_size or (8 if on_cpu else 256)
+    batch_size = part = batch_size or (8 if on_cpu else 256)
     turn = nullcontext() if on_cpu else threading.Lock()
+
+    def in_parts(images: list[Tensor]) -> Tensor:
+        nonlocal part
+        try:
+            return torch.cat([function(images[i : i + part]) for i in range(0, len(images), part)])
+        except torch.OutOfMemoryError:
+            if part == 1:
+                raise
+        part //= 2  # not in the handler, where the failed attempt still holds its memory
+        print(f"out of memory: going on with batches of {part}", file=sys.stderr)
+        return in_parts(images)
 
     def run(batch: list[Path | np.ndarray]) -> tuple[list[Path | np.ndarray], Tensor, dict[int, ImageError]]:
         images, errors = [], {}
@@ -381,7 +392,7 @@ def map_batches(
             except ImageError as error:
                 errors[i] = error
         with turn, torch.inference_mode():
-            outputs = function(images) if images else torch.empty(0)
+            outputs = in_parts(images) if images else torch.empty(0)
         return batch, outputs.float().cpu(), errors
 
     items = iter(items)
@@ -418,7 +429,7 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:  # as in `inference.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -68,7 +68,6 @@ def cached_features(
     folder: Path,
     device: torch.device,
     precision: str,
-    batch_size: int | None = None,
     mirrored: bool = False,
 ) -> Features:
     """Features of all images, or of their mirror images, from `folder` where they are known, else computed and kept.
@@ -98,16 +97,9 @@ def cached_features(
             except (OSError, ValueError) as error:
                 print(f"{file} is unusable ({error}): computing the features again", file=sys.stderr)
                 file.unlink()
-        while True:
-            try:
-                with explained(file):
-                    seconds = _extract(model, images, file, device, precision, batch_size, mirrored)
-                return Features(_open_features(file).array, seconds, cached=False)
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                batch_size = (batch_size or 256) // 2
-                print(f"{model.name}: out of memory, going on with batches of {batch_size}", file=sys.stderr)
+        with explained(file):
+            seconds = _extract(model, images, file, device, precision, mirrored)
+        return Features(_open_features(file).array, seconds, cached=False)
 
 
 def _extract(
@@ -116,7 +108,6 @@ def _extract(
     file: Path,
     device: torch.device,
     precision: str,
-    batch_size: int | None,
     mirrored: bool,
 ) -> float:
     """Appends a row per picture to file's .part, seals it, renames it. Returns the seconds that a whole pass takes."""
@@ -144,7 +135,7 @@ def _extract(
         start = synchronized_time(device)
         bar = tqdm(total=len(images), initial=first, desc=f"{model.name} features", unit="img", disable=None)
         size = model.preprocessing["image_size"]
-        for items, outputs, errors in map_batches(forward, images.items[first:], device, batch_size, size):
+        for items, outputs, errors in map_batches(forward, images.items[first:], device, max_size=size):
             block = torch.full((len(items), model.width), math.nan, dtype=kept)
             if good := [i for i in range(len(items)) if i not in errors]:
                 block[good] = outputs.to(kept)

@@ -206,18 +206,28 @@ def test_out_of_memory_halves_the_batch(run, pictures, tmp_path, monkeypatch):
     command = ("--data", pictures, *SMALL, *QUICK, "--precision", "fp32")
     run(main_train, *command)
     expected = results(tmp_path)["mobilenet_v3_small"]
+    question = (pictures / "test", "--format", "json", "--precision", "fp32")
+    answers = [json.loads(line) for line in run(inference, *question)[1].splitlines()]
     shutil.rmtree(tmp_path / "data")
-    whole = train_utils.preprocess
+    whole, room = train_utils.preprocess, 4
 
     def greedy(images, *args, **kwargs):
-        if len(images) > 4:
+        if len(images) > room:
             raise torch.OutOfMemoryError("no room")
         return whole(images, *args, **kwargs)
 
-    monkeypatch.setattr(train_utils, "preprocess", greedy)
+    for script in (train_utils, inference):
+        monkeypatch.setattr(script, "preprocess", greedy)
+    code, out, err = run(inference, *question)
+    assert code == 0 and "batches of 4" in err
+    for line, answer in zip(out.splitlines(), answers, strict=True):
+        assert json.loads(line)["probability"] == pytest.approx(answer["probability"], abs=1e-4)
     code, _, err = run(main_train, *command)
     assert code == 0 and "batches of 4" in err
     assert results(tmp_path)["mobilenet_v3_small"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    room = 0
+    code, _, err = run(inference, *question)
+    assert code == 2 and err.splitlines()[-1] == "error: no room"
 
 
 def test_two_runs_do_not_share_an_output_folder(run, pictures, tmp_path):
