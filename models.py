@@ -126,6 +126,7 @@ class TransferModel(nn.Module):
         self.name, self.label, self.classes = name, row.label, tuple(classes)
         self.preprocessing = {"image_size": image_size, "mean": normalise.mean, "std": normalise.std}
         self.every_level = row.every_level
+        self.test_views = 1  # 2: an answer is the mean of those for the picture and for its mirror image
         self.features = backbone.features.requires_grad_(False).eval()
         with torch.inference_mode():
             self.width = self.eval().forward_features(next(backbone.parameters()).new_zeros(1, 3, 32, 32)).shape[1]
@@ -156,7 +157,10 @@ class TransferModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)"""
-        return self.classifier(self.forward_features(images).float())  # it stays in float32
+        logits = self.classifier(self.forward_features(images).float())  # it stays in float32
+        if self.test_views == 2 and not self.training:
+            logits = (logits + self.classifier(self.forward_features(images.flip(3)).float())) / 2
+        return logits
 
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
         """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last.
@@ -300,6 +304,7 @@ def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
         "name": model.name,
         "classes": list(model.classes),
         "preprocessing": model.preprocessing,
+        "test_views": model.test_views,
         "metrics": metrics,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -329,7 +334,7 @@ def load_checkpoint(path: Path) -> tuple[TransferModel, dict]:
             raise ValueError("its contents are not what was saved")
         with torch.device("meta"):
             model = TransferModel(about["name"], about["classes"], pretrained=False)
-        model.preprocessing = about["preprocessing"]
+        model.preprocessing, model.test_views = about["preprocessing"], about.get("test_views", 1)
         model.load_state_dict(tensors, assign=True)
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({_first_line(error)})") from error

@@ -145,6 +145,9 @@ def test_fine_tuning_goes_on_where_it_was(run, pictures, tmp_path, monkeypatch):
     )[1]
     right = [record["label"] == record["path"].split("/")[-2] for record in map(json.loads, out.splitlines())]
     assert np.mean(right) == pytest.approx(expected["mobilenet_v3_small_finetuned"]["test_accuracy"])
+    model, _ = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(model(images), model(images.flip(3)), atol=1e-5)
 
     (tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt").unlink()
     whole, epochs = train_utils.train_one_epoch, []
