@@ -4,7 +4,7 @@
     python main_train.py --demo                           every step in a minute, without a network
     python main_train.py --data pets --models vgg16       your own pictures: pets/train/<class>/, pets/test/<class>/
     python main_train.py --limit 2000                     a quick look
-    python main_train.py --fine-tune 3 --image-size 128   the backbones as well; hours without a GPU
+    python main_train.py --fine-tune 6 --image-size 128   the backbones as well; hours without a GPU
 
 Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each picture goes through a backbone once; its
 features are kept in data/features/, so a second run trains within seconds. A run that was cut off goes on from there.
