@@ -77,13 +77,13 @@ def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color
         area = 20 + 600 * count[there] / count.sum()
         label = f"{when} scaling: error {bins['ece']:.1%}"
         axes.scatter(confidence[there], accuracy[there], area, color=shade, alpha=0.6, label=label)
-    axes.set_title(title, fontsize=15)
+    figure.suptitle(title, fontsize=14)
     axes.set_xlabel("confidence", fontsize=12)
     axes.set_ylabel("test accuracy", fontsize=12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    for handle in axes.legend(fontsize=12, loc="upper left").legend_handles:
+    for handle in axes.legend(fontsize=12, loc="lower right").legend_handles:
         handle.set_sizes([60])
     _save(figure, path)
 
