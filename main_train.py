@@ -39,7 +39,7 @@ from train_utils import (
 )
 
 COLORS = dict(zip(BACKBONES, visualization.COLORS * len(BACKBONES), strict=False))
-FINE_TUNE_LR, FINE_TUNE_BATCH = 2e-4, 32  # the classifier's learning rate is twice the backbone's
+FINE_TUNE_BATCH = 32
 MISTAKES = 12  # pictures in plots/*_mistakes.png
 
 
@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
     add("--seeds", type=positive, default=1, metavar="N", help="train N heads and report the mean; the first is kept")
     add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
+    add("--fine-tune-lr", type=float, default=2e-4, metavar="LR", help="the backbone's peak; twice that for the head")
     add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
     add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU where there is one")
@@ -120,6 +121,7 @@ def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dic
         "val_images": len(val_rows),
         "test_images": len(test_rows),
         "epochs": args.epochs,
+        "lr": args.lr,
         "val_loss": best_epoch(history)["val_loss"],
         "val_accuracy": best_epoch(history)["val_accuracy"],
         "features_cached": all(view.cached for view in views),
@@ -154,7 +156,7 @@ def fine_tune(
     args: argparse.Namespace,
 ) -> dict:
     """Goes on from a trained classifier with the backbone unfrozen. Returns its row of results.json."""
-    about = about | {"model": f"{model.name}_finetuned", "epochs": args.fine_tune}
+    about = about | {"model": f"{model.name}_finetuned", "epochs": args.fine_tune, "lr": args.fine_tune_lr}
     model.features.requires_grad_(True)
     model.to(memory_format=torch.channels_last)
     load = image_loader(images, model.preprocessing, args.device)
@@ -165,13 +167,13 @@ def fine_tune(
         Batches(load, images.labels, train_rows, batch_size, args.device, args.seed),
         Batches(load, images.labels, val_rows, batch_size, args.device),
         args.fine_tune,
-        FINE_TUNE_LR,
+        args.fine_tune_lr,
         weight_decay=0.05,
         precision="fp32" if args.device.type == "cpu" else args.precision,  # on the CPU the way back is slower in bf16
         name=about["model"],
         groups=[
-            {"params": model.features.parameters(), "lr": FINE_TUNE_LR},
-            {"params": model.classifier.parameters(), "lr": 2 * FINE_TUNE_LR},
+            {"params": model.features.parameters(), "lr": args.fine_tune_lr},
+            {"params": model.classifier.parameters(), "lr": 2 * args.fine_tune_lr},
         ],
         resume=resume,
     )

@@ -337,7 +337,7 @@ def fit(
         if not math.isfinite(train_loss + val_loss):
             where = f"the loss is {train_loss} in epoch {epoch}, at a learning rate of {scheduler.get_last_lr()[0]:.2g}"
             if not history:
-                raise FloatingPointError(f"{where}: use a smaller --lr")
+                raise FloatingPointError(f"{where}: use a smaller learning rate")
             print(f"error: {name}: {where}: it stops, and keeps the best epoch", file=sys.stderr)
             break
         if val_loss < best_loss:

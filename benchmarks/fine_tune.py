@@ -19,7 +19,7 @@ from speed import ROUNDS, draw_pictures
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, run_script
-from main_train import FINE_TUNE_BATCH, FINE_TUNE_LR
+from main_train import FINE_TUNE_BATCH
 from models import BACKBONES, TransferModel, pick_device, pick_precision
 from train_utils import Batches, image_loader, synchronized_time, train_one_epoch
 
@@ -51,8 +51,8 @@ def measure(name: str, pictures: Images, image_size: int, device: torch.device, 
     model.to(device, memory_format=torch.channels_last).train()
     load = image_loader(pictures, model.preprocessing, device)
     batches = Batches(load, pictures.labels, torch.arange(len(pictures)), FINE_TUNE_BATCH, device, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=FINE_TUNE_LR, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, FINE_TUNE_LR, total_steps=(ROUNDS + 1) * len(batches))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, total_steps=(ROUNDS + 1) * len(batches))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     images, labels = next(iter(batches))
 

@@ -166,6 +166,10 @@ def test_fine_tuning_goes_on_where_it_was(run, pictures, tmp_path, monkeypatch):
     assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
     assert not list(tmp_path.rglob("*.resume"))
 
+    assert run(main_train, *command, "--fine-tune-lr", 0)[0] == 1  # at which nothing moves
+    state = checkpoints(tmp_path)
+    assert same({"": state["mobilenet_v3_small.pt"]}, {"": state["mobilenet_v3_small_finetuned.pt"]})
+
 
 def test_broken_pictures_are_named_and_left_out(run, pictures, tmp_path):
     (pictures / "train" / "red" / "3.png").write_bytes(b"oops")
