@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from data import one_thread, whole_or_absent
+from data import whole_or_absent
 
 
 def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
@@ -167,15 +167,14 @@ class TransferModel(nn.Module):
 
         On the CPU the convolutions are PackedConv. `features` in `dtype`; the classifier stays in float32.
         """
-        fast = copy.deepcopy(self).eval()
+        fast = copy.deepcopy(self).eval().requires_grad_(False)
         for block in fast.features.modules():
             if isinstance(block, nn.Sequential) and not (self.every_level and block is fast.features):
                 _fold(block)
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
         packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
         if packs and (dtype == torch.float32 or pick_precision("auto", device) == "bf16"):
-            with one_thread():  # the layout that oneDNN wants depends on it; any other costs a copy each time
-                _pack(fast.features, spare_levels=self.every_level)
+            _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
 
 
@@ -199,24 +198,27 @@ class PackedConv(nn.Module):
     """A convolution, its weights laid out for oneDNN, that adds a residual or applies an activation as it writes.
 
     These are the operators that torch.compile would use, without its compiler. On a CPU the frozen pass is up to 1.9
-    times as fast: what is saved are trips to memory.
+    times as fast: what is saved are trips to memory. Which layout is best depends on the input's shape and the number
+    of threads; any other would be copied at every call.
     """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.shape = conv.padding, conv.stride, conv.dilation, conv.groups
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight, *self.shape)
-        self.bias, self.activation = conv.bias, ("none", [])
+        self.weight, self.bias, self.activation = conv.weight, conv.bias, ("none", [])
+        self.packed = None, None
 
     def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
+        known, weight = self.packed
+        if known != (layout := (images.shape, torch.get_num_threads())):
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.shape, images.shape)
+            self.packed = layout, weight
         if residual is not None:
             add = "add", None, None, [], None
             return torch.ops.mkldnn._convolution_pointwise.binary(
-                images, residual, self.weight, self.bias, *self.shape, *add
+                images, residual, weight, self.bias, *self.shape, *add
             )
-        return torch.ops.mkldnn._convolution_pointwise(
-            images, self.weight, self.bias, *self.shape, *self.activation, ""
-        )
+        return torch.ops.mkldnn._convolution_pointwise(images, weight, self.bias, *self.shape, *self.activation, "")
 
 
 class PackedResidual(nn.Module):

@@ -42,9 +42,12 @@ def test_for_inference_computes_the_same(name, images, weights, monkeypatch):
     model = TransferModel(name, "abc").eval()
     with torch.inference_mode():
         expected = model.forward_features(images)
-        fp32 = model.for_inference(CPU, DTYPES["fp32"]).forward_features(images)
+        fast = model.for_inference(CPU, DTYPES["fp32"])
+        fp32 = fast.forward_features(images)
         bf16 = model.for_inference(CPU, DTYPES["bf16"]).forward_features(images.bfloat16()).float()
+        one = fast.forward_features(images[:1])  # the weights' layout goes by the batch size
     assert torch.allclose(fp32, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+    assert torch.allclose(one, fp32[:1], rtol=1e-4, atol=1e-4 * expected.abs().max())
     assert (bf16 - expected).norm() < 0.05 * expected.norm()
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())  # the model itself is untouched
 
