@@ -80,8 +80,10 @@ def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dic
         torch.manual_seed(seed)
         return TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
 
+    frozen = new_model(args.seed)
+
     def features_of(images: Images, mirrored: bool = False) -> Features:
-        return cached_features(new_model(args.seed), images, folder, args.device, args.precision, mirrored=mirrored)
+        return cached_features(frozen, images, folder, args.device, args.precision, mirrored=mirrored)
 
     views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
     test_view = features_of(data.test)
