@@ -51,7 +51,7 @@ def measure(name: str, pictures: Images, image_size: int, device: torch.device, 
     model.to(device, memory_format=torch.channels_last).train()
     load = image_loader(pictures, model.preprocessing, device)
     batches = Batches(load, pictures.labels, torch.arange(len(pictures)), FINE_TUNE_BATCH, device, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, total_steps=(ROUNDS + 1) * len(batches))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     images, labels = next(iter(batches))

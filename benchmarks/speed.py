@@ -38,7 +38,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Images, find_images, map_batches, run_script
+from data import Images, find_images, map_batches, one_thread, run_script
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
 from train_utils import Batches, cached_features, feature_loader, fit, synchronized_time
 from visualization import COLORS
@@ -163,7 +163,8 @@ def ready_images(batch_size: int, device: torch.device, dtype: torch.dtype) -> t
 def rate(forward: Callable, images: torch.Tensor, mapped: bool, seconds: float, device: torch.device) -> float:
     """Images a second: one batch after the other, or as map_batches runs them, with nothing to read."""
     items, seen = repeat(np.zeros((1, 1, 3), np.uint8), seconds), 0
-    forward(images)
+    with one_thread(mapped):  # as map_batches runs it: the weights' layout depends on it
+        forward(images)
     start = synchronized_time(device)
     if mapped:
         for batch, _, _ in map_batches(lambda _: forward(images), items, device, len(images)):
