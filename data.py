@@ -48,6 +48,7 @@ EXPECTED_TREE = """
         train/<class>/*.jpg    one folder per class, the folder's name is the label
         test/<class>/*.jpg     the same classes
         val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
+CPU_BATCH = 32  # pictures, on each core
 MAX_PIXELS, MAX_BYTES = 25_000_000, 200_000_000  # so that no picture takes more than 250 MB to read
 _one_large_picture = threading.Lock()
 
@@ -364,13 +365,13 @@ def map_batches(
 
     Yields the batch's items, the outputs (float32, on the CPU) of those that could be read, and by their position in
     the batch the errors of the others.
-    On the CPU every core works on small batches of its own, from file to output: convolutions of one thread that stay
-    in its cache run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
+    On the CPU every core works on batches of its own, from file to output: convolutions of one thread that stay in its
+    cache run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
     one forward pass at a time, which bounds its memory; where that is not enough, of ever fewer pictures.
     """
     on_cpu = device.type == "cpu"
     workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
-    batch_size = part = batch_size or (8 if on_cpu else 256)
+    batch_size = part = batch_size or (CPU_BATCH if on_cpu else 256)
     turn = nullcontext() if on_cpu else threading.Lock()
 
     def in_parts(images: list[Tensor]) -> Tensor:

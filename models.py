@@ -10,6 +10,8 @@ import copy
 import hashlib
 import io
 import json
+import math
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
 
-from data import whole_or_absent
+from data import CPU_BATCH, whole_or_absent
 
 
 def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
@@ -127,6 +129,7 @@ class TransferModel(nn.Module):
         self.preprocessing = {"image_size": image_size, "mean": normalise.mean, "std": normalise.std}
         self.every_level = row.every_level
         self.test_views = 1  # 2: an answer is the mean of those for the picture and for its mirror image
+        self.early, self.part = 0, sys.maxsize  # that many blocks run on so many pictures at a time
         self.features = backbone.features.requires_grad_(False).eval()
         with torch.inference_mode():
             self.width = self.eval().forward_features(next(backbone.parameters()).new_zeros(1, 3, 32, 32)).shape[1]
@@ -147,13 +150,19 @@ class TransferModel(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width)"""
-        levels = []
-        for block in self.features:
+        maps, levels = zip(*[self._run(part, 0, self.early) for part in images.split(self.part)], strict=True)
+        _, late_levels = self._run(torch.cat(maps), self.early, len(self.features))
+        return torch.cat([torch.cat(levels), late_levels], dim=1)
+
+    def _run(self, images: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """What the blocks from `first` to before `end` make of the images, and its averages (B, their number)."""
+        levels = [images.new_empty(len(images), 0)]
+        for block in self.features[first:end]:
             images = block(images)
             last = block is self.features[-1]
             if last or self.every_level:
                 levels.append(F.adaptive_avg_pool2d(images, 1 if last else 2).flatten(1))
-        return torch.cat(levels, dim=1)
+        return images, torch.cat(levels, dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)"""
@@ -165,17 +174,38 @@ class TransferModel(nn.Module):
     def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
         """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last.
 
-        On the CPU the convolutions are PackedConv. `features` in `dtype`; the classifier stays in float32.
+        On the CPU the convolutions are PackedConv, and early blocks, whose maps are large, take few pictures at a time.
+        `features` in `dtype`; the classifier stays in float32.
         """
         fast = copy.deepcopy(self).eval().requires_grad_(False)
         for block in fast.features.modules():
             if isinstance(block, nn.Sequential) and not (self.every_level and block is fast.features):
                 _fold(block)
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            fast.early, fast.part = _early_blocks(self.features, self.preprocessing["image_size"])
         packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
         if packs and (dtype == torch.float32 or pick_precision("auto", device) == "bf16"):
             _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
+
+
+# Numbers that a layer on the CPU may write at a time. More of them leave the caches, and their memory comes from the
+# system, and goes back, at every call: that takes up to twice the time.
+LAYER = 6_500_000
+
+
+@torch.inference_mode()
+def _early_blocks(features: nn.Sequential, image_size: int) -> tuple[int, int]:
+    """How many blocks should take fewer pictures than a batch, and how many: no layer is to write more than LAYER."""
+    images, sizes, largest = next(features.parameters()).new_zeros(1, 3, 32, 32), [], []
+    for block in features:
+        sizes.clear()
+        with nn.modules.module.register_module_forward_hook(lambda *call: sizes.append(call[-1].numel())):
+            images = block(images)
+        largest.append(max(sizes) * (image_size / 32) ** 2)
+    early = max((i for i, size in enumerate(largest, 1) if size * CPU_BATCH > LAYER), default=0)
+    return early, 2 ** max(0, int(math.log2(LAYER / max(largest))))  # a batch in equal parts
 
 
 def _fold(block: nn.Sequential) -> None:

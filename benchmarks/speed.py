@@ -11,10 +11,10 @@ For each model, in one run on one machine, in images a second:
     (c) the bare forward pass on a tensor that is ready, in the best way of PyTorch's own modules: BatchNorm folded,
         channels_last, the precision of (b), the best of several batch sizes, of all cores on each batch and of a
         batch for each core
-    (d) the same through torch.compile with freezing, all cores on each batch, the best of two batch sizes, without
-        the seconds of compiling
-    (e) the bare forward pass on a tensor that is ready, as (b) does it: by PackedConv, and on the CPU a batch for each
-        core
+    (d) the same through torch.compile with freezing, all cores on each batch, the best of the same batch
+        sizes, without the seconds of compiling
+    (e) the bare forward pass on a tensor that is ready, as (b) does it: on the CPU by PackedConv, a batch for each
+        core, its early blocks on a part of the batch at a time
 
 (b) to (e) take turns, three times, and the median counts. Twenty epochs of (b) are one pass and twenty epochs of its
 classifier.
@@ -38,7 +38,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Images, find_images, map_batches, one_thread, run_script
+from data import CPU_BATCH, Images, find_images, map_batches, one_thread, run_script
 from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision
 from train_utils import Batches, cached_features, feature_loader, fit, synchronized_time
 from visualization import COLORS
@@ -98,7 +98,7 @@ def measure(
     for turn in range(ROUNDS):
         for (key, size, mapped), forward in bare.items():
             images = ready_images(size, device, DTYPES[precision])
-            rates[key, size, mapped].append(rate(forward, images, mapped, args.seconds / 10, device))
+            rates[key, size, mapped].append(rate(forward, images, mapped, args.seconds / 5, device))
         cache = scratch / str(turn)
         ours.append(len(files) / cached_features(model, pictures, cache, device, precision).seconds)
     best = [max(float(np.median(r)) for (key, *_), r in rates.items() if key == column) for column in "cde"]
@@ -141,17 +141,19 @@ def bare_forwards(
     """The ways to be timed, by column, batch size, and whether each core gets a batch of its own."""
     fast = model.for_inference(device, dtype).forward_features
     with patch("torch.backends.mkldnn.is_available", return_value=False):  # PyTorch's own modules
-        stock = model.for_inference(device, dtype).forward_features
+        stock = model.for_inference(device, dtype)
+    stock.early, stock.part = 0, sys.maxsize  # each batch as a whole
     torch._dynamo.reset()  # of the model before, or it would give up compiling
-    compiled = torch.compile(stock, dynamic=False)
-    sizes = (8, 16) if device.type == "cpu" else (128, 256)
+    compiled = torch.compile(stock.forward_features, dynamic=False)
+    sizes = (2, 8, 16) if device.type == "cpu" else (128, 256)
     start = time.perf_counter()
     with torch._inductor.config.patch(freezing=True):
         for size in sizes:
             rate(compiled, ready_images(size, device, dtype), False, 0, device)
     print(f"{model.name}: {time.perf_counter() - start:.1f} s to compile for {len(sizes)} batch sizes")
-    columns = {"c": (stock, (False, True)), "d": (compiled, (False,)), "e": (fast, (True,))}
-    return {(c, size, m): forward for c, (forward, ways) in columns.items() for size in sizes for m in ways}
+    ways = {("c", size, mapped): stock.forward_features for size in sizes for mapped in (False, True)}
+    ways |= {("d", size, False): compiled for size in sizes}
+    return ways | {("e", CPU_BATCH if device.type == "cpu" else 256, True): fast}
 
 
 def ready_images(batch_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -109,6 +109,7 @@ def test_stale_features_are_never_read_and_damaged_ones_rebuilt(run, pictures, t
 
 def test_a_pass_cut_off_goes_on_where_it_was(run, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train_utils, "BATCH_ALIGNMENT", 8)
+    monkeypatch.setattr("data.CPU_BATCH", 8)
     command = ("--data", pictures, *SMALL, *QUICK)
     run(main_train, *command)
     expected, state = results(tmp_path), checkpoints(tmp_path)
