@@ -184,9 +184,9 @@ class TransferModel(nn.Module):
         fast.features.to(dtype=dtype, memory_format=torch.channels_last)
         if device.type == "cpu":
             fast.early, fast.part = _early_blocks(self.features, self.preprocessing["image_size"])
-        packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
-        if packs and (dtype == torch.float32 or pick_precision("auto", device) == "bf16"):
-            _pack(fast.features, spare_levels=self.every_level)
+            computes = dtype == torch.float32 or pick_precision("auto", device) == "bf16"
+            if torch.backends.mkldnn.is_available() and computes:
+                _pack(fast.features, spare_levels=self.every_level)
         return fast.to(device)
 
 
