@@ -1,9 +1,10 @@
-"""Pictures and labels: where they come from, the split, the one decoder, the one preprocessing.
+"""Images and labels: where they come from, the split, the decoder and the preprocessing.
 
     data = load_data("cifar10", root=Path("data"))      # or a folder with train/<class>/ and test/<class>/
     image = read_image(data.test.items[0])              # uint8 (3, H, W)
 
-Training, evaluation and inference all read their pictures here, so that a picture means the same to each of them.
+Training, evaluation and inference all read images here, so they all see the same pixels. What every script needs to
+deal with files and errors is at the end.
 """
 
 import argparse
@@ -18,13 +19,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -48,18 +46,19 @@ EXPECTED_TREE = """
         train/<class>/*.jpg    one folder per class, the folder's name is the label
         test/<class>/*.jpg     the same classes
         val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
-CPU_BATCH = 32  # pictures, on each core
-MAX_PIXELS, MAX_BYTES = 25_000_000, 200_000_000  # so that no picture takes more than 250 MB to read
-_one_large_picture = threading.Lock()
+MAX_PIXELS, MAX_BYTES = 25_000_000, 200_000_000  # keeps the memory for one image below 250 MB
+_one_large_image = threading.Lock()  # only one thread at a time decodes a large image
+
+Item = Path | np.ndarray | Image.Image  # an image file, a uint8 array (H, W, 3), or an image that Pillow has opened
 
 
 class ImageError(OSError):
-    """A picture that can't be read. The message names it."""
+    """An image that cannot be read. The message names it."""
 
 
 @dataclass
 class Images:
-    """Pictures, as files or as one uint8 (N, H, W, 3) array, and their labels, an int64 (N,)."""
+    """N images, as files or as one uint8 array (N, H, W, 3), and their labels, int64 (N,)."""
 
     items: list[Path] | np.ndarray
     labels: Tensor
@@ -73,7 +72,7 @@ class Images:
         return Images(items, self.labels[indices])
 
     def fingerprint(self) -> str:
-        """Changes whenever a picture does: a hash of the pixels, or of every file's path, size and times."""
+        """A hash of the pixels, or of every file's path, size and times. It changes whenever an image changes."""
         digest = hashlib.sha256()
         if isinstance(self.items, np.ndarray):
             digest.update(np.ascontiguousarray(self.items))
@@ -87,20 +86,20 @@ class Images:
 
 @dataclass
 class Data:
-    """`images` holds training and validation pictures; `train` and `val` are int64 indices into it."""
+    """A data set in three parts. A label is an index into `classes`."""
 
     classes: tuple[str, ...]
-    images: Images
-    train: Tensor
-    val: Tensor
+    train: Images
+    val: Images
     test: Images
 
 
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
-    """CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or the user's own folder.
+    """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
-    `limit` keeps that many training (and at most that many test) pictures, the same share of every class.
-    Raises OSError or ValueError, with what to do about it, where the pictures can't be had or make no data set.
+    Holds out 20 % of the training images for validation, chosen by `seed`, unless the folder brings its own.
+    `limit` keeps that many training images and at most that many test images, balanced over the classes.
+    Raises OSError or ValueError if the images cannot be had or are not a data set. The message says what to do.
     """
     if source == "cifar10":
         classes, train, val, test = CIFAR10_CLASSES, *_cifar10(root)
@@ -109,30 +108,28 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
     else:
         classes, train, val, test = _folder(Path(source))
     if limit is not None:
-        train, val, test = (part and _limit(part, limit, seed) for part in (train, val, test))
+        train, test = _limit(train, limit, seed), _limit(test, limit, seed)
+        val = val if val is None else _limit(val, limit, seed)
     for label, name in enumerate(classes):
         if label not in train.labels:
-            raise ValueError(f"no training picture of class {name!r} in {source}: add some, or raise --limit")
-    if val is None:  # 80 % / 20 %, the same for every model
+            raise ValueError(f"no training image of class {name!r} in {source}: add some, or raise --limit")
+    if val is None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        held_out = round(0.2 * len(train))
-        train_indices, val_indices, images = order[held_out:], order[:held_out], train
-    else:
-        train_indices, val_indices = torch.arange(len(train) + len(val)).split([len(train), len(val)])
-        images = Images([*train.items, *val.items], torch.cat([train.labels, val.labels]))
-    if len(train_indices) < 2 or not len(val_indices) or not len(test):
-        raise ValueError(f"too few pictures in {source}: two to train on, one for validation and one to test at least")
-    return Data(classes, images, train_indices, val_indices, test)
+        val_indices, train_indices = order.tensor_split([round(0.2 * len(train))])
+        train, val = train.subset(train_indices.sort().values), train.subset(val_indices.sort().values)
+    if len(train) < 2 or not len(val) or not len(test):
+        raise ValueError(f"too few images in {source}: training needs two, validation and test need one each")
+    return Data(classes, train, val, test)
 
 
 def _limit(images: Images, limit: int, seed: int) -> Images:
-    """At most `limit` pictures, class by class in turn, so that the classes stay balanced."""
+    """At most `limit` images, balanced over the classes."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     labels = images.labels[order]
-    turn = torch.zeros_like(labels)
+    rank = torch.zeros_like(labels)  # 0 for the first image of each class, 1 for the second...
     for label in labels.unique():
-        turn[labels == label] = torch.arange(int((labels == label).sum()))
-    return images.subset(order[turn.argsort(stable=True)[:limit]].sort().values)
+        rank[labels == label] = torch.arange(int((labels == label).sum()))
+    return images.subset(order[rank.argsort(stable=True)[:limit]].sort().values)
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -149,21 +146,21 @@ def _cifar10(root: Path) -> tuple[Images, None, Images]:
 
 
 def _download_cifar10(root: Path) -> None:
-    """Downloaded, checked and unpacked beside, then renamed: `root` never holds half a data set."""
+    """Downloads, checks and unpacks into a temporary folder, then renames: `root` never holds half a data set."""
     archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
     with locked(root / ".lock", wait=True), tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
         with suppress(RuntimeError):
-            CIFAR10(root)  # another run was faster
+            CIFAR10(root)  # another run has downloaded it while this one waited
             return
         try:
-            if archive.exists():  # put there by hand
+            if archive.exists():  # the user has put it there
                 shutil.copy(archive, folder)
             CIFAR10(folder, download=True)
         except (OSError, RuntimeError) as error:
             refused = f"{archive} is not the right file, and " if archive.exists() else ""
             raise OSError(
-                f"{refused}CIFAR-10 can't be downloaded ({error}): put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
-                f"into {root}/, or use --data FOLDER with your own pictures, or --demo"
+                f"{refused}CIFAR-10 cannot be downloaded ({error}): put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
+                f"into {root}/, or use --data FOLDER with your own images, or --demo"
             ) from error
         shutil.rmtree(unpacked, ignore_errors=True)
         (Path(folder) / CIFAR10.base_folder).rename(unpacked)
@@ -186,7 +183,7 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _labelled(folder: Path, classes: tuple[str, ...]) -> Images:
-    """Labels go by the folder's name, never by its position: a part may lack a class, and may not add one."""
+    """The images below `folder`, labelled by the name of their class folder. A class may be missing, not added."""
     unknown = sorted(set(_class_folders(folder)) - set(classes))
     if unknown:
         raise ValueError(
@@ -201,7 +198,7 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Images:
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """Every file below `folder` named like a picture, in order; hidden ones and folders behind links left out."""
+    """Yields the files below `folder` with the extension of an image, sorted. Skips hidden files and linked folders."""
     Image.preinit()  # the common formats first: Pillow tries them in this order
     Image.init()
     for parent, folders, names in os.walk(folder):
@@ -212,7 +209,7 @@ def find_images(folder: Path) -> Iterator[Path]:
 
 
 def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, None, Images]:
-    """Small pictures drawn on the fly, the same ones every time: four shapes in any colour on any ground."""
+    """Small drawings of four shapes in random colours. Every call draws the same ones."""
     shapes = {
         "circle": lambda draw, x, y, r, ink: draw.ellipse((x - r, y - r, x + r, y + r), ink),
         "line": lambda draw, x, y, r, ink: draw.line((x - r, y, x + r, y), ink, width=4),
@@ -221,56 +218,62 @@ def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, N
     }
     random = np.random.default_rng(0)
     labels = torch.arange(train + test) % len(shapes)
-    pictures = random.normal(0, 12, (train + test, 32, 32, 3))
-    for picture, label in zip(pictures, labels, strict=True):
+    images = random.normal(0, 12, (train + test, 32, 32, 3))
+    for image, label in zip(images, labels, strict=True):
         ground, ink = random.integers(0, 110, 3).tolist(), random.integers(145, 256, 3).tolist()
-        image = Image.new("RGB", (32, 32), tuple(ground))
+        canvas = Image.new("RGB", (32, 32), tuple(ground))
         x, y, r = *random.integers(12, 20, 2).tolist(), int(random.integers(6, 11))
-        list(shapes.values())[label](ImageDraw.Draw(image), x, y, r, tuple(ink))
-        picture += image
-    pictures = pictures.clip(0, 255).astype(np.uint8)
-    return tuple(shapes), Images(pictures[:train], labels[:train]), None, Images(pictures[train:], labels[train:])
+        list(shapes.values())[label](ImageDraw.Draw(canvas), x, y, r, tuple(ink))
+        image += canvas
+    images = images.clip(0, 255).astype(np.uint8)
+    return tuple(shapes), Images(images[:train], labels[:train]), None, Images(images[train:], labels[train:])
 
 
-# --------------------------------------------------------------------------- the decoder and preprocessing
+# ---------------------------------------------------------------------------- the decoder and preprocessing
 
 
-def read_image(item: Path | np.ndarray, max_size: int = 224) -> Tensor:
-    """One picture as uint8 (3, H, W): upright by its EXIF orientation, RGB, transparency on white.
+def read_image(item: Item, max_size: int = 224) -> Tensor:
+    """Reads one image as uint8 (3, H, W): RGB, upright by its EXIF orientation, transparency on white.
 
-    A picture larger than `max_size` is resized to max_size x max_size here, antialiased, so that a batch of photographs
-    takes no more memory than one of thumbnails; smaller ones are resized by the batch, on the device (`preprocess`).
+    An image larger than `max_size` is resized to (3, max_size, max_size), so that a batch of photographs takes no more
+    memory than a batch of thumbnails. `preprocess` resizes smaller ones, on the device.
     Raises ImageError, which names the file, whatever is wrong with it.
     """
-    if isinstance(item, np.ndarray):
+    if isinstance(item, np.ndarray) and max(item.shape[:2]) <= max_size:
         return torch.from_numpy(item).permute(2, 0, 1)
     try:
+        if not isinstance(item, Path):
+            return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size)
         status = item.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise OSError("not a file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
-        with Image.open(io.BytesIO(item.read_bytes())) as image:  # one read instead of Pillow's forty
-            image.draft(None, (2 * max_size, 2 * max_size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
-            with _one_large_picture if max(image.size) > 2048 else nullcontext():
-                ImageOps.exif_transpose(image, in_place=True)
-                rgb = _to_rgb(image)
-                if max(rgb.size) > max_size:
-                    rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-            return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        with Image.open(io.BytesIO(item.read_bytes())) as image:  # one read; Pillow would make forty
+            return _decode(image, max_size)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{item}: not a picture") from error
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        raise ImageError(f"{item}: not an image") from error
+    except Exception as error:  # damaged files make Pillow raise nearly any exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{item}: {reason}") from error
+
+
+def _decode(image: Image.Image, max_size: int) -> Tensor:
+    image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+    with _one_large_image if max(image.size) > 2048 else nullcontext():
+        ImageOps.exif_transpose(image, in_place=True)
+        rgb = _to_rgb(image)
+        if max(rgb.size) > max_size:
+            rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would cut off at 255
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would clip at 255
         values = np.array(image, dtype=np.float32)
         values *= 255 / (65535 if image.mode.startswith("I;16") or values.max() > 255 else 255)
         return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8)).convert("RGB")
@@ -283,7 +286,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def preprocess(
-    images: Tensor | list[Tensor],
+    images: list[Tensor],
     image_size: int,
     mean: list[float],
     std: list[float],
@@ -291,21 +294,20 @@ def preprocess(
     dtype: torch.dtype = torch.float32,
     augment: torch.Generator | None = None,
 ) -> Tensor:
-    """Pictures, uint8 (3, H, W) each -> normalised (B, 3, image_size, image_size), channels_last, on the device.
+    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, image_size, image_size) on the device.
 
-    With `augment`, which says at random how, each is mirrored or not and moved a little.
+    The batch is channels_last. With `augment` each image is mirrored and moved a little at random.
 
-    Resizing is linear, so it is two matrix products, one along each side: fast on every device, and on the CPU a
-    fraction of a resize in float. Normalising comes first, while the picture is small.
+    A resize is linear, so it is one matrix product along each side. That is fast on every device: on the CPU it takes
+    a fraction of the time of `F.interpolate`. Normalising comes first, while the images are small.
     """
-    if isinstance(images, list):
-        if len({image.shape for image in images}) > 1:
-            each = (preprocess(image[None], image_size, mean, std, device, dtype, augment) for image in images)
-            return torch.cat(list(each))
-        images = torch.stack(images)
+    if len({image.shape for image in images}) > 1:
+        each = (preprocess([image], image_size, mean, std, device, dtype, augment) for image in images)
+        return torch.cat(list(each))
+    batch = torch.stack(images)
     if torch.device(device).type == "cuda":
-        images = images.pin_memory()  # or the copy would wait for the batch before it
-    x = images.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
+        batch = batch.pin_memory()  # without it the copy would wait for the batch before
+    x = batch.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
     if augment is not None:
         rows, columns = _moved(H, B, augment), _moved(W, B, augment)
@@ -325,7 +327,7 @@ def preprocess(
 
 
 def _moved(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """(count, size): indices of pixels, moved by up to an eighth of the size, reflected at the edges."""
+    """Pixel indices (count, size), each row moved by up to an eighth of the size and reflected at the edges."""
     reach = size // 8
     indices = torch.arange(size) + torch.randint(-reach, reach + 1, (count, 1), generator=generator)
     return size - 1 - (size - 1 - indices.abs()).abs()
@@ -338,87 +340,18 @@ def _on_device(values: tuple[float, ...], device: torch.device | str) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _resize_matrix(old: int, new: int, channels: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """(old * channels, new * channels): torch's antialiased resize of a row of pixels, read off an identity."""
+    """Torch's antialiased resize of a row of pixels as a matrix (old * channels, new * channels)."""
     matrix = F.interpolate(torch.eye(old)[None, None], (new, old), mode="bilinear", antialias=True)[0, 0]
     return torch.kron(matrix, torch.eye(channels)).T.contiguous().to(device, dtype)
 
 
-@contextmanager
-def one_thread(on_cpu: bool = True) -> Iterator[None]:
-    """Torch's operators on the CPU use one thread each, so that map_batches can use the cores."""
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if on_cpu else threads)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def map_batches(
-    function: Callable[[list[Tensor]], Tensor],
-    items: Iterable[Path | np.ndarray],
-    device: torch.device,
-    batch_size: int | None = None,
-    max_size: int = 224,
-) -> Iterator[tuple[list[Path | np.ndarray], Tensor, dict[int, ImageError]]]:
-    """Reads pictures and runs `function` on them, batch after batch, in order, in constant memory.
-
-    Yields the batch's items, the outputs (float32, on the CPU) of those that could be read, and by their position in
-    the batch the errors of the others.
-    On the CPU every core works on batches of its own, from file to output: convolutions of one thread that stay in its
-    cache run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
-    one forward pass at a time, which bounds its memory; where that is not enough, of ever fewer pictures.
-    """
-    on_cpu = device.type == "cpu"
-    workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
-    batch_size = part = batch_size or (CPU_BATCH if on_cpu else 256)
-    turn = nullcontext() if on_cpu else threading.Lock()
-
-    def in_parts(images: list[Tensor]) -> Tensor:
-        nonlocal part
-        try:
-            return torch.cat([function(images[i : i + part]) for i in range(0, len(images), part)])
-        except torch.OutOfMemoryError:
-            if part == 1:
-                raise
-        part //= 2  # not in the handler, where the failed attempt still holds its memory
-        print(f"out of memory: going on with batches of {part}", file=sys.stderr)
-        return in_parts(images)
-
-    def run(batch: list[Path | np.ndarray]) -> tuple[list[Path | np.ndarray], Tensor, dict[int, ImageError]]:
-        images, errors = [], {}
-        for i, item in enumerate(batch):
-            try:
-                images.append(read_image(item, max_size))
-            except ImageError as error:
-                errors[i] = error
-        with turn, torch.inference_mode():
-            outputs = in_parts(images) if images else torch.empty(0)
-        return batch, outputs.float().cpu(), errors
-
-    items = iter(items)
-    batches = iter(lambda: list(islice(items, batch_size)), [])
-    pool = ThreadPoolExecutor(workers)
-    pending = deque()
-    with one_thread(on_cpu):
-        try:
-            for batch in batches:
-                pending.append(pool.submit(run, batch))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# --------------------------------------------------------------------------- what every script has to get right
+# ---------------------------------------------------------------------------------------- files and scripts
 
 
 def run_script(main: Callable[[], int]) -> NoReturn:
-    """Runs `main` and leaves with its exit code; an error that the user can mend is one line, never a traceback."""
+    """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    socket.setdefaulttimeout(5)  # a network that doesn't answer is none
+    socket.setdefaulttimeout(30)  # a server that sends nothing for so long is gone
     warnings.filterwarnings("ignore", module="PIL")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
@@ -437,15 +370,20 @@ def run_script(main: Callable[[], int]) -> NoReturn:
 
 
 def positive(text: str) -> int:
-    """An argparse type."""
+    """An argparse type for whole numbers above zero."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
 @contextmanager
-def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that appears at `path` when it is complete, and not at all when anything goes wrong."""
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears at `path` once it is complete. If anything fails it does not appear."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explained(path):
         try:
@@ -461,20 +399,20 @@ def whole_or_absent(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Says which file an OSError is about, and how much room there is."""
+    """Adds to an OSError which file could not be written and how much space is free."""
     try:
         yield
     except OSError as error:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
         room = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
-        raise OSError(f"{path} can't be written ({error.strerror or error}); {room}") from error
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); {room}") from error
 
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock file `path`, which the system frees when the process ends, however it ends.
+    """Holds the lock file `path`. The system releases it when the process ends, however it ends.
 
-    Where another process holds it: waits, or raises OSError.
+    If another process holds it: waits, or raises OSError.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,80 +1,45 @@
-"""Classifies pictures with trained checkpoints.
+"""Classifies images with trained checkpoints.
 
-python inference.py cat.jpg holiday/                    pictures, and all pictures below a folder
+python inference.py cat.jpg holiday/                    images, and all images below a folder
 python inference.py cat.jpg --checkpoint checkpoints/mobilenet_v2.pt
 python inference.py photos/ --format json > labels.jsonl
-python inference.py                                     a sample of the test pictures -> plots/predictions.png
+python inference.py                                     a sample of the test images -> plots/predictions.png
 """
 
 import argparse
 import csv
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import tee
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from data import find_images, load_data, map_batches, positive, preprocess, read_image, run_script
-from models import DTYPES, TransferModel, load_checkpoint, pick_device, pick_precision
+from data import Item, find_images, load_data, positive, read_image, run_script, whole_file
+from models import DTYPES, fast_copy, load_checkpoint, pick_device, pick_precision, predictions
 
-SAMPLE = 12  # pictures in plots/predictions.png
+SAMPLE = 12  # images in plots/predictions.png
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH", help="pictures or folders of them; none: some of the test set")
+    add("paths", nargs="*", type=Path, metavar="PATH", help="images or folders of images; none: some of the test set")
     add("--checkpoint", nargs="+", type=Path, metavar="FILE", help="default: every checkpoints/*.pt")
-    add("--top-k", type=positive, default=3, metavar="K", help="how many labels to give a picture (default: 3)")
+    add("--top-k", type=positive, default=3, metavar="K", help="labels for each image (default: 3)")
     add("--format", choices=("text", "json", "csv"), default="text",
         help="json: one object a line; csv: path, model, label, probability, error (default: text)")  # fmt: skip
-    add("--plot", type=Path, metavar="FILE", help=f"also draw the first {SAMPLE} pictures with their labels")
+    add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    add("--precision", choices=("auto", *DTYPES), default="auto", help="bf16 where the hardware has it (default: auto)")
+    add("--precision", choices=("auto", *DTYPES), default="fp32",
+        help="fp32 answers the same on every machine; bf16 is up to twice as fast (default: fp32)")  # fmt: skip
     return parser.parse_args(argv)
 
 
-def classify(
-    model: TransferModel,
-    metrics: dict,
-    items: Iterable[Path | np.ndarray],
-    device: torch.device,
-    precision: str,
-    top_k: int,
-) -> Iterator[dict]:
-    """A record per picture, in order: its path, model, label, probability and top labels, or its path and error.
-
-    Probabilities are calibrated, by the temperature among the checkpoint's metrics.
-    """
-    dtype = DTYPES[precision]
-    fast = model.for_inference(device, dtype)
-
-    def forward(pictures: list[Tensor]) -> Tensor:
-        logits = fast(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-        return (logits / metrics["temperature"]).softmax(dim=1)
-
-    for batch, probabilities, errors in map_batches(forward, items, device, max_size=model.preprocessing["image_size"]):
-        rows = iter(probabilities)
-        for i, item in enumerate(batch):
-            path = str(item) if isinstance(item, Path) else None
-            if i in errors:
-                yield {"path": path, "error": str(errors[i])}
-                continue
-            best, labels = next(rows).topk(min(top_k, len(model.classes)))
-            top = [
-                {"label": model.classes[label], "probability": p}
-                for label, p in zip(labels.tolist(), best.tolist(), strict=True)
-            ]
-            yield {"path": path, "model": metrics["model"], **top[0], "top": top}
-
-
 def expand(paths: Iterable[Path]) -> Iterator[Path]:
-    """Folders become the pictures below them."""
+    """Replaces folders by the images below them."""
     for path in paths:
         if path.is_dir():
             yield from find_images(path)
@@ -109,43 +74,44 @@ def main(argv: list[str] | None = None) -> int:
     files = args.checkpoint or sorted(Path("checkpoints").glob("*.pt"))
     if not files:
         raise FileNotFoundError("no checkpoints/*.pt yet: train with main_train.py, or name one with --checkpoint")
-    checkpoints = []
-    for model, metrics in map(load_checkpoint, files):
-        usual = {"model": model.name, "temperature": 1.0, "data": "cifar10"}  # where save_checkpoint was given less
-        checkpoints.append((model, usual | metrics))
+    models = [load_checkpoint(file) for file in files]
 
-    truth = {}
+    items, truth, plot = expand(args.paths), None, args.plot
     if not args.paths:
-        source = checkpoints[0][1]["data"]
+        source = models[0].metrics.get("data", "cifar10")
         data = load_data(source)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         sample = data.test.subset(order[:SAMPLE])
-        truth = {i: data.classes[label] for i, label in enumerate(sample.labels)}
-        args.plot = args.plot or Path("plots/predictions.png")
+        items, truth = iter(sample.items), [data.classes[label] for label in sample.labels]
+        plot = args.plot or Path("plots/predictions.png")
 
-    write = writer(args.format, len(files) > 1)
-    drawn = {}  # position of a picture -> (the picture, the lines of its caption)
+    write = writer(args.format, len(models) > 1)
+    drawn: list[tuple[Item, str]] = []  # images and their captions
     good = bad = 0
-    for model, metrics in checkpoints:
-        items, kept = itertools.tee(expand(args.paths) if args.paths else sample.items)
-        records = classify(model, metrics, items, device, precision, args.top_k)
-        tuned = " (fine-tuned)" if metrics["model"] != model.name else ""
-        bar = tqdm(records, desc=metrics["model"], unit="img", disable=True if sys.stdout.isatty() else None)
-        for i, (record, item) in enumerate(zip(bar, kept, strict=True)):
-            record["path"] = record["path"] or f"{source} test picture {i}"
+    fast = [fast_copy(model, device, precision) for model in models]
+    items, inputs = tee(items)
+    answers = tqdm(predictions(fast, inputs, args.top_k), unit="img", disable=True if sys.stdout.isatty() else None)
+    for i, (records, item) in enumerate(zip(answers, items, strict=True)):
+        for record in records:
+            record["path"] = record["path"] or f"{source} test image {i}"
             write(record)
-            good, bad = good + ("label" in record), bad + ("error" in record)
-            if args.plot and "label" in record and (i in drawn or len(drawn) < SAMPLE):
-                _, lines = drawn.setdefault(i, (item, [truth[i]] if truth else []))
-                lines.append(f"{model.label}{tuned}: {record['label']} {record['probability']:.0%}")
+        if "error" in records[0]:
+            bad += 1
+            continue
+        good += 1
+        if plot and len(drawn) < SAMPLE:
+            lines = [f"{m.label}: {r['label']} {r['probability']:.0%}" for m, r in zip(models, records, strict=True)]
+            drawn.append((item, "\n".join([truth[i], *lines] if truth else lines)))
     if not good + bad:
-        raise FileNotFoundError(f"no pictures in {', '.join(map(str, args.paths))}")
+        raise FileNotFoundError(f"no images in {', '.join(map(str, args.paths))}")
     if drawn:
-        from visualization import plot_predictions  # here: matplotlib takes longer to import than a picture to classify
+        import visualization  # here, because importing matplotlib takes longer than classifying an image
 
-        pictures = [read_image(item).permute(1, 2, 0).numpy() for item, _ in drawn.values()]
-        plot_predictions(args.plot, pictures, ["\n".join(lines) for _, lines in drawn.values()])
-        print(f"{args.plot} shows {len(drawn)} of them", file=sys.stderr)
+        images = [read_image(item).permute(1, 2, 0).numpy() for item, _ in drawn]
+        with whole_file(plot) as file:
+            figure = visualization.plot_predictions(images, [caption for _, caption in drawn])
+            figure.savefig(file, format="png", dpi=visualization.DPI)
+        print(f"{plot} shows {len(drawn)} of them", file=sys.stderr)
     return 0 if not bad else 1 if good else 2
 
 

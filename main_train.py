@@ -1,345 +1,400 @@
 """Trains a new classifier on frozen ImageNet backbones and compares them.
 
     python main_train.py                                  CIFAR-10, downloaded into data/ on first use
-    python main_train.py --demo                           every step in a minute, without a network
-    python main_train.py --data pets --models vgg16       your own pictures: pets/train/<class>/, pets/test/<class>/
+    python main_train.py --demo                           every step within a minute, without a network
+    python main_train.py --data pets --models resnet50    your own images: pets/train/<class>/, pets/test/<class>/
     python main_train.py --limit 2000                     a quick look
-    python main_train.py --fine-tune 6 --image-size 128   the backbones as well; hours without a GPU
+    python main_train.py --fine-tune 6 --image-size 128   trains the backbones, too: hours without a GPU
 
-Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each picture goes through a backbone once; its
-features are kept in data/features/, so a second run trains within seconds. A run that was cut off goes on from there.
+Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each image goes through a backbone once: its features
+are kept in data/features/, so a second run trains within seconds. A run that was interrupted continues.
 """
 
 import argparse
 import json
+import platform
+import shlex
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import torch
+import torchvision
+from matplotlib.figure import Figure
 from torch import Tensor
 
+import models
+import train_utils
 import visualization
-from data import Data, ImageError, Images, load_data, locked, positive, read_image, run_script, whole_or_absent
-from models import BACKBONES, DTYPES, TransferModel, pick_device, pick_precision, save_checkpoint
-from train_utils import (
-    Batches,
-    Features,
-    cached_features,
-    cost,
-    feature_loader,
-    fit,
-    fit_temperature,
-    image_loader,
-    loss_and_accuracy,
-    metrics,
-    predict,
-    predict_images,
-)
+from data import Data, ImageError, Images, first_line, load_data, locked, positive, read_image, run_script, whole_file
+from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Training, loss_and_accuracy
 
-COLORS = dict(zip(BACKBONES, visualization.COLORS * len(BACKBONES), strict=False))
-FINE_TUNE_BATCH = 32
-MISTAKES = 12  # pictures in plots/*_mistakes.png
+SCHEMA = 2  # of results.json
+MISTAKES = 12  # images in plots/*_mistakes.png
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
+    def backbone(name: str) -> str:
+        try:
+            return models.find_backbone(name) and name
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
     three = ["vgg16", "mobilenet_v2", "mobilenet_v3_large"]
-    add("--models", nargs="+", choices=BACKBONES, metavar="NAME", default=three, help=f"of {', '.join(BACKBONES)}")
+    add("--models", nargs="+", type=backbone, metavar="NAME", default=three,
+        help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
     add("--data", default="cifar10", help="cifar10, or a folder with train/<class>/ and test/<class>/")
-    add("--epochs", type=positive, default=8, help="epochs of head training")
-    add("--batch-size", type=positive, default=512, help="pictures a training step; fewer where an epoch has under 16")
-    add("--lr", type=float, default=2e-3, help="peak learning rate of the one-cycle schedule")
+    add("--epochs", type=positive, default=RECIPE.epochs, help="epochs of classifier training")
+    add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
+    add("--lr", type=float, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
     add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
-    add("--seeds", type=positive, default=1, metavar="N", help="train N heads and report the mean; the first is kept")
+    add("--seeds", type=positive, default=1, metavar="N", help="train N classifiers, report the mean, keep the first")
     add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
-    add("--fine-tune-lr", type=float, default=2e-4, metavar="LR", help="the backbone's peak; twice that for the head")
-    add("--image-size", type=positive, default=224, help="pixels to which pictures are resized")
-    add("--limit", type=positive, metavar="N", help="use N training and at most N test pictures, balanced over classes")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU where there is one")
-    add("--precision", choices=("auto", *DTYPES), default="auto", help="auto is bf16 where the hardware has it")
-    add("--seed", type=int, default=0, help="of the split, the classifier and the order of the batches")
+    add("--fine-tune-lr", type=float, default=FINE_TUNING.lr, metavar="LR",
+        help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
+    add("--image-size", type=positive, metavar="PIXELS",
+        help="side to which images are resized (default: that of the weights, mostly 224; 64 in the demo)")  # fmt: skip
+    add("--limit", type=positive, metavar="N", help="use N training and at most N test images, balanced over classes")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
+    add("--precision", choices=("auto", *models.DTYPES), default="auto",
+        help="of training; auto is bf16 if the hardware computes in it. Evaluation is always fp32")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the classifier and the order of the batches")
     add("--output", type=Path, default=Path(), metavar="DIR", help="receives checkpoints/ and plots/")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
-    args = parser.parse_args(argv)
-    if args.demo:
-        args.data, args.image_size, args.output = "demo", min(args.image_size, 64), args.output / "demo"
-    return args
+    return parser.parse_args(argv)
 
 
-def train_model(name: str, data: Data, args: argparse.Namespace) -> Iterator[dict]:
-    """One backbone from its weights to its checkpoints and plots. Yields its rows of results.json."""
-    folder = args.output / "features" if args.demo else Path("data/features")
+@dataclass
+class Outcome:
+    """A trained model, what it was trained on, and what it answers."""
 
-    def new_model(seed: int) -> TransferModel:
-        torch.manual_seed(seed)
-        return TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
-
-    frozen = new_model(args.seed)
-
-    def features_of(images: Images, mirrored: bool = False) -> Features:
-        return cached_features(frozen, images, folder, args.device, args.precision, mirrored=mirrored)
-
-    views = [features_of(data.images, mirrored) for mirrored in (False, True)[: args.views]]
-    test_view = features_of(data.test)
-    train_rows, val_rows = (rows[views[0].readable[rows]] for rows in (data.train, data.val))
-    test_rows = test_view.readable.nonzero().flatten()
-    if len(train_rows) < 2 or not len(val_rows) or not len(test_rows):
-        raise ValueError("too few of the pictures can be read")
-
-    load, load_test = (feature_loader([view.array for view in part], args.device) for part in (views, [test_view]))
-    val_batches = Batches(load, data.images.labels, val_rows, args.batch_size, args.device)
-    test_batches = Batches(load_test, data.test.labels, test_rows, args.batch_size, args.device)
-    heads = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        model = new_model(seed).to(args.device)
-        train_batches = Batches(load, data.images.labels, train_rows, args.batch_size, args.device, seed)
-        history = fit(
-            model.classifier,
-            train_batches,
-            val_batches,
-            args.epochs,
-            args.lr,
-            precision=args.precision,
-            name=f"{name} head",
-        )
-        heads.append((model, history, predict(model.classifier, test_batches)))
-    model, history, (logits, _) = heads[0]
-
-    about = {
-        "model": name,
-        "weights": "random" if args.demo else BACKBONES[name].weights.name,
-        "data": args.data,
-        "classes": list(data.classes),
-        "image_size": args.image_size,
-        "views": args.views,
-        "seed": args.seed,
-        "train_images": len(train_rows),
-        "val_images": len(val_rows),
-        "test_images": len(test_rows),
-        "epochs": args.epochs,
-        "lr": args.lr,
-        "val_loss": best_epoch(history)["val_loss"],
-        "val_accuracy": best_epoch(history)["val_accuracy"],
-        "features_cached": all(view.cached for view in views),
-        "unreadable": [
-            str(images.items[i])
-            for images, made in ((data.images, views[0]), (data.test, test_view))
-            for i in (~made.readable).nonzero().flatten()
-        ],
-        "device": str(args.device),
-        "precision": args.precision,
-        "torch": str(torch.__version__),
-        "accuracy_by_seed": {
-            "val": [best_epoch(history)["val_accuracy"] for _, history, _ in heads],
-            "test": [loss_and_accuracy(*answers)[1] for _, _, answers in heads],
-        },
-        "seconds": {"features": sum(v.seconds for v in views), "head": seconds_of(history), "fine_tune": 0.0},
-    }
-    temperature = fit_temperature(*predict(model.classifier, val_batches))
-    readable = data.test.subset(test_rows)
-    yield save_run(about, model, history, logits, temperature, readable, args)
-    if args.fine_tune:
-        yield fine_tune(about, model, data.images, train_rows, val_rows, readable, args)
-
-
-def fine_tune(
-    about: dict,
-    model: TransferModel,
-    images: Images,
-    train_rows: Tensor,
-    val_rows: Tensor,
-    test: Images,
-    args: argparse.Namespace,
-) -> dict:
-    """Goes on from a trained classifier with the backbone unfrozen. Returns its row of results.json."""
-    about = about | {"model": f"{model.name}_finetuned", "epochs": args.fine_tune, "lr": args.fine_tune_lr}
-    model.features.requires_grad_(True)
-    model.to(memory_format=torch.channels_last)
-    load = image_loader(images, model.preprocessing, args.device)
-    batch_size = min(args.batch_size, FINE_TUNE_BATCH)
-    resume = args.output / "checkpoints" / f"{about['model']}.resume"
-    history = fit(
-        model,
-        Batches(load, images.labels, train_rows, batch_size, args.device, args.seed),
-        Batches(load, images.labels, val_rows, batch_size, args.device),
-        args.fine_tune,
-        args.fine_tune_lr,
-        weight_decay=0.05,
-        precision="fp32" if args.device.type == "cpu" else args.precision,  # on the CPU the way back is slower in bf16
-        name=about["model"],
-        groups=[
-            {"params": model.features.parameters(), "lr": args.fine_tune_lr},
-            {"params": model.classifier.parameters(), "lr": 2 * args.fine_tune_lr},
-        ],
-        resume=resume,
-    )
-    model.test_views = 2  # half a point, for twice the work of an answer
-    val = images.subset(val_rows)
-    val_logits, logits = (predict_images(model, part, args.device, args.precision) for part in (val, test))
-    temperature = fit_temperature(val_logits, val.labels)
-    about["val_loss"], about["val_accuracy"] = loss_and_accuracy(val_logits, val.labels)
-    about["accuracy_by_seed"] = {
-        "val": [about["val_accuracy"]],
-        "test": [loss_and_accuracy(logits, test.labels)[1]],
-    }
-    about["seconds"] = about["seconds"] | {"fine_tune": seconds_of(history)}
-    run = save_run(about, model, history, logits, temperature, test, args)
-    resume.unlink(missing_ok=True)
-    return run
-
-
-def best_epoch(history: list[dict]) -> dict:
-    """The one that `fit` keeps."""
-    return min(history, key=lambda epoch: epoch["val_loss"])
-
-
-def seconds_of(history: list[dict]) -> float:
-    return sum(epoch["seconds"] for epoch in history)
-
-
-def save_run(
-    about: dict,
-    model: TransferModel,
-    history: list[dict],
-    logits: Tensor,
-    temperature: float,
-    test: Images,
-    args: argparse.Namespace,
-) -> dict:
-    """Writes the checkpoint and the plots of a trained model. Returns its row of results.json."""
-    run = {
-        **about,
-        "test_views": model.test_views,
-        **metrics(logits, test.labels, temperature),
-        "seconds": {**about["seconds"], "total": sum(about["seconds"].values())},
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        },
-        **cost(model, args.device, args.precision),
-        "history": history,
-    }
-    checkpoint = args.output / "checkpoints" / f"{run['model']}.pt"
-    save_checkpoint(checkpoint, model, {key: value for key, value in run.items() if key != "history"})
-    run["checkpoint_bytes"] = checkpoint.stat().st_size
-
-    label, color, file = appearance(run["model"])
-    plots = args.output / "plots"
-    visualization.plot_history(plots / f"{file}.png", label, history, color)
-    visualization.plot_confusion(plots / f"{file}_confusion.png", label, run["confusion_matrix"], model.classes)
-    visualization.plot_reliability(plots / f"{file}_reliability.png", label, run["calibration"], color)
-    confidence, predicted = (logits / temperature).softmax(dim=1).max(dim=1)
-    wrong = (predicted != test.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES]
-    pictures, captions = [], []
-    for i in wrong.tolist():
-        pictures.append(read_image(test.items[i]).permute(1, 2, 0).numpy())
-        captions.append(
-            f"{model.classes[test.labels[i]]}\ntaken for {model.classes[predicted[i]]}, {confidence[i]:.0%}"
-        )
-    if pictures:
-        visualization.plot_predictions(plots / f"{file}_mistakes.png", pictures, captions)
-    return run
-
-
-def appearance(model: str) -> tuple[str, str, str]:
-    """A run's label, color and plots' name."""
-    name = model.removesuffix("_finetuned")
-    row, tuned = BACKBONES[name], model != name
-    return row.label + ", fine-tuned" * tuned, COLORS[name], row.plot + "_finetuned" * tuned
-
-
-def update_results(file: Path, run: dict) -> list[dict]:
-    """Puts the run in the place of the same model's earlier one, leaves the others, and returns all."""
-    runs = {}
-    if file.exists():
-        try:
-            runs = {old["model"]: old for old in json.loads(file.read_text())["runs"]}
-        except (ValueError, KeyError, TypeError):
-            print(f"{file} is unreadable and starts anew", file=sys.stderr)
-    runs[run["model"]] = run
-    with whole_or_absent(file) as stream:
-        stream.write(json.dumps({"schema": 1, "runs": list(runs.values())}, indent=1).encode())
-    return list(runs.values())
-
-
-def print_table(runs: list[dict]) -> None:
-    """Accuracies are means over the seeds, the test's with its standard deviation."""
-    print(
-        f"\n{'model':35} {'val loss':>8} {'val acc':>8} {'test acc':>16} {'seconds':>8} {'trained':>10} {'total':>11}"
-    )
-    for run in runs:
-        val, test = (run["accuracy_by_seed"][part] for part in ("val", "test"))
-        spread = f"± {stdev(test):.2%}" if len(test) > 1 else ""
-        seconds, parameters = run["seconds"]["total"], run["parameters"]
-        print(
-            f"{run['model']:35} {run['val_loss']:8.3f} {mean(val):8.2%} {mean(test):8.2%} {spread:7} "
-            f"{seconds:8.1f} {parameters['trainable']:10,} {parameters['total']:11,}"
-        )
+    model: models.TransferModel
+    data: Data  # only the images that could be read
+    val_logits: Tensor
+    test_logits: Tensor
+    row: dict  # its row of results.json, completed by `finish`
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, args.device)
-    with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
-        for folder in ("checkpoints", "plots"):
-            for left_behind in (args.output / folder).glob(".*.part"):  # by a run that was killed
-                left_behind.unlink()
-        return compare(args)
+    device = models.pick_device(args.device)
+    precision = models.pick_precision(args.precision, device)
+    output = args.output / "demo" if args.demo else args.output
+    source = "demo" if args.demo else args.data
+    with locked(output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
+        for leftover in (*output.glob("checkpoints/.*.part"), *output.glob("plots/.*.part")):  # of a killed run
+            leftover.unlink()
+        data = load_data(source, limit=args.limit)
+        print(
+            f"{source}: {len(data.classes)} classes, {len(data.train):,} images for training, {len(data.val):,} for "
+            f"validation, {len(data.test):,} for testing; {precision} on {device}"
+        )
+        about = {"data": source, **provenance(sys.argv[1:] if argv is None else argv, device)}
+        rows = read_results(output / "plots" / "results.json")
+        trained, complete = [], True
+        for name in args.models:
+            try:
+                outcome = train_classifier(name, data, args, device, precision, output)
+                complete &= finish(outcome, about, rows, device, output)
+                trained.append(outcome.row)
+                if args.fine_tune:
+                    outcome = fine_tune(outcome, args, device, precision, output)
+                    complete &= finish(outcome, about, rows, device, output)
+                    trained.append(outcome.row)
+            except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
+                print(f"error: {name} is left out: {error}", file=sys.stderr)
+                complete = False
+        if not trained:
+            return 2
+        complete &= compare([row for row in rows.values() if row["data"] == source], output)
+        complete &= not name_unreadable(trained)
+        complete &= all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
+    return 0 if complete else 1
 
 
-def compare(args: argparse.Namespace) -> int:
-    """Trains one model after the other, prints the table, and returns the exit code."""
-    data = load_data(args.data, limit=args.limit, seed=args.seed)
-    print(
-        f"{args.data}: {len(data.classes)} classes, {len(data.train):,} pictures to train on, {len(data.val):,} for "
-        f"validation, {len(data.test):,} to test; {args.precision} on {args.device}"
+def new_model(name: str, classes: tuple[str, ...], args: argparse.Namespace, seed: int) -> models.TransferModel:
+    """A model with a random classifier. A backbone that takes images of one size only gets that size."""
+    size = args.image_size or (64 if args.demo else None)
+    try:
+        torch.manual_seed(seed)
+        return models.TransferModel(name, classes, size, pretrained=not args.demo)
+    except ValueError as error:
+        print(error)
+        torch.manual_seed(seed)
+        return models.TransferModel(name, classes, pretrained=not args.demo)
+
+
+def train_classifier(
+    name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str, output: Path
+) -> Outcome:
+    """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
+    model = new_model(name, data.classes, args, args.seed)
+    folder = output / "features" if args.demo else Path("data/features")
+
+    def features_of(images: Images, precision: str, mirrored: bool = False) -> train_utils.Features:
+        return train_utils.cached_features(model, images, folder, device, precision, mirrored)
+
+    # Training may see bf16 features. Validation, test and inference compute in fp32, on every machine.
+    views = [features_of(data.train, precision)]
+    if args.views == 2:
+        views.append(features_of(data.train, precision, mirrored=True))
+    val, test = features_of(data.val, "fp32"), features_of(data.test, "fp32")
+    parts = ((data.train, views[0]), (data.val, val), (data.test, test))
+    readable = Data(data.classes, *(images.subset(features.readable) for images, features in parts))
+    if len(readable.train) < 2 or not len(readable.val) or not len(readable.test):
+        raise ValueError("too few of the images can be read")
+
+    recipe = replace(RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
+    load_train, load_val, load_test = (
+        train_utils.feature_loader([part.array for part in features], device) for features in (views, [val], [test])
     )
-    runs, unreadable = [], set()
-    for name in args.models:
-        try:
-            for run in train_model(name, data, args):
-                seconds = run["seconds"]
-                cached = " (cached)" if run["features_cached"] else ""
-                tuned = f", fine-tuning {seconds['fine_tune']:.1f} s" if seconds["fine_tune"] else ""
-                print(
-                    f"{run['model']}: test accuracy {run['test_accuracy']:.2%}, "
-                    f"features {seconds['features']:.1f} s{cached}, head {seconds['head']:.1f} s{tuned}"
-                )
-                unreadable.update(run["unreadable"])
-                runs.append(run)
-                everything = update_results(args.output / "plots" / "results.json", run)
-        except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-            print(f"error: {name} left out: {error}", file=sys.stderr)
-    if not runs:
-        return 2
-    known = {name + suffix for name in BACKBONES for suffix in ("", "_finetuned")}
-    comparable = [run for run in everything if run["data"] == args.data and run["model"] in known]
+    val_batches = Batches(load_val, data.val.labels, recipe.batch_size, device, indices=val.readable)
+    test_batches = Batches(load_test, data.test.labels, recipe.batch_size, device, indices=test.readable)
+    accuracies, kept = {"val": [], "test": []}, None
+    for seed in range(args.seed, args.seed + args.seeds):
+        candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
+        candidate.to(device)
+        torch.manual_seed(seed)
+        batches = Batches(load_train, data.train.labels, recipe.batch_size, device, seed, views[0].readable)
+        training = Training(candidate.classifier, batches, val_batches, recipe, precision)
+        train_utils.fit(training, f"{name} classifier")
+        val_logits, val_labels = train_utils.predict(candidate.classifier, val_batches)
+        test_logits, test_labels = train_utils.predict(candidate.classifier, test_batches)
+        accuracies["val"].append(loss_and_accuracy(val_logits, val_labels)[1])
+        accuracies["test"].append(loss_and_accuracy(test_logits, test_labels)[1])
+        kept = kept or (training, val_logits, test_logits)
+    training, val_logits, test_logits = kept
+    used = (*views, val)
+    row = {
+        "weights": "random" if args.demo else models.find_backbone(name).weights.name,
+        "views": args.views,
+        "seed": args.seed,
+        "recipe": asdict(recipe),
+        "accuracy_by_seed": accuracies,
+        "features": {
+            "cached": all(features.cached for features in used),
+            "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
+            "extracted": [features.made for features in used],
+        },
+        "precision": {"training_features": precision, "training": precision, "evaluation": "fp32"},
+        "seconds": {"features": sum(f.made["seconds"] for f in used), "classifier": training.seconds},
+        "unreadable": [str(images.items[i]) for images, features in parts for i in features.unreadable],
+        "history": training.history,
+    }
+    return Outcome(model, readable, val_logits, test_logits, row)
+
+
+def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str, output: Path) -> Outcome:
+    """Trains the backbone as well, starting from the trained classifier. Continues a training that was interrupted."""
+    model, data = frozen.model, frozen.data
+    precision = "fp32" if device.type == "cpu" else precision  # on a CPU the backward pass is slower in bf16
+    batch_size = min(args.batch_size, FINE_TUNING.batch_size)
+    recipe = replace(FINE_TUNING, epochs=args.fine_tune, batch_size=batch_size, lr=args.fine_tune_lr)
+    model.unfreeze()
+    model.to(memory_format=torch.channels_last)
+    load_train, load_val = (
+        train_utils.image_loader(images, model.preprocessing, device) for images in (data.train, data.val)
+    )
+    groups = [
+        {"params": model.features.parameters(), "lr": recipe.lr},
+        {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
+    ]
+    train_batches = Batches(load_train, data.train.labels, batch_size, device, args.seed)
+    val_batches = Batches(load_val, data.val.labels, batch_size, device)
+    key = models.content_hash(model.state_dict(), [asdict(recipe), precision, args.seed, len(data.train)])
+    training = Training(model, train_batches, val_batches, recipe, precision, groups)
+    progress = output / "checkpoints" / f"{model.name}.resume"
+    if train_utils.load_progress(progress, training, key):
+        print(f"{model.name}: continuing after {len(training.history)} of {recipe.epochs} epochs")
+    train_utils.fit(training, model.name, after_epoch=lambda: train_utils.save_progress(progress, training, key))
+
+    fast = models.fast_copy(model, device, "fp32")
+    val_logits, test_logits = (
+        torch.cat([logits for _, [logits], _ in models.run_images([fast], images.items)])
+        for images in (data.val, data.test)
+    )
+    row = {
+        **frozen.row,
+        "recipe": asdict(recipe),
+        "accuracy_by_seed": {
+            "val": [loss_and_accuracy(val_logits, data.val.labels)[1]],
+            "test": [loss_and_accuracy(test_logits, data.test.labels)[1]],
+        },
+        "precision": {**frozen.row["precision"], "training": precision},
+        "seconds": {**frozen.row["seconds"], "fine_tuning": training.seconds},
+        "history": training.history,
+    }
+    return Outcome(model, data, val_logits, test_logits, row)
+
+
+def provenance(argv: list[str], device: torch.device) -> dict:
+    """What ran, when and where."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        commit = None
+    libraries = {library.__name__: str(library.__version__) for library in (torch, torchvision, np)}
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["main_train.py", *argv]),
+        "commit": commit,
+        "versions": {"python": platform.python_version(), **libraries},
+        "device": train_utils.device_name(device),
+    }
+
+
+def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.device, output: Path) -> bool:
+    """Saves the model and its row of results.json, then measures its speed and draws its plots.
+
+    Returns whether all of that worked. Only saving the checkpoint may raise.
+    """
+    model, data = outcome.model, outcome.data
+    model.temperature = train_utils.fit_temperature(outcome.val_logits, data.val.labels)
+    val_loss, val_accuracy = loss_and_accuracy(outcome.val_logits, data.val.labels)
+    outcome.row = rows[model.name] = row = {
+        **outcome.row,
+        **about,
+        "model": model.name,
+        "backbone": model.backbone,
+        "label": model.label,
+        "fine_tuned": model.fine_tuned,
+        "classes": list(model.classes),
+        "image_size": model.preprocessing["image_size"],
+        "train_images": len(data.train),
+        "val_images": len(data.val),
+        "test_images": len(data.test),
+        "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
+        "temperature": model.temperature,
+        "test_views": model.test_views,
+        **train_utils.metrics(outcome.test_logits, data.test.labels, model.temperature),
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        },
+    }
+    checkpoint, results = output / "checkpoints" / f"{model.name}.pt", output / "plots" / "results.json"
+    models.save_checkpoint(checkpoint, model, {key: value for key, value in row.items() if key != "history"})
+    checkpoint.with_suffix(".resume").unlink(missing_ok=True)
+    row["checkpoint_bytes"] = checkpoint.stat().st_size
+    cached = " (cached)" if row["features"]["cached"] else ""
+    seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
+    print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
+    saved = attempt(results, lambda: write_results(results, rows))
+    measured = attempt("measurement of speed", lambda: row.update(train_utils.cost(model, device)))
+    completed = attempt(results, lambda: write_results(results, rows))
+    drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, output / "plots"))
+    return saved and measured and completed and drawn
+
+
+def attempt(what: object, action: Callable[[], object]) -> bool:
+    """Does something that must never cost a result. Returns whether it worked."""
+    try:
+        action()
+        return True
+    except Exception as error:  # whatever goes wrong, the model is on disk
+        print(f"error: no {what}: {first_line(error)}", file=sys.stderr)
+        return False
+
+
+def read_results(file: Path) -> dict[str, dict]:
+    """The rows of earlier runs, by model. A file of another version, or a damaged one, is moved out of the way."""
+    if not file.exists():
+        return {}
+    try:
+        results = json.loads(file.read_text())
+        if results["schema"] == SCHEMA:
+            return {row["model"]: row for row in results["runs"]}
+    except (ValueError, KeyError, TypeError):
+        pass
+    print(f"{file} cannot be read by this version and is now {file}.old", file=sys.stderr)
+    file.replace(f"{file}.old")
+    return {}
+
+
+def write_results(file: Path, rows: dict[str, dict]) -> None:
+    with whole_file(file) as stream:
+        stream.write(json.dumps({"schema": SCHEMA, "runs": list(rows.values())}, indent=1).encode())
+
+
+def draw_plots(outcome: Outcome, folder: Path) -> None:
+    """A model's history, confusion matrix, calibration and most confident mistakes."""
+    model, row, test = outcome.model, outcome.row, outcome.data.test
+    stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
+    color = color_of(model.backbone)
+    save_figure(folder / f"{stem}.png", visualization.plot_history(model.label, row["history"], color))
+    figure = visualization.plot_confusion(model.label, row["confusion_matrix"], model.classes)
+    save_figure(folder / f"{stem}_confusion.png", figure)
+    save_figure(
+        folder / f"{stem}_reliability.png", visualization.plot_reliability(model.label, row["calibration"], color)
+    )
+    confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
+    wrong = (predicted != test.labels).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
+    if wrong:
+        images = [read_image(test.items[i]).permute(1, 2, 0).numpy() for i in wrong]
+        true, taken = ([model.classes[labels[i]] for i in wrong] for labels in (test.labels, predicted))
+        captions = [f"{a}\ntaken for {b}, {confidence[i]:.0%}" for a, b, i in zip(true, taken, wrong, strict=True)]
+        save_figure(folder / f"{stem}_mistakes.png", visualization.plot_predictions(images, captions))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=visualization.DPI)
+
+
+def color_of(backbone: str) -> str:
+    """The same color for a backbone in every plot."""
+    names = [*models.BACKBONES, *torchvision.models.list_models(torchvision.models)]
+    return visualization.COLORS[names.index(backbone) % len(visualization.COLORS)]
+
+
+def total_seconds(row: dict) -> float:
+    return sum(row["seconds"].values())
+
+
+def compare(rows: list[dict], output: Path) -> bool:
+    """Prints a table and draws the comparison. Accuracies are means over the seeds. Returns whether the plot worked."""
+    print(
+        f"\n{'model':35} {'val loss':>8} {'val acc':>8} {'test acc':>16} {'seconds':>8} {'trained':>10} {'total':>11}"
+    )
     points = []
-    for run in comparable:
-        label, color, _ = appearance(run["model"])
-        marker = "^" if run["model"].endswith("_finetuned") else "o"
-        points.append((label, run["seconds"]["total"], mean(run["accuracy_by_seed"]["test"]), color, marker))
-    visualization.plot_comparison(args.output / "plots" / "comparison.png", points)
-    print_table(comparable)
-    for path in sorted(unreadable):
+    for row in rows:
+        val, test = (row["accuracy_by_seed"][part] for part in ("val", "test"))
+        spread = f"± {stdev(test):.2%}" if len(test) > 1 else ""
+        seconds, parameters = total_seconds(row), row["parameters"]
+        print(
+            f"{row['model']:35} {row['val_loss']:8.3f} {mean(val):8.2%} {mean(test):8.2%} {spread:7} "
+            f"{seconds:8.1f} {parameters['trainable']:10,} {parameters['total']:11,}"
+        )
+        marker = "^" if row["fine_tuned"] else "o"
+        points.append((row["label"], seconds, mean(test), color_of(row["backbone"]), marker))
+    path = output / "plots" / "comparison.png"
+    return attempt(path, lambda: save_figure(path, visualization.plot_comparison(points)))
+
+
+def name_unreadable(rows: list[dict]) -> bool:
+    """Says on stderr which images could not be read, and why. Returns whether there are any."""
+    paths = sorted({path for row in rows for path in row["unreadable"]})
+    for path in paths:
         try:
             read_image(Path(path))
         except ImageError as error:
             print(f"left out: {error}", file=sys.stderr)
-    if unreadable:
-        print(f"{len(unreadable)} pictures can't be read and were left out", file=sys.stderr)
-    complete = len(runs) == len(args.models) * (2 if args.fine_tune else 1) and all(
-        len(run["history"]) == run["epochs"] for run in runs
-    )
-    return 0 if complete and not unreadable else 1
+    if paths:
+        print(f"{len(paths)} images cannot be read and were left out", file=sys.stderr)
+    return bool(paths)
 
 
 if __name__ == "__main__":

@@ -1,97 +1,330 @@
-"""The backbones, the model that is built on them, and its checkpoints.
+"""The backbones, the model built on them, its checkpoints, and how a model is run on images.
 
     model = TransferModel("mobilenet_v2", classes=("cat", "dog"))
     logits = model(images)                              # (B, 3, 224, 224) -> (B, 2)
 
-A backbone is one row of BACKBONES. To add one, add its row.
+    model = load_checkpoint("checkpoints/mobilenet_v2.pt")
+    model.predict("cat.jpg")                            # {"path": "cat.jpg", "label": "cat", "probability": 0.97, ...}
+
+Every classification model of torchvision is a backbone. BACKBONES holds those that the report names or tunes.
 """
 
 import copy
+import difflib
 import hashlib
-import io
 import json
 import math
+import operator
+import os
 import sys
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
+from torchvision.ops import StochasticDepth
 
-from data import CPU_BATCH, whole_or_absent
+from data import ImageError, Item, first_line, preprocess, read_image, whole_file
 
-
-def custom_classifier(width: int, classes: int, pretrained: nn.Module) -> nn.Sequential:
-    """Our own classifier: the features standardised, and one hidden layer. Weight decay spares it dropout."""
-    return nn.Sequential(
-        nn.BatchNorm1d(width, affine=False, momentum=None),  # running statistics are plain averages
-        nn.Linear(width, 256),
-        nn.ReLU(),
-        nn.Linear(256, classes),
-    )
-
-
-def new_last_layer(width: int, classes: int, pretrained: nn.Sequential) -> nn.Sequential:
-    """The backbone's pretrained classifier with only its last layer replaced."""
-    *kept, last = pretrained
-    return nn.Sequential(*kept, nn.Linear(last.in_features, classes))
+# --------------------------------------------------------------------------------------------- the backbones
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A row: the name that people read, torchvision's builder and weights, the plots' name, and the classifier."""
+    """A backbone and how its features are read."""
 
-    label: str
-    build: Callable[..., nn.Module]
-    weights: models.WeightsEnum  # V1: features learnt with mixup and label smoothing transfer worse (arXiv 1805.08974)
-    plot: str
-    classifier: Callable[[int, int, nn.Module], nn.Sequential] = custom_classifier
-    # the classifier reads every block, each quarter of the picture averaged, besides the average of the last block
-    # alone (the idea: Head2Toe, arXiv 2201.03529)
+    label: str  # in plots and tables
+    plot: str  # the name of its plots' files
+    architecture: str  # torchvision's name of the model
+    # The classifier reads the output of every stage, averaged over each quarter of the image, besides the average of
+    # the last one alone. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
+    keep_classifier: bool = False  # keep the pretrained classifier and replace only its last layer
+
+    @property
+    def weights(self) -> models.WeightsEnum:
+        """IMAGENET1K_V1 if there is one: V2 was trained with mixup and label smoothing, which hurts frozen features.
+
+        (Kornblith et al. 2019, arXiv 1805.08974)
+        """
+        weights = models.get_model_weights(self.architecture)
+        return weights.__members__.get("IMAGENET1K_V1") or next(iter(weights))
 
 
 BACKBONES = {
-    "vgg16": Backbone("VGG16", models.vgg16, models.VGG16_Weights.IMAGENET1K_V1, "vgg16", every_level=False),
-    "mobilenet_v2": Backbone(
-        "MobileNetV2", models.mobilenet_v2, models.MobileNet_V2_Weights.IMAGENET1K_V1, "mobilenet"
-    ),
+    "vgg16": Backbone("VGG16", "vgg16", "vgg16", every_level=False),
+    "mobilenet_v2": Backbone("MobileNetV2", "mobilenet", "mobilenet_v2"),
     "mobilenet_v3_large": Backbone(
-        "MobileNetV3-Large",
-        models.mobilenet_v3_large,
-        models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
-        "mobilenet_large",
-        new_last_layer,
-        every_level=False,
+        "MobileNetV3-Large", "mobilenet_large", "mobilenet_v3_large", every_level=False, keep_classifier=True
     ),
     "mobilenet_v3_large_levels": Backbone(
-        "MobileNetV3-Large, every level",
-        models.mobilenet_v3_large,
-        models.MobileNet_V3_Large_Weights.IMAGENET1K_V1,
-        "mobilenet_large_levels",
+        "MobileNetV3-Large, every level", "mobilenet_large_levels", "mobilenet_v3_large"
     ),
-    "mobilenet_v3_small": Backbone(
-        "MobileNetV3-Small",
-        models.mobilenet_v3_small,
-        models.MobileNet_V3_Small_Weights.IMAGENET1K_V1,
-        "mobilenet_small",
-    ),
-    "efficientnet_b0": Backbone(
-        "EfficientNet-B0", models.efficientnet_b0, models.EfficientNet_B0_Weights.IMAGENET1K_V1, "efficientnet_b0"
-    ),
+    "mobilenet_v3_small": Backbone("MobileNetV3-Small", "mobilenet_small", "mobilenet_v3_small"),
+    "efficientnet_b0": Backbone("EfficientNet-B0", "efficientnet_b0", "efficientnet_b0"),
 }
 
+
+def find_backbone(name: str) -> Backbone:
+    """The row of BACKBONES, or one for torchvision's model of that name. Raises ValueError for any other name."""
+    torchvisions = models.list_models(models)
+    if name not in BACKBONES and name not in torchvisions:
+        close = difflib.get_close_matches(name, [*BACKBONES, *torchvisions], n=5, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}?" if close else "see torchvision.models.list_models()"
+        raise ValueError(f"no backbone is called {name!r}: {hint}")
+    return BACKBONES.get(name) or Backbone(label=name, plot=name, architecture=name)
+
+
+def _build(row: Backbone, pretrained: bool) -> nn.Module:
+    """Torchvision's model. Raises OSError if its weights are not in torchvision's cache and cannot be downloaded."""
+    has_auxiliary = row.architecture in ("googlenet", "inception_v3")  # classifiers for their training from scratch
+    options = {"init_weights": False} if has_auxiliary else {}
+    if not pretrained:
+        network = models.get_model(row.architecture, weights=None, **options)
+    else:
+        try:
+            # get_model alone would execute a pickle that someone put into the cache
+            row.weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
+            network = models.get_model(row.architecture, weights=row.weights, **options)
+        except Exception as error:  # no network, no space, no permission, or whatever a damaged file makes torch raise
+            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(row.weights.url).name
+            what = "are damaged, delete" if file.exists() else "cannot be downloaded, put them at"
+            raise OSError(
+                f"the weights of {row.architecture} {what} {file} ({first_line(error)}); --demo needs no weights, "
+                "and --data FOLDER no CIFAR-10"
+            ) from error
+    if has_auxiliary:
+        network.aux1 = network.aux2 = network.AuxLogits = None
+        network.aux_logits, network.transform_input = False, True  # the pretrained weights expect that
+    return network
+
+
+def _features_of(backbone: nn.Module) -> nn.Module:
+    """The part of the backbone before its classifier: a sequence of layers if it is one, or the whole, headless.
+
+    A sequence turns images into maps (B, C, H, W), the whole turns them into features (B, D).
+    """
+    if hasattr(backbone, "features") and hasattr(backbone, "classifier"):
+        return backbone.features
+    if isinstance(backbone, models.ResNet):
+        *layers, _pool, _fc = backbone.named_children()
+        return nn.Sequential(OrderedDict(layers))
+    last = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)][-1]
+    backbone.set_submodule(last, nn.Identity())
+    return backbone
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class TransferModel(nn.Module):
+    """A frozen backbone, `features`, and a new `classifier` on the average of its outputs over space.
+
+    Both keep torchvision's names: `features.*` of the state dict loads into the torchvision model it came from.
+    Raises ValueError if the backbone does not take images of `image_size` (default: the size of its weights).
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        classes: Sequence[str],
+        image_size: int | None = None,
+        pretrained: bool = True,
+        hidden: int = 256,  # 1024 gains half a point on CIFAR-10 and doubles the time to train the classifier
+    ):
+        super().__init__()
+        self.backbone, self.classes, self.hidden = backbone, tuple(classes), hidden
+        row = find_backbone(backbone)
+        network = _build(row, pretrained)
+        normal = row.weights.transforms()
+        own_size = normal.crop_size[0]
+        self.preprocessing = {"image_size": image_size or own_size, "mean": normal.mean, "std": normal.std}
+        self.temperature = 1.0  # divides the logits, so that probabilities mean what they say (Guo et al. 2017)
+        self.fine_tuned = False
+        self.test_views = 1  # 2: the answer is the mean over the image and its mirror image
+
+        self.features = _features_of(network).requires_grad_(False).eval()
+        self.levels = _stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
+        try:
+            with torch.inference_mode():
+                self.width = self.forward_features(self.example()).shape[1]
+        except Exception as error:  # whatever a network raises for images that it was not built for
+            raise ValueError(f"{backbone} takes no images of size {image_size}, only of {own_size}") from error
+        if row.keep_classifier:
+            *kept, last = network.classifier
+            self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
+        else:
+            self.classifier = nn.Sequential(
+                nn.BatchNorm1d(self.width, affine=False, momentum=None),  # standardises; running plain averages
+                nn.Linear(self.width, hidden),
+                nn.ReLU(),
+                nn.Linear(hidden, len(classes)),
+            )
+
+    @property
+    def name(self) -> str:
+        return self.backbone + "_finetuned" * self.fine_tuned
+
+    @property
+    def label(self) -> str:
+        return find_backbone(self.backbone).label + ", fine-tuned" * self.fine_tuned
+
+    def unfreeze(self) -> None:
+        """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
+        self.features.requires_grad_(True)
+        self.fine_tuned, self.test_views = True, 2  # two views gain half a point for twice the work
+
+    def train(self, mode: bool = True) -> "TransferModel":
+        """Keeps `features` in eval mode, or BatchNorm's statistics would drift; fine-tuning, the classifier's too."""
+        super().train(mode)
+        self.features.eval()
+        if self.fine_tuned:
+            for module in self.classifier:
+                if isinstance(module, nn.BatchNorm1d):
+                    module.eval()
+        return self
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width)"""
+        if not isinstance(self.features, nn.Sequential):
+            return self.features(images)
+        levels = []
+        for i, layer in enumerate(self.features):
+            images = layer(images)  # (B, C, H, W)
+            if i in self.levels:
+                levels.append(averages(images, 2))
+        return torch.cat([*levels, averages(images, 1)], dim=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, classes)"""
+        logits = self.classifier(self.forward_features(images).float())
+        if self.test_views == 2 and not self.training:
+            logits = (logits + self.classifier(self.forward_features(images.flip(3)).float())) / 2
+        return logits
+
+    def predict(self, images: str | Item | list[str | Item], top_k: int = 3) -> dict | list[dict]:
+        """Classifies an image, or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
+
+        Returns for each a record like {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
+        "top": [{"label": "cat", "probability": 0.97}, ...]}, or {"path", "error"} if it cannot be read.
+        """
+        items = [Path(image) if isinstance(image, str) else image for image in _as_list(images)]
+        records = [record for [record] in predictions([self], items, top_k)]
+        return records if isinstance(images, list) else records[0]
+
+    def example(self) -> Tensor:
+        """A black image, preprocessed: (1, 3, S, S)."""
+        size = self.preprocessing["image_size"]
+        return next(self.features.parameters()).new_zeros(1, 3, size, size)
+
+
+def averages(maps: Tensor, parts: int) -> Tensor:
+    """Averages over parts x parts areas of the image: (B, C, H, W) -> (B, C * parts * parts)"""
+    return F.adaptive_avg_pool2d(maps, parts).flatten(1)
+
+
+def _stage_ends(features: nn.Module) -> list[int]:
+    """The layers of a sequence at which a stage ends: blocks of several layers, poolings, and the last one."""
+    if not isinstance(features, nn.Sequential):
+        return []
+    last = len(features) - 1
+    return [
+        i for i, layer in enumerate(features) if i == last or any(layer.children()) or "Pool" in type(layer).__name__
+    ]
+
+
+def _as_list(images: object) -> list:
+    return images if isinstance(images, list) else [images]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+SCHEMA = 1
+
+
+def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors, and of plain values."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
+    """Saves all that rebuilds the model without a download, as plain types and tensors."""
+    values = {
+        "schema": SCHEMA,
+        "name": model.backbone,
+        "classes": list(model.classes),
+        "preprocessing": model.preprocessing,
+        "hidden": model.hidden,
+        "temperature": model.temperature,
+        "fine_tuned": model.fine_tuned,
+        "test_views": model.test_views,
+        "metrics": metrics,
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with whole_file(path) as file:
+        torch.save({**values, "state_dict": tensors, "sha256": content_hash(tensors, values)}, file)
+
+
+def load_checkpoint(path: str | Path) -> TransferModel:
+    """The model, on the CPU in eval mode, with the metrics it was saved with as `model.metrics`.
+
+    Raises OSError or ValueError, in one line, if `path` is missing, damaged, or not a checkpoint of this project.
+    Nothing in the file is executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.save does not compress: what does may be a bomb
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        tensors, written = values.pop("state_dict"), values.pop("sha256")
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {values['schema']}, this version reads {SCHEMA}")
+        if content_hash(tensors, values) != written:
+            raise ValueError("its contents are not what was saved")
+        metrics = values["metrics"]
+        size, hidden = values["preprocessing"]["image_size"], values.get("hidden", 256)
+        arguments = values["name"], values["classes"], size, False, hidden
+        try:
+            with torch.device("meta"):  # no random weights
+                model = TransferModel(*arguments)
+        except RuntimeError:  # RegNet computes with tensors while it is built
+            model = TransferModel(*arguments)
+        model.load_state_dict(tensors, assign=True)
+        model.preprocessing, model.metrics = values["preprocessing"], metrics
+        model.test_views = values.get("test_views", 1)
+        model.fine_tuned = values.get("fine_tuned", model.test_views == 2)  # two lines for files of earlier versions
+        model.temperature = values.get("temperature", metrics.get("temperature", 1.0))
+    except Exception as error:  # whatever a hostile or damaged file makes the readers raise
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------- running a model
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_BATCH, GPU_BATCH = 32, 256  # images at a time; on the CPU on each core
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU; or the one that is named. Raises ValueError where that one isn't there."""
+    """The named device; for "auto" CUDA, else Apple's MPS, else the CPU. Raises ValueError if it is missing."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
@@ -101,273 +334,303 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The one that is named; for "auto" bf16 where the hardware computes in it, else fp32."""
-    if name != "auto":
-        return name
+    """The named precision; for "auto" bf16 if the hardware computes in it, else fp32."""
+    return name if name != "auto" else "bf16" if _computes_in_bf16(device) else "fp32"
+
+
+def _computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
         able = torch.cpu.get_capabilities()
-        fast = device.type == "cpu" and (able.get("avx512_bf16", False) or able.get("amx_bf16", False))
-    return "bf16" if fast else "fp32"
+        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
-class TransferModel(nn.Module):
-    """A frozen backbone, `features`, and a new `classifier` on the average of its outputs over space.
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Makes torch's CPU operators use one thread each, so that run_images can give every core its own batch."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
-    Both keep torchvision's names: `features.*` of the state dict loads into the torchvision model it came from.
+
+def run_images(
+    models: Sequence[TransferModel],
+    items: Iterable[Item],
+    output: Callable[[TransferModel, Tensor], Tensor] = TransferModel.forward,
+    batch_size: int | None = None,
+) -> Iterator[tuple[list[Item], list[Tensor], dict[int, ImageError]]]:
+    """Reads images, preprocesses them and runs every model on them, in order, in constant memory.
+
+    Yields for each batch its B items, for each model the outputs (B, D), float32 on the CPU, and the errors of the
+    images that cannot be read, by their position in the batch. Their rows of the outputs are NaN.
+
+    On the CPU every core works on batches of its own, from the file to the outputs: convolutions that stay in the cache
+    of one core run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
+    runs one at a time, which bounds its memory; if that is too much, it gets ever smaller parts of them.
     """
+    device = next(models[0].parameters()).device
+    on_cpu = device.type == "cpu"
+    workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
+    batch_size = part = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
+    turn = nullcontext() if on_cpu else threading.Lock()
+    sizes = {model.preprocessing["image_size"] for model in models}
 
-    def __init__(self, name: str, classes: Sequence[str], image_size: int = 224, pretrained: bool = True):
-        super().__init__()
-        row = BACKBONES[name]
-        backbone = row.build()
-        if pretrained:
-            backbone.load_state_dict(_download(name, row.weights))
-        normalise = row.weights.transforms()
-        self.name, self.label, self.classes = name, row.label, tuple(classes)
-        self.preprocessing = {"image_size": image_size, "mean": normalise.mean, "std": normalise.std}
-        self.every_level = row.every_level
-        self.test_views = 1  # 2: an answer is the mean of those for the picture and for its mirror image
-        self.early, self.part = 0, sys.maxsize  # that many blocks run on so many pictures at a time
-        self.features = backbone.features.requires_grad_(False).eval()
-        with torch.inference_mode():
-            self.width = self.eval().forward_features(next(backbone.parameters()).new_zeros(1, 3, 32, 32)).shape[1]
-        self.classifier = row.classifier(self.width, len(classes), backbone.classifier)
+    def forward(model: TransferModel, images: list[Tensor]) -> Tensor:
+        dtype = next(model.features.parameters()).dtype
+        return output(model, preprocess(images, **model.preprocessing, device=device, dtype=dtype)).float().cpu()
 
-    def train(self, mode: bool = True) -> "TransferModel":
-        """Frozen means frozen: BatchNorm of `features` stays in eval mode, or its statistics would drift.
+    def in_parts(model: TransferModel, images: list[Tensor]) -> Tensor:
+        nonlocal part
+        try:
+            return torch.cat([forward(model, images[i : i + part]) for i in range(0, len(images), part)])
+        except torch.OutOfMemoryError:
+            if part == 1:
+                raise
+        part //= 2  # outside the handler, which keeps the memory of the failed attempt alive
+        print(f"out of memory: continuing with batches of {part}", file=sys.stderr)
+        return in_parts(model, images)
 
-        While fine-tuning, so does the classifier's.
-        """
-        super().train(mode)
-        self.features.eval()
-        if next(self.features.parameters()).requires_grad:
-            for module in self.classifier:
-                if isinstance(module, nn.BatchNorm1d):
-                    module.eval()
-        return self
+    def run(batch: list[Item]) -> tuple[list[Item], list[Tensor], dict[int, ImageError]]:
+        images, errors = {size: [] for size in sizes}, {}
+        for i, item in enumerate(batch):
+            for size in sizes:
+                try:
+                    images[size].append(read_image(item, size))
+                except ImageError as error:
+                    errors[i] = error
+                    images[size].append(torch.zeros(3, 1, 1, dtype=torch.uint8))
+        with turn, torch.inference_mode():
+            outputs = [in_parts(model, images[model.preprocessing["image_size"]]) for model in models]
+            for rows in outputs:
+                rows[list(errors)] = math.nan
+        return batch, outputs, errors
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width)"""
-        maps, levels = zip(*[self._run(part, 0, self.early) for part in images.split(self.part)], strict=True)
-        _, late_levels = self._run(torch.cat(maps), self.early, len(self.features))
-        return torch.cat([torch.cat(levels), late_levels], dim=1)
-
-    def _run(self, images: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
-        """What the blocks from `first` to before `end` make of the images, and its averages (B, their number)."""
-        levels = [images.new_empty(len(images), 0)]
-        for block in self.features[first:end]:
-            images = block(images)
-            last = block is self.features[-1]
-            if last or self.every_level:
-                levels.append(F.adaptive_avg_pool2d(images, 1 if last else 2).flatten(1))
-        return images, torch.cat(levels, dim=1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, classes)"""
-        logits = self.classifier(self.forward_features(images).float())  # it stays in float32
-        if self.test_views == 2 and not self.training:
-            logits = (logits + self.classifier(self.forward_features(images.flip(3)).float())) / 2
-        return logits
-
-    def for_inference(self, device: torch.device, dtype: torch.dtype) -> "TransferModel":
-        """A copy that computes the same in less time: BatchNorm folded into the convolutions, channels_last.
-
-        On the CPU the convolutions are PackedConv, and early blocks, whose maps are large, take few pictures at a time.
-        `features` in `dtype`; the classifier stays in float32.
-        """
-        fast = copy.deepcopy(self).eval().requires_grad_(False)
-        for block in fast.features.modules():
-            if isinstance(block, nn.Sequential) and not (self.every_level and block is fast.features):
-                _fold(block)
-        fast.features.to(dtype=dtype, memory_format=torch.channels_last)
-        if device.type == "cpu":
-            fast.early, fast.part = _early_blocks(self.features, self.preprocessing["image_size"])
-            computes = dtype == torch.float32 or pick_precision("auto", device) == "bf16"
-            if torch.backends.mkldnn.is_available() and computes:
-                _pack(fast.features, spare_levels=self.every_level)
-        return fast.to(device)
+    items = iter(items)
+    pool, pending = ThreadPoolExecutor(workers), deque()
+    with one_thread() if on_cpu else nullcontext():
+        try:
+            while batch := list(islice(items, batch_size)):
+                pending.append(pool.submit(run, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-# Numbers that a layer on the CPU may write at a time. More of them leave the caches, and their memory comes from the
-# system, and goes back, at every call: that takes up to twice the time.
+def predictions(models: Sequence[TransferModel], items: Iterable[Item], top_k: int) -> Iterator[list[dict]]:
+    """Yields for each image the records of all models, as in `TransferModel.predict`, or one record of its error."""
+    for batch, logits, errors in run_images(models, items):
+        tops = []
+        for model, rows in zip(models, logits, strict=True):
+            probabilities, labels = (rows / model.temperature).softmax(dim=1).topk(min(top_k, len(model.classes)))
+            tops.append((model, probabilities.tolist(), labels.tolist()))
+        for i, item in enumerate(batch):
+            path = str(item) if isinstance(item, Path) else None
+            if i in errors:
+                yield [{"path": path, "error": str(errors[i])}]
+                continue
+            records = []
+            for model, probabilities, labels in tops:
+                pairs = zip(labels[i], probabilities[i], strict=True)
+                top = [{"label": model.classes[label], "probability": p} for label, p in pairs]
+                records.append({"path": path, "model": model.name, **top[0], "top": top})
+            yield records
+
+
+# ---------------------------------------------------------------------- the fast copy: the same outputs, sooner
+
+# Elements that a layer may write at a time on a CPU. Larger outputs leave the cache, and the system hands out their
+# memory and takes it back at every call, which costs up to twice the time.
 LAYER = 6_500_000
 
-
-@torch.inference_mode()
-def _early_blocks(features: nn.Sequential, image_size: int) -> tuple[int, int]:
-    """How many blocks should take fewer pictures than a batch, and how many: no layer is to write more than LAYER."""
-    images, sizes, largest = next(features.parameters()).new_zeros(1, 3, 32, 32), [], []
-    for block in features:
-        sizes.clear()
-        with nn.modules.module.register_module_forward_hook(lambda *call: sizes.append(call[-1].numel())):
-            images = block(images)
-        largest.append(max(sizes) * (image_size / 32) ** 2)
-    early = max((i for i, size in enumerate(largest, 1) if size * CPU_BATCH > LAYER), default=0)
-    return early, 2 ** max(0, int(math.log2(LAYER / max(largest))))  # a batch in equal parts
-
-
-def _fold(block: nn.Sequential) -> None:
-    """BatchNorm becomes part of the convolution before it."""
-    for i, (conv, norm) in enumerate(pairwise(list(block))):
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            block[i], block[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-
-
-# what oneDNN calls an activation, and its arguments
+# oneDNN's names of activations, and their arguments
 ACTIVATIONS = {
     nn.ReLU: ("relu", []),
+    F.relu: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.Hardswish: ("hardswish", []),
     nn.SiLU: ("swish", []),
 }
 
 
-class PackedConv(nn.Module):
-    """A convolution, its weights laid out for oneDNN, that adds a residual or applies an activation as it writes.
+def fast_copy(model: TransferModel, device: torch.device, precision: str) -> TransferModel:
+    """A copy that computes the same in less time, for run_images: `features` in `precision`, the classifier in fp32.
 
-    These are the operators that torch.compile would use, without its compiler. On a CPU the frozen pass is up to 1.9
-    times as fast: what is saved are trips to memory. Which layout is best depends on the input's shape and the number
-    of threads; any other would be copied at every call.
+    Each stage of `features` is traced by torch.fx, its BatchNorm folded into the convolutions, its layout
+    channels_last. On a CPU, the convolutions become PackedConv, and stages with large maps take fewer images at a time.
+    A stage keeps its plain modules if it cannot be traced, or if this torch or processor cannot run what replaces them.
+    """
+    fast, dtype = copy.deepcopy(model).eval().requires_grad_(False), DTYPES[precision]
+    packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packed = packed and (precision == "fp32" or _computes_in_bf16(device))
+    with torch.inference_mode(), one_thread():
+        images = fast.example().cpu().to(dtype)
+        if isinstance(fast.features, nn.Sequential):
+            layers, ends = list(fast.features), _stage_ends(fast.features)
+            stages, largest = [], []
+            for first, end in zip([0, *(end + 1 for end in ends)], ends, strict=False):
+                stage, images, size = _fast_stage(nn.Sequential(*layers[first : end + 1]), images, packed)
+                stages.append(stage)
+                largest.append(size)
+            levels = [i for i, end in enumerate(ends) if end in fast.levels]
+            early = max((i for i, size in enumerate(largest, 1) if packed and size * CPU_BATCH > LAYER), default=0)
+            part = 2 ** max(0, int(math.log2(LAYER / max(largest)))) if early else GPU_BATCH
+            fast.features = FastFeatures(stages, levels, early, part)
+        else:
+            fast.features, *_ = _fast_stage(fast.features, images, packed)
+    return fast.to(device)
+
+
+def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
+    """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
+    try:
+        fast = _fold(stage)
+    except Exception:  # torch.fx cannot follow it
+        stage = stage.to(dtype=images.dtype, memory_format=torch.channels_last)
+        return stage, (outputs := stage(images)), outputs.numel()
+    fast.to(dtype=images.dtype, memory_format=torch.channels_last)
+    outputs = ShapeProp(fast).propagate(images)
+    shapes = [getattr(node.meta.get("tensor_meta"), "shape", torch.Size()) for node in fast.graph.nodes]
+    if packed:
+        try:
+            candidate = _pack(copy.deepcopy(fast))
+            candidate(images)
+            fast = candidate
+        except Exception:  # an operator that is missing, or that does not take this shape or run on this processor
+            pass
+    return fast, outputs, max(shape.numel() for shape in shapes)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
+
+
+def _module(graph: fx.GraphModule, node: object) -> nn.Module | None:
+    """The module that a node of the graph calls, or None if it does something else."""
+    return graph.get_submodule(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+
+def _skip(node: fx.Node) -> None:
+    """Takes a node out of its graph. What used its output gets its first input instead."""
+    node.replace_all_uses_with(node.args[0])
+    node.graph.erase_node(node)
+
+
+def _fold(stage: nn.Module) -> fx.GraphModule:
+    """Traces a stage in eval mode, drops what does nothing then, and folds BatchNorm into the convolution before it."""
+    graph = fx.GraphModule(stage, _Tracer().trace(stage))
+    for node in list(graph.graph.nodes):
+        module, source = _module(graph, node), node.args[0] if node.args else None
+        conv = _module(graph, source)
+        if isinstance(module, nn.Dropout | nn.Identity | StochasticDepth):
+            _skip(node)
+        elif isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(source.users) == 1:
+            graph.set_submodule(source.target, fuse_conv_bn_eval(conv, module))
+            _skip(node)
+    graph.recompile()
+    return graph
+
+
+def _pack(graph: fx.GraphModule) -> fx.GraphModule:
+    """Replaces convolutions, the additions and activations after them, and global averages by faster modules."""
+    for node in list(graph.graph.nodes):
+        module = _module(graph, node)
+        if isinstance(module, nn.Conv2d):
+            graph.set_submodule(node.target, PackedConv(module))
+        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+            graph.set_submodule(node.target, GlobalAverage())
+        elif node.target in (operator.add, operator.iadd, torch.add):
+            for source, other in (node.args, node.args[::-1]):
+                if _can_take(graph, source, "add"):
+                    with graph.graph.inserting_before(node):
+                        node.replace_all_uses_with(graph.graph.call_module(source.target, (source.args[0], other)))
+                    graph.graph.erase_node(node)
+                    graph.graph.erase_node(source)
+                    break
+        elif activation := ACTIVATIONS.get(type(module) if module else node.target):
+            source = node.args[0]
+            if _can_take(graph, source, activation[0]):
+                _module(graph, source).activation = activation
+                _skip(node)
+    graph.recompile()
+    return graph
+
+
+def _can_take(graph: fx.GraphModule, node: object, operation: str) -> bool:
+    """Whether a node is a PackedConv that can do an operation on its output. After an addition it can do ReLU only."""
+    conv = _module(graph, node)
+    if not isinstance(conv, PackedConv) or len(node.users) > 1 or conv.activation[0] != "none":
+        return False
+    return len(node.args) == 1 or operation == "relu"
+
+
+class PackedConv(nn.Module):
+    """A convolution with its weights in oneDNN's layout, which adds a residual and applies an activation as it writes.
+
+    These are the operators that torch.compile uses on a CPU, without its compiler. They save trips to memory: feature
+    extraction is up to 1.9 times as fast. The best layout depends on the input's shape and the number of threads; with
+    any other one, oneDNN would copy the weights at every call.
     """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.shape = conv.padding, conv.stride, conv.dilation, conv.groups
+        self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
         self.weight, self.bias, self.activation = conv.weight, conv.bias, ("none", [])
         self.packed = None, None
 
     def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
         known, weight = self.packed
         if known != (layout := (images.shape, torch.get_num_threads())):
-            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.shape, images.shape)
+            weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, images.shape)
             self.packed = layout, weight
-        if residual is not None:
-            add = "add", None, None, [], None
-            return torch.ops.mkldnn._convolution_pointwise.binary(
-                images, residual, weight, self.bias, *self.shape, *add
+        if residual is None:
+            return torch.ops.mkldnn._convolution_pointwise(
+                images, weight, self.bias, *self.geometry, *self.activation, ""
             )
-        return torch.ops.mkldnn._convolution_pointwise(images, weight, self.bias, *self.shape, *self.activation, "")
-
-
-class PackedResidual(nn.Module):
-    """layers(images) + images, where the last layer is a PackedConv."""
-
-    def __init__(self, layers: list[nn.Module]):
-        super().__init__()
-        self.layers, self.last = nn.Sequential(*layers[:-1]), layers[-1]
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.last(self.layers(images), images)
+        after = None if self.activation[0] == "none" else self.activation[0]
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            images, residual, weight, self.bias, *self.geometry, "add", None, after, [], None
+        )
 
 
 class GlobalAverage(nn.Module):
-    """AdaptiveAvgPool2d(1), which in bfloat16 takes up to six times as long."""
+    """AdaptiveAvgPool2d(1), which takes up to six times as long in bf16 on a CPU."""
 
     def forward(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, images.shape[2:])
 
 
-def _pack(block: nn.Module, spare_levels: bool = False) -> None:
-    """Puts PackedConv, PackedResidual and GlobalAverage in place of what they do faster, all the way down."""
-    conv = None
-    for name, module in block.named_children():
-        if isinstance(module, nn.Conv2d):
-            conv = PackedConv(module)
-            setattr(block, name, conv)
-        elif conv and type(module) in ACTIVATIONS and isinstance(block, nn.Sequential) and not spare_levels:
-            conv.activation, conv = ACTIVATIONS[type(module)], None
-            setattr(block, name, nn.Identity())
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size == 1:
-            setattr(block, name, GlobalAverage())
-        elif not isinstance(module, nn.Identity):
-            conv = None
-            _pack(module)
-            if getattr(module, "use_res_connect", False):
-                layers = list(_flat(module.block if hasattr(module, "block") else module.conv))
-                setattr(block, name, PackedResidual(layers))
+class FastFeatures(nn.Module):
+    """The stages of a sequence and the averages of their outputs. The first `early` take `part` images at a time.
 
-
-def _flat(layers: nn.Sequential) -> Iterator[nn.Module]:
-    """Its layers without the nesting."""
-    for layer in layers:
-        if isinstance(layer, nn.Sequential):
-            yield from _flat(layer)
-        elif not isinstance(layer, nn.Identity):
-            yield layer
-
-
-def _download(name: str, weights: models.WeightsEnum) -> dict[str, Tensor]:
-    """Torchvision's weights, from its cache or the network."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-    except Exception as error:  # no network, no room, no permission, or whatever a damaged file makes torch raise
-        what = f"is damaged, delete {file}" if file.exists() else f"can't be downloaded, put it into {file.parent}/"
-        raise OSError(
-            f"{file.name}, the weights of {name}, {what} ({_first_line(error)}); --demo needs no weights, "
-            "and --data FOLDER no CIFAR-10"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints
-
-SCHEMA = 1
-
-
-def content_hash(tensors: dict[str, Tensor], about: object = None) -> str:
-    """SHA-256 of names, types, shapes and bytes of tensors, and of plain values beside them."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
-    """Everything that rebuilds the model without a download: plain types and tensors only."""
-    about = {
-        "schema": SCHEMA,
-        "name": model.name,
-        "classes": list(model.classes),
-        "preprocessing": model.preprocessing,
-        "test_views": model.test_views,
-        "metrics": metrics,
-    }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    buffer = io.BytesIO()
-    torch.save({**about, "state_dict": tensors, "sha256": content_hash(tensors, about)}, buffer)
-    with whole_or_absent(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def load_checkpoint(path: Path) -> tuple[TransferModel, dict]:
-    """The model, on the CPU in eval mode, and its metrics.
-
-    Raises OSError or ValueError, in one line, where `path` is missing, damaged, or anything but a checkpoint of ours;
-    nothing in the file is executed.
+    The maps of those are so large that a whole batch would not stay in the cache.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing: what does is a bomb
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it is compressed")
-        about = torch.load(path, map_location="cpu", weights_only=True)
-        tensors, written = about.pop("state_dict"), about.pop("sha256")
-        if about["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {about['schema']}, this version reads {SCHEMA}")
-        if content_hash(tensors, about) != written:
-            raise ValueError("its contents are not what was saved")
-        with torch.device("meta"):
-            model = TransferModel(about["name"], about["classes"], pretrained=False)
-        model.preprocessing, model.test_views = about["preprocessing"], about.get("test_views", 1)
-        model.load_state_dict(tensors, assign=True)
-    except Exception as error:  # whatever a hostile or damaged file makes the readers raise
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({_first_line(error)})") from error
-    return model.eval(), about["metrics"]
+
+    def __init__(self, stages: list[nn.Module], levels: list[int], early: int, part: int):
+        super().__init__()
+        self.stages, self.levels, self.early, self.part = nn.ModuleList(stages), levels, early, part
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width), as TransferModel.forward_features"""
+        parts = [self._run(0, self.early, part) for part in images.split(self.part)]
+        maps, early_levels = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
+        maps, late_levels = self._run(self.early, len(self.stages), maps)
+        return torch.cat([early_levels, late_levels, averages(maps, 1)], dim=1)
+
+    def _run(self, first: int, end: int, maps: Tensor) -> tuple[Tensor, Tensor]:
+        levels = [maps.new_empty(len(maps), 0)]
+        for i in range(first, end):
+            maps = self.stages[i](maps)
+            if i in self.levels:
+                levels.append(averages(maps, 2))
+        return maps, torch.cat(levels, dim=1)

@@ -1,12 +1,11 @@
-"""Features once, then heads: the frozen pass and its cache, the training loop, evaluation.
+"""Features extracted once, classifiers trained on them: the recipe, the feature cache, the training loop, the metrics.
 
-    features = cached_features(model, data.images, Path("data/features"), device, "bf16")
-    load = feature_loader([features.array], device)
-    train = Batches(load, data.images.labels, data.train, 512, device, seed=0)
-    val = Batches(load, data.images.labels, data.val, 512, device)
-    history = fit(model.classifier, train, val, epochs=10, lr=2e-3)
+    features = cached_features(model, data.train, Path("data/features"), device, "bf16")
+    train = Batches(feature_loader([features.array], device), data.train.labels, 512, device, seed=0)
+    training = Training(model.classifier, train, val, RECIPE)
+    fit(training)
 
-The loop asks nothing about what it trains: any module, on any batches of inputs and labels.
+The training loop takes any module and any batches of inputs and labels, so it fine-tunes on images as well.
 """
 
 import copy
@@ -15,13 +14,15 @@ import io
 import json
 import math
 import os
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -31,35 +32,77 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Images, explained, locked, map_batches, one_thread, preprocess, read_image, whole_or_absent
-from models import DTYPES, TransferModel, content_hash
+from data import Images, explained, locked, preprocess, read_image, whole_file
+from models import TransferModel, content_hash, fast_copy, one_thread, run_images
 
-LABEL_SMOOTHING = 0.1  # worth half a point of frozen accuracy
-BATCH_ALIGNMENT = 256  # a pass goes on where a batch of 32 or 256 started, so that its features come out the same
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. The defaults are for classifiers on features; all were chosen on CIFAR-10's validation set.
+
+    `python benchmarks/recipe.py` measures what each is worth. The learning rate goes through one cycle (Smith and Topin
+    2017, arXiv 1708.07120). The classifier's layers are in models.py, the augmentation for fine-tuning in data.py.
+    """
+
+    epochs: int = 8  # twice as many change nothing, half as many lose up to 0.7 points
+    batch_size: int = 512  # small data sets get smaller batches, see Batches
+    lr: float = 2e-3  # the peak; half or twice as much loses up to 0.3 points
+    weight_decay: float = 1.0  # AdamW multiplies it by lr; 0.3 loses up to 0.8 points, dropout instead up to 0.9
+    label_smoothing: float = 0.1  # half a point
+
+
+RECIPE = Recipe()
+
+# Fine-tuning starts from good weights: a tenth of the rate, and hardly any weight decay. The classifier, which is new,
+# learns twice as fast as the backbone.
+FINE_TUNING = Recipe(epochs=6, batch_size=32, lr=2e-4, weight_decay=0.05)
+CLASSIFIER_LR_FACTOR = 2.0
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Seconds on a clock that never jumps, with the work given to the device done."""
+    """Seconds on a clock that never jumps, read when the device has finished its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------------------------------- the frozen pass
+def device_name(device: torch.device) -> str:
+    """What people call it: "NVIDIA H100 80GB HBM3", or "AMD EPYC 9R14, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # only Linux has the file
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"Apple {device.type} on {name}"
+
+
+# --------------------------------------------------------------------------------- features and their cache
+
+ALIGNMENT = 256  # a pass resumes where a batch of 32 or 256 began, so that every feature comes out the same
 
 
 @dataclass
 class Features:
-    """What the frozen backbone makes of every picture, once and for all."""
+    """The outputs of the frozen backbone for N images."""
 
-    array: Tensor  # (N, width), mapped from the file; a row of NaN for a picture that can't be read
-    seconds: float  # that the pass took, whenever that was
-    cached: bool
+    array: Tensor  # (N, width), mapped from a file; a row of NaN for an image that cannot be read
+    made: dict  # how: seconds, date, device
+    cached: bool  # read from an earlier run's file
 
     @property
     def readable(self) -> Tensor:
-        """bool (N,)"""
-        return ~self.array[:, 0].isnan()
+        """The indices of the images that could be read."""
+        return (~self.array[:, 0].isnan()).nonzero().flatten()
+
+    @property
+    def unreadable(self) -> Tensor:
+        return self.array[:, 0].isnan().nonzero().flatten()
+
+
+def mirrored_features(model: TransferModel, images: Tensor) -> Tensor:
+    """The features of the mirror images: (B, 3, H, W) -> (B, width)"""
+    return model.forward_features(images.flip(3))
 
 
 def cached_features(
@@ -70,15 +113,15 @@ def cached_features(
     precision: str,
     mirrored: bool = False,
 ) -> Features:
-    """Features of all images, or of their mirror images, from `folder` where they are known, else computed and kept.
+    """The features of all images, or of their mirror images, from a file in `folder` if it exists, else computed.
 
-    The file's name is a hash of all that shapes them, so nothing stale is ever read: backbone, weights, preprocessing,
-    precision, device, torch's version, the pictures' fingerprint and the view. It is a plain .npy file with a line of
-    JSON at its end that holds a checksum. While the pass runs, rows are appended to a .part file; one cut off goes on
-    there.
+    The file's name is a hash of everything that shapes them: backbone, weights, preprocessing, precision, device type,
+    torch's version, the images' fingerprint, the view. So a stale file is never read. It is a .npy file followed by a
+    line of JSON with a checksum. While the features are computed they are appended to a .part file, from which an
+    interrupted run continues. Raises OSError if the file cannot be written, FloatingPointError if features overflow.
     """
     key = {
-        "backbone": model.name,
+        "backbone": model.backbone,
         "weights": content_hash(model.features.state_dict()),
         "width": model.width,
         "preprocessing": model.preprocessing,
@@ -89,73 +132,66 @@ def cached_features(
         "mirrored": mirrored,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = folder / f"{model.name}-{digest}.npy"
-    with locked(folder / f".{file.name}.lock", wait=True):  # another run may be computing the same
+    file = folder / f"{model.backbone}-{digest}.npy"
+    with locked(folder / f".{file.name}.lock", wait=True):  # another run may be computing the same features
         if file.exists():
             try:
-                return _open_features(file)
+                return _read_features(file)
             except (OSError, ValueError) as error:
                 print(f"{file} is unusable ({error}): computing the features again", file=sys.stderr)
                 file.unlink()
         with explained(file):
-            seconds = _extract(model, images, file, device, precision, mirrored)
-        return Features(_open_features(file).array, seconds, cached=False)
+            return _extract_features(model, images, file, device, precision, mirrored)
 
 
-def _extract(
-    model: TransferModel,
-    images: Images,
-    file: Path,
-    device: torch.device,
-    precision: str,
-    mirrored: bool,
-) -> float:
-    """Appends a row per picture to file's .part, seals it, renames it. Returns the seconds that a whole pass takes."""
-    fast, dtype = model.for_inference(device, DTYPES[precision]), DTYPES[precision]
-
-    def forward(pictures: list[Tensor]) -> Tensor:
-        if mirrored:
-            pictures = [picture.flip(2) for picture in pictures]
-        return fast.forward_features(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-
-    kept = torch.float32 if precision == "fp32" else torch.float16
-    row = torch.empty(model.width, dtype=kept).numpy()
+def _extract_features(
+    model: TransferModel, images: Images, file: Path, device: torch.device, precision: str, mirrored: bool
+) -> Features:
+    kept = torch.float32 if precision == "fp32" else torch.float16  # which holds more digits than bf16
+    row_bytes = model.width * kept.itemsize
     header = io.BytesIO()
-    shape = {"descr": row.dtype.str, "fortran_order": False, "shape": (len(images), model.width)}
-    np.lib.format.write_array_header_1_0(header, shape)
-    part = file.with_suffix(".part")
+    shape = {"descr": str(torch.empty(0, dtype=kept).numpy().dtype.str), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(header, {**shape, "shape": (len(images), model.width)})
+    part, clock = file.with_suffix(".part"), file.with_suffix(".seconds.part")
     with part.open("ab") as rows:
-        there = min(len(images), max(0, rows.tell() - header.tell()) // row.nbytes)
-        first = there // BATCH_ALIGNMENT * BATCH_ALIGNMENT
-        rows.truncate(header.tell() + first * row.nbytes if first else 0)
-        if first:
-            print(f"{model.name}: the features of {first:,} pictures are there already, going on with the others")
+        done = min(len(images), max(0, rows.tell() - header.tell()) // row_bytes) // ALIGNMENT * ALIGNMENT
+        rows.truncate(header.tell() + done * row_bytes if done else 0)
+        seconds_before = 0.0
+        if done:
+            seconds_before = float(clock.read_text() or 0)
+            print(f"{model.backbone}: continuing after the features of {done:,} images")
         else:
             rows.write(header.getbuffer())
         start = synchronized_time(device)
-        bar = tqdm(total=len(images), initial=first, desc=f"{model.name} features", unit="img", disable=None)
-        size = model.preprocessing["image_size"]
-        for items, outputs, errors in map_batches(forward, images.items[first:], device, max_size=size):
-            block = torch.full((len(items), model.width), math.nan, dtype=kept)
-            if good := [i for i in range(len(items)) if i not in errors]:
-                block[good] = outputs.to(kept)
-            if not block[good].isfinite().all():
-                raise FloatingPointError(f"features of {model.name} overflow in {precision}: use --precision fp32")
-            rows.write(block.numpy())
-            bar.update(len(items))
-        bar.close()
-        seconds = (synchronized_time(device) - start) * len(images) / max(1, len(images) - first)
-    seal = {"sha256": _checksum(np.load(part, mmap_mode="r")), "seconds": seconds}
+        fast = fast_copy(model, device, precision)
+        output = mirrored_features if mirrored else TransferModel.forward_features
+        title = f"{model.backbone} features" + " (mirrored)" * mirrored
+        with tqdm(total=len(images), initial=done, desc=title, unit="img", disable=None) as bar:
+            for items, [block], errors in run_images([fast], images.items[done:], output):
+                block = block.to(kept)
+                if block.isfinite().all(dim=1).sum() != len(items) - len(errors):
+                    raise FloatingPointError(f"features of {model.backbone} overflow in {precision}: use fp32")
+                seconds = seconds_before + synchronized_time(device) - start
+                clock.write_text(f"{seconds:.3f}")
+                rows.write(block.numpy())
+                bar.update(len(items))
+    array = np.load(part, mmap_mode="c")
+    made = {
+        "seconds": seconds,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": device_name(device),
+    }
     with part.open("ab") as rows:
-        rows.write(b"\n" + json.dumps(seal).encode())
+        rows.write(b"\n" + json.dumps({"sha256": _checksum(array), "made": made}).encode())
         rows.flush()
         os.fsync(rows.fileno())
     part.replace(file)
-    return seconds
+    clock.unlink()
+    return Features(torch.from_numpy(array), made, cached=False)
 
 
-def _open_features(file: Path) -> Features:
-    """Raises OSError or ValueError where the file isn't what `_extract` wrote."""
+def _read_features(file: Path) -> Features:
+    """Raises OSError or ValueError if the file is not what `_extract_features` wrote."""
     try:
         array = np.load(file, mmap_mode="c", allow_pickle=False)
         with file.open("rb") as stream:
@@ -163,9 +199,9 @@ def _open_features(file: Path) -> Features:
             seal = json.loads(stream.read(1000))
         if seal["sha256"] != _checksum(array):
             raise ValueError("its checksum is wrong")
+        return Features(torch.from_numpy(array), seal["made"], cached=True)
     except (EOFError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    return Features(torch.from_numpy(array), seal["seconds"], cached=True)
 
 
 def _checksum(array: np.ndarray) -> str:
@@ -174,16 +210,15 @@ def _checksum(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ the loops
+# ------------------------------------------------------------------------------------------ batches and loops
 
-
-# (a batch's indices, randomness while training or None) -> the inputs, on the device
+# (indices of a batch, a generator while training or None) -> the inputs, on the device
 Loader = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 def feature_loader(views: Sequence[Tensor], device: torch.device) -> Loader:
-    """Rows of features (N, width). Where there are several views, each training batch takes one of them."""
-    with suppress(torch.OutOfMemoryError):  # all of it, once, so that no step waits for a copy
+    """Loads rows of features (N, width). Each training batch takes one of the views at random."""
+    with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
         views = [view.to(device) for view in views]
 
     def load(batch: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -195,7 +230,7 @@ def feature_loader(views: Sequence[Tensor], device: torch.device) -> Loader:
 
 
 def image_loader(images: Images, preprocessing: dict, device: torch.device) -> Loader:
-    """Preprocessed pictures (B, 3, S, S), augmented while training."""
+    """Loads preprocessed images (B, 3, S, S), augmented while training."""
     threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
     def read(i: int) -> Tensor:
@@ -208,24 +243,25 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
 
 
 class Batches:
-    """Inputs and labels in batches on the device, in a new order each time where a seed is given.
+    """Inputs and labels in batches on the device. With a seed, every epoch has another order.
 
-    A small set gets smaller batches, so that an epoch has 16 steps of 8 rows or more. The remainder is spread over all
-    batches: BatchNorm can't train on a single row.
+    `indices` are those of the images to use; by default all. A small set gets smaller batches, so that an epoch has 16
+    steps of 8 images or more. The remainder is spread over all batches, since BatchNorm cannot train on a single row.
     """
 
     def __init__(
         self,
         load: Loader,
         labels: Tensor,
-        indices: Tensor,
         batch_size: int,
         device: torch.device,
         seed: int | None = None,
+        indices: Tensor | None = None,
     ):
-        self.load, self.labels, self.indices, self.device = load, labels.to(device), indices, device
-        rows = max(2, min(batch_size, max(8, len(indices) // 16)))
-        self.steps = max(1, len(indices) // rows)
+        self.load, self.labels, self.device = load, labels.to(device), device
+        self.indices = torch.arange(len(labels)) if indices is None else indices
+        size = max(2, min(batch_size, max(8, len(self.indices) // 16)))
+        self.steps = max(1, len(self.indices) // size)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -244,15 +280,16 @@ def train_one_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
+    criterion: nn.Module,
     autocast: torch.autocast,
 ) -> tuple[float, float]:
-    """One pass over the batches. Returns the mean loss and the accuracy, as the model was at each step."""
+    """Trains on every batch once. Returns the mean cross-entropy and the accuracy, as the model was at each step."""
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
     for images, labels in batches:
         with autocast:
             logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=LABEL_SMOOTHING)
+            loss = criterion(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -264,122 +301,144 @@ def train_one_epoch(
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, batches: Batches, autocast: AbstractContextManager | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) and labels (N,), on the CPU, in the batches' order."""
+def predict(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) and labels (N,), float32 and int64 on the CPU, in the batches' order."""
     model.eval()
-    with autocast or nullcontext():
-        logits, labels = zip(*[(model(inputs), labels) for inputs, labels in batches], strict=True)
+    logits, labels = zip(*[(model(inputs), labels) for inputs, labels in batches], strict=True)
     return torch.cat(logits).float().cpu(), torch.cat(labels).cpu()
 
 
-def predict_images(model: TransferModel, images: Images, device: torch.device, precision: str) -> Tensor:
-    """Logits (N, classes), as inference.py computes them."""
-    fast, dtype = model.for_inference(device, DTYPES[precision]), DTYPES[precision]
-
-    def forward(pictures: list[Tensor]) -> Tensor:
-        return fast(preprocess(pictures, **model.preprocessing, device=device, dtype=dtype))
-
-    size = model.preprocessing["image_size"]
-    return torch.cat([logits for _, logits, _ in map_batches(forward, images.items, device, max_size=size)])
-
-
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy, and the share of the labels, from 0 to 1, that have the largest logit."""
+    """The mean cross-entropy, and the share of images, from 0 to 1, whose label has the largest logit."""
     return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
 
 
-def evaluate(model: nn.Module, batches: Batches, autocast: AbstractContextManager | None = None) -> tuple[float, float]:
-    """Mean loss and accuracy."""
-    return loss_and_accuracy(*predict(model, batches, autocast))
+def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy."""
+    return loss_and_accuracy(*predict(model, batches))
 
 
-def fit(
-    model: nn.Module,
-    train: Batches,
-    val: Batches,
-    epochs: int,
-    lr: float,
-    weight_decay: float = 1.0,
-    precision: str = "fp32",
-    name: str = "",
-    groups: list[dict] | None = None,
-    resume: Path | None = None,
-) -> list[dict]:
-    """Trains with AdamW on a one-cycle schedule and leaves the model as it was after the epoch of best validation loss.
+class Training:
+    """A model in training: its batches, optimizer, schedule, a row per finished epoch, and the best weights so far.
 
-    `groups` are the optimizer's, where not all parameters train, or not at the same rate. With `resume`, each epoch's
-    end is written to that file, and a training that was cut off goes on from there, as if it never had been.
-    Returns a row per epoch; fewer than `epochs`, with a word about it, where the loss is no longer a number. Raises
-    FloatingPointError where it never was one.
+    `groups` are the optimizer's parameter groups, if not all parameters train at the recipe's rate.
     """
-    optimizer = torch.optim.AdamW(groups or model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=epochs * len(train))
-    autocast = torch.autocast(train.device.type, torch.bfloat16, enabled=precision == "bf16")
-    history, best_loss, best = [], math.inf, copy.deepcopy(model.state_dict())
-    stages = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    start = content_hash(best, [epochs, rates, weight_decay, precision, len(train), train.generator.initial_seed()])
-    if resume and (state := _interrupted(resume, start)):
-        for stage, holder in stages.items():
-            holder.load_state_dict(state[stage])
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Batches,
+        val: Batches,
+        recipe: Recipe,
+        precision: str = "fp32",
+        groups: list[dict] | None = None,
+    ):
+        self.model, self.train, self.val, self.recipe = model, train, val, recipe
+        self.optimizer = torch.optim.AdamW(
+            groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            [group["lr"] for group in self.optimizer.param_groups],
+            total_steps=recipe.epochs * len(train),
+        )
+        self.autocast = torch.autocast(train.device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.history: list[dict] = []
+        self.best = copy.deepcopy(model.state_dict())
+
+    @property
+    def best_epoch(self) -> dict:
+        """The row of the epoch with the best validation loss, whose weights `fit` leaves in the model."""
+        return min(self.history, key=lambda row: row["val_loss"])
+
+    @property
+    def seconds(self) -> float:
+        return sum(row["seconds"] for row in self.history)
+
+    def state_dict(self) -> dict:
+        """All that changes from epoch to epoch."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": self.history,
+            "best": self.best,
+            "order": self.train.generator.get_state(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        for part in ("model", "optimizer", "scheduler"):
+            getattr(self, part).load_state_dict(state[part])
+        self.history, self.best = state["history"], state["best"]
+        self.train.generator.set_state(state["order"])
         torch.set_rng_state(state["random"])
-        train.generator.set_state(state["order"])
-        history, best_loss, best = state["history"], state["best_loss"], state["best"]
-        print(f"{name}: {len(history)} epochs of {epochs} are done already, going on with the others")
+
+
+def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = lambda: None) -> None:
+    """Trains for the recipe's epochs and leaves the model as it was after the epoch with the best validation loss.
+
+    Stops early, with a line on stderr, if the loss is no longer finite. Raises FloatingPointError if that of the first
+    epoch is not. Calls `after_epoch` after each.
+    """
+    model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
+    criterion = nn.CrossEntropyLoss(label_smoothing=training.recipe.label_smoothing)
     size = len(train.indices)
     bar = tqdm(total=epochs * size, initial=len(history) * size, desc=name, unit="img", disable=None)
     for epoch in range(len(history) + 1, epochs + 1):
-        begin = synchronized_time(train.device)
-        train_loss, train_accuracy = train_one_epoch(model, counted(train, bar), optimizer, scheduler, autocast)
-        val_loss, val_accuracy = evaluate(model, val, autocast)
+        start = synchronized_time(train.device)
+        train_loss, train_accuracy = train_one_epoch(
+            model, counted(train, bar), training.optimizer, training.scheduler, criterion, training.autocast
+        )
+        val_loss, val_accuracy = evaluate(model, training.val)
         if not math.isfinite(train_loss + val_loss):
-            where = f"the loss is {train_loss} in epoch {epoch}, at a learning rate of {scheduler.get_last_lr()[0]:.2g}"
+            where = f"the loss is {train_loss} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
             if not history:
                 raise FloatingPointError(f"{where}: use a smaller learning rate")
-            print(f"error: {name}: {where}: it stops, and keeps the best epoch", file=sys.stderr)
+            print(f"error: {name}: {where}: training stops here and keeps the best epoch", file=sys.stderr)
             break
-        if val_loss < best_loss:
-            best_loss, best = val_loss, copy.deepcopy(model.state_dict())
-        seconds = synchronized_time(train.device) - begin
-        row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy}
-        history.append({**row, "val_loss": val_loss, "val_accuracy": val_accuracy, "seconds": seconds})
+        row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss}
+        history.append({**row, "val_accuracy": val_accuracy, "seconds": synchronized_time(train.device) - start})
+        if training.best_epoch is history[-1]:
+            training.best = copy.deepcopy(model.state_dict())
         bar.set_postfix_str(f"val {val_accuracy:.3f}")
-        if resume:
-            state = {stage: holder.state_dict() for stage, holder in stages.items()}
-            state |= {"random": torch.get_rng_state(), "order": train.generator.get_state(), "start": start}
-            with whole_or_absent(resume) as file:
-                torch.save({**state, "history": history, "best_loss": best_loss, "best": best}, file)
+        after_epoch()
     bar.close()
-    model.load_state_dict(best)
-    return history
+    model.load_state_dict(training.best)
 
 
 def counted(batches: Batches, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, each counted on the bar."""
+    """The same batches, each counted on the progress bar."""
     for inputs, labels in batches:
         yield inputs, labels
         bar.update(len(labels))
 
 
-def _interrupted(file: Path, start: str) -> dict | None:
-    """What `fit` wrote to the file, if it belongs to the training that begins with `start`."""
+def save_progress(file: Path, training: Training, key: str) -> None:
+    """Saves a training after an epoch, for `load_progress`. `key` identifies it: a hash of all that shapes it."""
+    with whole_file(file) as stream:
+        torch.save({"key": key, **training.state_dict()}, stream)
+
+
+def load_progress(file: Path, training: Training, key: str) -> bool:
+    """Continues the training that was saved with the same `key`. Returns whether there was one."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return state if state["start"] == start else None
+        if state["key"] == key:
+            training.load_state_dict(state)
+            return True
     except FileNotFoundError:
-        return None
+        pass
     except Exception as error:  # whatever a damaged file makes torch raise
-        print(f"{file} is unusable ({type(error).__name__}): training starts anew", file=sys.stderr)
-        return None
+        print(f"{file} is unusable ({type(error).__name__}): training starts again", file=sys.stderr)
+    return False
 
 
-# ---------------------------------------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------------------------------------- the metrics
 
 
 def metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
-    """Plain numbers about logits (N, classes): accuracies, a row per class, calibration, the confusion matrix."""
+    """Test metrics of logits (N, classes) as plain numbers: accuracies, a row per class, calibration, confusion."""
     classes = logits.shape[1]
     predicted = logits.argmax(dim=1)
     confusion = torch.zeros(classes, classes, dtype=torch.int64)  # rows are the true classes
@@ -395,26 +454,13 @@ def metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
         "top2_accuracy": (logits.topk(min(2, classes)).indices == labels[:, None]).any(dim=1).float().mean().item(),
         "per_class": {name: score.tolist() for name, score in scores.items()},
         "macro": {name: score.mean().item() for name, score in scores.items()},
-        "temperature": temperature,
         "calibration": {"before": calibration(logits, labels), "after": calibration(logits / temperature, labels)},
         "confusion_matrix": confusion.tolist(),
     }
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The one number by which to divide logits, so that probabilities mean what they say (Guo et al. 2017).
-
-    Minimises the cross-entropy of validation logits, by ever finer steps of its logarithm.
-    """
-    best = 0.0
-    for step in (0.5, 0.1, 0.02, 0.004):
-        candidates = [best + step * i for i in range(-6, 7)]
-        best = min(candidates, key=lambda t: F.cross_entropy(logits / math.exp(t), labels).item())
-    return math.exp(best)
-
-
 def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
-    """Expected calibration error, and for each bin of confidence its count, mean confidence and accuracy."""
+    """The expected calibration error, and for each bin of confidence its count, mean confidence and accuracy."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     which = (confidence * bins).long().clamp(max=bins - 1)
     count = which.bincount(minlength=bins)
@@ -425,24 +471,37 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
     return {"ece": error.item(), **rows}
 
 
-def cost(model: TransferModel, device: torch.device, precision: str) -> dict:
-    """Multiply-adds of a picture, and pictures a second, by batch size: one, and the best of some."""
-    size, dtype = model.preprocessing["image_size"], DTYPES[precision]
-    fast = model.for_inference(device, dtype)
-    rates = {}
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            model.eval()(torch.zeros(1, 3, size, size, device=device))
-        for batch_size in (1, 8, 32) if device.type == "cpu" else (1, 64, 256):
-            images = torch.zeros(batch_size, 3, size, size, dtype=dtype, device=device)
-            images = images.to(memory_format=torch.channels_last)
-            seconds = []
-            with one_thread(device.type == "cpu" and batch_size == 1):  # as in map_batches
-                for _ in range(6):  # the first one warms up
-                    start = synchronized_time(device)
-                    fast(images)
-                    seconds.append(synchronized_time(device) - start)
-            rates[batch_size] = batch_size / statistics.median(seconds[1:])
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature that minimises the cross-entropy of validation logits (N, classes) (Guo et al. 2017).
+
+    Searches its logarithm from -3 to 3 in ever finer steps.
+    """
+    best = 0.0
+    for step in (0.5, 0.1, 0.02, 0.004):
+        candidates = [best + step * i for i in range(-6, 7)]
+        best = min(candidates, key=lambda t: F.cross_entropy(logits / math.exp(t), labels).item())
+    return math.exp(best)
+
+
+def cost(model: TransferModel, device: torch.device) -> dict:
+    """Multiply-adds of one forward pass for one image, and images a second in fp32.
+
+    The latter at batch size 1 and at the fastest batch size tried: none is tried after one that takes over a second.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():  # inference_mode would hide the operators
+        model.eval().classifier(model.forward_features(model.example()).float())
+    fast, rates = fast_copy(model, device, "fp32"), {}
+    for batch_size in (1, 8, 32) if device.type == "cpu" else (1, 64, 256):
+        images = model.example().expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
+        seconds = []
+        with torch.inference_mode(), one_thread() if device.type == "cpu" and batch_size == 1 else nullcontext():
+            for _ in range(6):  # the first one warms up
+                start = synchronized_time(device)
+                fast(images)
+                seconds.append(synchronized_time(device) - start)
+        rates[batch_size] = batch_size / statistics.median(seconds[1:])
+        if seconds[-1] > 1:
+            break
     best = max(rates, key=rates.get)
     return {
         "multiply_adds": counter.get_total_flops() // 2,

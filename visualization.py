@@ -1,28 +1,21 @@
-"""Plain numbers in, one PNG out.
+"""Numbers in, a matplotlib figure out.
 
-    plot_history(Path("plots/vgg16.png"), "VGG16", history, COLORS[0])
+    plot_history("VGG16", history, COLORS[0]).savefig("vgg16.png", dpi=DPI)
 
-Every picture is drawn for a README at half width: few words, large enough, in colours that the colour-blind tell apart.
+Every plot is drawn for a README at half width: few words, large type, colours that colour-blind people can tell apart.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
-from data import whole_or_absent
-
+DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with whole_or_absent(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-
-
-def plot_history(path: Path, title: str, history: list[dict], color: str) -> None:
+def plot_history(title: str, history: list[dict], color: str) -> Figure:
     """Loss and accuracy over epochs, training dashed and validation solid."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     figure.suptitle(title, fontsize=15)
@@ -41,11 +34,11 @@ def plot_history(path: Path, title: str, history: list[dict], color: str) -> Non
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         else:
             axes.legend(fontsize=11)
-    _save(figure, path)
+    return figure
 
 
-def plot_confusion(path: Path, title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
-    """Rows are the true classes; a cell's shade is its share of the row, its number a count of test pictures."""
+def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Rows are the true classes. A cell's shade is its share of the row, its number a count of test images."""
     counts = np.asarray(matrix)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
     size = max(5.0, 0.55 * len(classes) + 1.5)
@@ -61,11 +54,11 @@ def plot_confusion(path: Path, title: str, matrix: Sequence[Sequence[int]], clas
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
-    _save(figure, path)
+    return figure
 
 
-def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color: str) -> None:
-    """Accuracy against confidence by bins, before and after scaling; a dot's area is its share of the pictures."""
+def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Figure:
+    """Accuracy against confidence in bins, before and after scaling. A dot's area is its share of the images."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color="#999999", linewidth=1)
@@ -85,10 +78,10 @@ def plot_reliability(path: Path, title: str, calibration: dict[str, dict], color
     axes.grid(alpha=0.3)
     for handle in axes.legend(fontsize=12, loc="lower right").legend_handles:
         handle.set_sizes([60])
-    _save(figure, path)
+    return figure
 
 
-def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str, str]]) -> None:
+def plot_comparison(points: Sequence[tuple[str, float, float, str, str]]) -> Figure:
     """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color, marker)."""
     figure = Figure(figsize=(7, 4 + 0.29 * len(points)), layout="constrained")
     axes = figure.subplots()
@@ -105,20 +98,20 @@ def plot_comparison(path: Path, points: Sequence[tuple[str, float, float, str, s
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=13, frameon=False)
-    _save(figure, path)
+    return figure
 
 
-def plot_predictions(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
-    """Pictures (H, W, 3), each with its caption below it."""
-    columns = min(4, len(pictures))
-    rows = -(-len(pictures) // columns)
+def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
+    """Images (H, W, 3), each with its caption below it."""
+    columns = min(4, len(images))
+    rows = -(-len(images) // columns)
     lines = max(caption.count("\n") + 1 for caption in captions)
     longest = max(len(line) for caption in captions for line in caption.split("\n"))
     size = (max(2.5, 0.095 * longest) * columns, rows * (1.7 + 0.24 * lines))
     figure = Figure(figsize=size, layout="constrained")
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.axis("off")
-    for axes, picture, caption in zip(figure.axes, pictures, captions, strict=False):
-        axes.imshow(picture, interpolation="nearest")
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
+        axes.imshow(image, interpolation="nearest")
         axes.set_title(caption, fontsize=11, y=-0.04, va="top")
-    _save(figure, path)
+    return figure
