@@ -262,7 +262,7 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     model, data = outcome.model, outcome.data
     model.temperature = train_utils.fit_temperature(outcome.val_logits, data.val.labels)
     val_loss, val_accuracy = loss_and_accuracy(outcome.val_logits, data.val.labels)
-    outcome.row = rows[model.name] = row = {
+    outcome.row = row = {
         **outcome.row,
         **about,
         "model": model.name,
@@ -288,6 +288,7 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     models.save_checkpoint(checkpoint, model, {key: value for key, value in row.items() if key != "history"})
     checkpoint.with_suffix(".resume").unlink(missing_ok=True)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
+    rows[model.name] = row
     cached = " (cached)" if row["features"]["cached"] else ""
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")

@@ -12,6 +12,7 @@ Every classification model of torchvision is a backbone. BACKBONES holds those t
 import copy
 import difflib
 import hashlib
+import io
 import json
 import math
 import operator
@@ -115,6 +116,8 @@ def _features_of(backbone: nn.Module) -> nn.Module:
 
     A sequence turns images into maps (B, C, H, W), the whole turns them into features (B, D).
     """
+    if isinstance(backbone, models.DenseNet):
+        backbone.features.add_module("relu5", nn.ReLU())  # which its forward applies after `features`
     if hasattr(backbone, "features") and hasattr(backbone, "classifier"):
         return backbone.features
     if isinstance(backbone, models.ResNet):
@@ -276,8 +279,15 @@ def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
         "metrics": metrics,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_tensors(path, {**values, "state_dict": tensors, "sha256": content_hash(tensors, values)})
+
+
+def write_tensors(path: Path, content: dict) -> None:
+    """torch.save that leaves a whole file or none. Raises OSError, which torch.save itself would hide."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with whole_file(path) as file:
-        torch.save({**values, "state_dict": tensors, "sha256": content_hash(tensors, values)}, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path) -> TransferModel:
@@ -307,7 +317,10 @@ def load_checkpoint(path: str | Path) -> TransferModel:
                 model = TransferModel(*arguments)
         except RuntimeError:  # RegNet computes with tensors while it is built
             model = TransferModel(*arguments)
-        model.load_state_dict(tensors, assign=True)
+        state = model.state_dict()  # keeps the versions of modules: MNASNet refuses tensors without
+        state.clear()
+        state.update(tensors)
+        model.load_state_dict(state, assign=True)
         model.preprocessing, model.metrics = values["preprocessing"], metrics
         model.test_views = values.get("test_views", 1)
         model.fine_tuned = values.get("fine_tuned", model.test_views == 2)  # two lines for files of earlier versions

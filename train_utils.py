@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Images, explained, locked, preprocess, read_image, whole_file
-from models import TransferModel, content_hash, fast_copy, one_thread, run_images
+from data import Images, explained, locked, preprocess, read_image
+from models import TransferModel, content_hash, fast_copy, one_thread, run_images, write_tensors
 
 
 @dataclass(frozen=True)
@@ -416,8 +416,7 @@ def counted(batches: Batches, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
 
 def save_progress(file: Path, training: Training, key: str) -> None:
     """Saves a training after an epoch, for `load_progress`. `key` identifies it: a hash of all that shapes it."""
-    with whole_file(file) as stream:
-        torch.save({"key": key, **training.state_dict()}, stream)
+    write_tensors(file, {"key": key, **training.state_dict()})
 
 
 def load_progress(file: Path, training: Training, key: str) -> bool:

@@ -43,7 +43,8 @@ def finish(folder: Path) -> tuple[dict, dict]:
     }
     results = json.loads((folder / "demo" / "plots" / "results.json").read_text())
     for run in results["runs"]:
-        del run["seconds"], run["features_cached"], run["images_per_second"]
+        for key in ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes"):
+            del run[key]
         for epoch in run["history"]:
             del epoch["seconds"]
     return tensors, results

@@ -1,4 +1,4 @@
-"""Small pictures and random weights, made here: no test needs a network, or finds one."""
+"""Small images and random weights, made here. No test needs a network, and none finds one."""
 
 import socket
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data as data_module  # noqa: E402
-from models import BACKBONES  # noqa: E402
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 
@@ -25,17 +25,17 @@ def draw(path: Path, color: tuple[int, int, int], seed: int, size: tuple[int, in
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """pictures/{train,test}/{blue,green,red}/*.png, 20 and 6 of each."""
+def photos(tmp_path: Path) -> Path:
+    """photos/{train,test}/{blue,green,red}/*.png, 20 and 6 of each."""
     for part, count in (("train", 20), ("test", 6)):
         for label, (name, color) in enumerate(COLORS.items()):
             for i in range(count):
                 draw(
-                    tmp_path / "pictures" / part / name / f"{i}.png",
+                    tmp_path / "photos" / part / name / f"{i}.png",
                     color,
                     seed=1000 * label + i + 100 * (part == "test"),
                 )
-    return tmp_path / "pictures"
+    return tmp_path / "photos"
 
 
 @pytest.fixture(scope="session")
@@ -45,22 +45,39 @@ def weights(tmp_path_factory) -> Path:
     (home / "hub" / "checkpoints").mkdir(parents=True)
     for name in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0"):
         torch.manual_seed(1)
-        model = BACKBONES[name].build()
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-        torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(BACKBONES[name].weights.url).name)
+        model = randomize_statistics(torchvision.models.get_model(name))
+        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+        torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(url).name)
     return home
+
+
+def randomize_statistics(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives BatchNorm statistics, scales and shifts that folding has to respect."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.8, 1.2)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    return model
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refused(*args, **kwargs):
-        raise OSError("no network")
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
 
-    monkeypatch.setattr(socket.socket, "connect", refused)
-    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    def connect_here(self, address):
+        if address[0] != "127.0.0.1":
+            raise OSError("no network")
+        return connect(self, address)
+
+    def look_up_here(host, *args, **kwargs):
+        if host != "127.0.0.1":
+            raise OSError("no network")
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
 
 
 @pytest.fixture

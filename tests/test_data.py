@@ -1,7 +1,10 @@
 import hashlib
+import http.server
 import io
 import pickle
 import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -11,10 +14,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from data import ImageError, find_images, load_data, map_batches, preprocess, read_image
+from data import ImageError, find_images, load_data, preprocess, read_image, run_script
 
 NORMAL = {"image_size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-CPU = torch.device("cpu")
 
 
 def pixel(path) -> list[int]:
@@ -28,11 +30,11 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "picture.png", exif=exif)
-    assert torch.equal(read_image(tmp_path / "picture.png"), torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+    stored.save(tmp_path / "image.png", exif=exif)
+    assert torch.equal(read_image(tmp_path / "image.png"), torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 
-def test_every_kind_of_picture_becomes_rgb(tmp_path):
+def test_every_kind_of_image_becomes_rgb(tmp_path):
     half = Image.new("L", (8, 8), 128)
     half.save(tmp_path / "grey.png")
     half.convert("1").save(tmp_path / "one_bit.png")
@@ -64,84 +66,68 @@ def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
         assert (row - expected).abs().max() < 1.6 / 255 / 0.22  # they round to uint8 in between, and Pillow twice
 
 
-def test_map_batches_keeps_order_and_names_what_it_cannot_read(tmp_path):
-    paths = []
-    for i in range(30):
-        paths.append(tmp_path / f"{i}.png")
-        Image.new("RGB", (4, 4), (i, 0, 0)).save(paths[-1])
-    paths[7].write_bytes(b"not a picture")
-    paths[8].write_bytes(paths[9].read_bytes()[:50])
-    paths[20].unlink()
-    for size in (1, 3, 64):
-        values, broken = [], []
-        for items, outputs, errors in map_batches(lambda images: torch.stack(images)[:, 0, 0, 0], paths, CPU, size):
-            values += outputs.tolist()
-            broken += [str(errors[i]).startswith(str(items[i])) for i in errors]
-        assert values == [i for i in range(30) if i not in (7, 8, 20)]
-        assert broken == [True] * 3
-
-
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"BM", b"II*\0"])
-def test_broken_pictures_raise_one_known_error(tmp_path, content):
+def test_broken_photos_raise_one_known_error(tmp_path, content):
     path = tmp_path / "x.png"
     path.write_bytes(content)
     with pytest.raises(ImageError, match=r"x\.png"):
         read_image(path)
 
 
-def test_the_split_is_seeded_and_complete(pictures):
-    first, again, other = (load_data(str(pictures), seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(first.train, again.train) and torch.equal(first.val, again.val)
-    assert not torch.equal(first.val, other.val)
-    assert sorted(torch.cat([first.train, first.val]).tolist()) == list(range(60))
+def test_the_split_is_seeded_and_complete(photos):
+    first, again, other = (load_data(str(photos), seed=seed) for seed in (0, 0, 1))
+    assert first.train.items == again.train.items and first.val.items == again.val.items
+    assert first.val.items != other.val.items
+    assert sorted(first.train.items + first.val.items) == sorted((photos / "train").rglob("*.png"))
     assert len(first.val) == 12
 
 
-def test_a_val_folder_is_the_validation_set(pictures):
+def test_a_val_folder_is_the_validation_set(photos):
     for name in ("blue", "green", "red"):
-        draw(pictures / "val" / name / "a.png", (0, 0, 0), seed=5)
-    data = load_data(str(pictures))
-    assert [data.images.items[i].parent.parent.name for i in data.val] == ["val"] * 3
+        draw(photos / "val" / name / "a.png", (0, 0, 0), seed=5)
+    data = load_data(str(photos))
+    assert [path.parent.parent.name for path in data.val.items] == ["val"] * 3
     assert len(data.train) == 60
 
 
-def test_limit_is_balanced_and_seeded(pictures):
-    data = load_data(str(pictures), limit=9)
-    assert data.images.labels.bincount().tolist() == [3, 3, 3]
+def test_limit_is_balanced_and_seeded(photos):
+    data = load_data(str(photos), limit=9)
+    assert (data.train.labels.bincount() + data.val.labels.bincount(minlength=3)).tolist() == [3, 3, 3]
     assert data.test.labels.bincount().tolist() == [3, 3, 3]
-    assert data.images.items == load_data(str(pictures), limit=9).images.items
+    assert data.train.items == load_data(str(photos), limit=9).train.items
     with pytest.raises(ValueError, match="--limit"):
-        load_data(str(pictures), limit=2)
+        load_data(str(photos), limit=2)
 
 
-def test_labels_go_by_name(pictures):
-    for picture in (pictures / "test" / "blue").iterdir():
-        picture.unlink()
-    (pictures / "test" / "blue").rmdir()
-    (pictures / "train" / ".ipynb_checkpoints").mkdir()
-    draw(pictures / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
-    data = load_data(str(pictures))
+def test_labels_go_by_name(photos):
+    for image in (photos / "test" / "blue").iterdir():
+        image.unlink()
+    (photos / "test" / "blue").rmdir()
+    (photos / "train" / ".ipynb_checkpoints").mkdir()
+    draw(photos / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
+    data = load_data(str(photos))
     assert data.classes == ("blue", "green", "red")
     assert all(
         data.classes[label] == path.parent.name for label, path in zip(data.test.labels, data.test.items, strict=True)
     )
 
 
-def test_the_fingerprint_follows_the_pictures(pictures):
-    before = load_data(str(pictures)).images.fingerprint()
-    assert before == load_data(str(pictures)).images.fingerprint()
-    draw(pictures / "train" / "red" / "3.png", (1, 2, 3), seed=77)
-    assert before != load_data(str(pictures)).images.fingerprint()
+def test_the_fingerprint_follows_the_photos(photos):
+    data = load_data(str(photos))
+    before = data.train.fingerprint()
+    assert before == load_data(str(photos)).train.fingerprint() != data.val.fingerprint()
+    draw(data.train.items[3], (1, 2, 3), seed=77)
+    assert before != load_data(str(photos)).train.fingerprint()
 
 
-def test_find_images_survives_links_that_go_round(pictures):
-    (pictures / "train" / "red" / "loop").symlink_to(pictures)
-    assert len(list(find_images(pictures))) == 78
+def test_find_images_survives_links_that_go_round(photos):
+    (photos / "train" / "red" / "loop").symlink_to(photos)
+    assert len(list(find_images(photos))) == 78
 
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A CIFAR-10 of twelve pictures, packed as the real one is."""
+    """A CIFAR-10 of twelve photos, packed as the real one is."""
 
     def member(name, content):
         content = pickle.dumps(content)
@@ -175,8 +161,8 @@ def test_cifar10_from_an_archive_put_there_by_hand(archive, tmp_path):
         assert {path.name for path in root.iterdir()} == {archive.name, ".lock"}
     (root / archive.name).write_bytes(whole)
     data = load_data("cifar10", root)
-    assert data.classes[:2] == ("plane", "car") and len(data.images) == len(data.test) == 12
-    assert read_image(data.images.items[0]).shape == (3, 32, 32)
+    assert data.classes[:2] == ("plane", "car") and len(data.train) + len(data.val) == len(data.test) == 12
+    assert read_image(data.train.items[0]).shape == (3, 32, 32)
 
 
 def test_a_cifar10_file_with_a_payload_runs_nothing(archive, tmp_path):
@@ -190,3 +176,30 @@ def test_a_cifar10_file_with_a_payload_runs_nothing(archive, tmp_path):
     with pytest.raises(OSError, match="--demo"):
         load_data("cifar10", root)
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_slow_download_is_not_cut_off(archive, tmp_path, monkeypatch):
+    """A server that pauses for seconds is slow, not gone."""
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            content = archive.read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:1000])
+            self.wfile.flush()
+            time.sleep(5.5)
+            self.wfile.write(content[1000:])
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Slow)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+    root = tmp_path / "data"
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: len(load_data("cifar10", root).test))
+    server.shutdown()
+    assert left.value.code == 12  # images

@@ -1,77 +1,141 @@
-from dataclasses import replace
+"""Every backbone: frozen, run fast, saved, loaded, and used for predictions."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import draw, randomize_statistics
+from PIL import Image
 
-from models import BACKBONES, DTYPES, TransferModel, load_checkpoint, save_checkpoint
+import inference
+from models import BACKBONES, TransferModel, fast_copy, load_checkpoint, run_images, save_checkpoint
 
 CPU = torch.device("cpu")
-SMALL = [name for name in BACKBONES if name != "vgg16"]
+
+# the smallest member of every family of torchvision's classification models, and both ways of reading MobileNetV3-Large
+FAMILIES = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_large_levels", "mobilenet_v3_small",
+    "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t",
+    "swin_v2_t", "vgg11_bn", "vgg16", "vit_b_32", "wide_resnet50_2",
+]  # fmt: skip
+ONE_SIZE = {"maxvit_t": 224, "vit_b_32": 224}
 
 
-@pytest.fixture
-def images():
-    return torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+def random_model(name: str, image_size: int | None = None, classes=("zebra", "ant", "car")) -> TransferModel:
+    torch.manual_seed(0)
+    return randomize_statistics(TransferModel(name, classes, image_size, pretrained=False)).eval()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_classifier_on_features_is_the_model(name, images):
-    model = TransferModel(name, "abc", pretrained=False).eval()
-    features = model.forward_features(images)
-    assert features.shape == (len(images), model.width)
-    assert torch.equal(model.classifier(features), model(images))
+def noise(model: TransferModel, count: int = 2) -> torch.Tensor:
+    size = model.preprocessing["image_size"]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_frozen_means_frozen(name, images):
-    model = TransferModel(name, "abc", pretrained=False)
-    before = {key: tensor.clone() for key, tensor in model.features.state_dict().items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    model.train()
-    for _ in range(2):
-        model(images).sum().backward()
-        optimizer.step()
-    after = model.features.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+def test_families_are_complete():
+    packages = {torchvision.models.get_model_builder(name).__module__ for name in FAMILIES if "_levels" not in name}
+    everything = torchvision.models.list_models(torchvision.models)
+    assert {torchvision.models.get_model_builder(name).__module__ for name in everything} == packages
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_for_inference_computes_the_same(name, images, weights, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(weights))  # random BatchNorm statistics, so that folding has work to do
-    monkeypatch.setattr("models.LAYER", 1_600_000)  # so that early blocks take these few pictures in parts
-    model = TransferModel(name, "abc").eval()
+@pytest.mark.parametrize("image_size", [None, 193])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_fast_copy_computes_the_same(name, image_size):
+    if image_size and name in ONE_SIZE:
+        with pytest.raises(ValueError, match=f"{name} takes no images of size {image_size}, only of {ONE_SIZE[name]}"):
+            random_model(name, image_size)
+        return
+    model = random_model(name, image_size)
+    images = noise(model)
     with torch.inference_mode():
         expected = model.forward_features(images)
-        fast = model.for_inference(CPU, DTYPES["fp32"])
-        assert fast.early and fast.part < len(images)
-        fp32 = fast.forward_features(images)
-        bf16 = model.for_inference(CPU, DTYPES["bf16"]).forward_features(images.bfloat16()).float()
-        one = fast.forward_features(images[:1])  # the weights' layout goes by the batch size
-    assert torch.allclose(fp32, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
-    assert torch.allclose(one, fp32[:1], rtol=1e-4, atol=1e-4 * expected.abs().max())
+        fast = fast_copy(model, CPU, "fp32")
+        actual = fast.forward_features(images)
+        one = fast.forward_features(images[:1])  # the weights' layout follows from the batch size
+    assert expected.shape == (2, model.width)
+    tolerance = 1e-4 * expected.abs().max()
+    assert (actual - expected).abs().max() < tolerance and (one - expected[:1]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18"])
+def test_the_fast_copy_in_bf16_and_in_parts(name, monkeypatch):
+    monkeypatch.setattr("models.LAYER", 1_600_000)  # so that the first stages take these few images in parts
+    model = random_model(name, 64)
+    images = noise(model, 8)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        whole = fast_copy(model, CPU, "fp32").forward_features(images)
+        bf16 = fast_copy(model, CPU, "bf16").forward_features(images.bfloat16()).float()
+    assert (whole - expected).abs().max() < 1e-4 * expected.abs().max()
     assert (bf16 - expected).norm() < 0.05 * expected.norm()
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())  # the model itself is untouched
 
 
-def test_every_level_stays_what_it_is_where_the_levels_are_single_layers(images, monkeypatch):
-    def build():
-        network = torch.nn.Module()
-        network.features = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 8, 3)
-        )
-        network.features[1].running_mean.fill_(0.5)  # so that folding it would change the first level
-        network.classifier = torch.nn.Sequential(torch.nn.Linear(8, 1000))
-        return network
+@pytest.mark.parametrize("name", ["_convolution_pointwise", "_reorder_convolution_weight"])
+def test_the_fast_copy_does_without_an_operator_that_fails(name, monkeypatch):
+    def missing(*args):
+        raise RuntimeError("could not create a memory")
 
-    monkeypatch.setitem(BACKBONES, "tiny", replace(BACKBONES["mobilenet_v2"], build=build))
-    model = TransferModel("tiny", "abc", pretrained=False).eval()
-    fast = model.for_inference(CPU, torch.float32)
-    assert model.width == 3 * 4 * 4 + 8
-    assert torch.allclose(fast.forward_features(images), model.forward_features(images), atol=1e-5)
+    model = random_model("mobilenet_v2", 32)
+    expected = fast_copy(model, CPU, "fp32").forward_features(noise(model))
+    monkeypatch.setattr(torch.ops.mkldnn, name, missing)
+    actual = fast_copy(model, CPU, "fp32").forward_features(noise(model))
+    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_checkpoint_is_at_home_in_torchvision(tmp_path, images, weights, monkeypatch):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_frozen_means_frozen_and_unfrozen_trains(name):
+    model = random_model(name, ONE_SIZE.get(name, 96))
+    images = noise(model, 3)
+    before = {key: tensor.clone() for key, tensor in model.features.state_dict().items()}
+
+    def step() -> list[str]:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model.train()
+        model(images).logsumexp(dim=1).sum().backward()
+        optimizer.step()
+        after = model.features.state_dict()
+        return [key for key in before if not torch.equal(before[key], after[key])]
+
+    assert step() == []
+    model.unfreeze()
+    changed = step()
+    assert changed and not any("running" in key or "num_batches" in key for key in changed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_rebuilds_itself(name, tmp_path):
+    model = random_model(name, ONE_SIZE.get(name, 96))
+    model.temperature = 1.5
+    save_checkpoint(tmp_path / "x.pt", model, {"val_accuracy": 0.5})
+    again = load_checkpoint(tmp_path / "x.pt")
+    assert again.classes == ("zebra", "ant", "car") and again.metrics == {"val_accuracy": 0.5}
+    assert again.preprocessing == model.preprocessing and again.temperature == 1.5
+    assert torch.equal(again(noise(model)), model(noise(model)))
+    assert torch.equal(model.classifier(model.forward_features(noise(model)).float()), model(noise(model)))
+
+
+def test_a_checkpoint_of_an_earlier_version_loads(tmp_path, monkeypatch):
+    model = random_model("mobilenet_v3_small", 64)
+    whole_save = torch.save
+
+    def earlier(content, file):
+        values = {key: content[key] for key in ("schema", "name", "classes", "preprocessing", "test_views", "metrics")}
+        values |= {"test_views": 2, "metrics": {"temperature": 1.2, "model": "mobilenet_v3_small_finetuned"}}
+        from models import content_hash
+
+        digest = content_hash(content["state_dict"], values)
+        whole_save({**values, "state_dict": content["state_dict"], "sha256": digest}, file)
+
+    monkeypatch.setattr(torch, "save", earlier)
+    save_checkpoint(tmp_path / "x.pt", model, {})
+    again = load_checkpoint(tmp_path / "x.pt")
+    assert (again.name, again.temperature, again.test_views) == ("mobilenet_v3_small_finetuned", 1.2, 2)
+
+
+def test_features_are_torchvisions(tmp_path, weights, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(weights))
     for name in ("mobilenet_v3_large", "mobilenet_v2"):
         model = TransferModel(name, [*"0123456789"]).eval()
@@ -83,24 +147,83 @@ def test_the_checkpoint_is_at_home_in_torchvision(tmp_path, images, weights, mon
         if name == "mobilenet_v3_large":
             stock = torchvision.models.mobilenet_v3_large(num_classes=10)
             stock.load_state_dict(state)
-            assert torch.allclose(stock.eval()(images), model(images), atol=1e-5)
+            assert torch.allclose(stock.eval()(noise(model)), model(noise(model)), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_checkpoint_rebuilds_itself(name, tmp_path, images):
-    model = TransferModel(name, ("zebra", "ant"), image_size=64, pretrained=False).eval()
-    save_checkpoint(tmp_path / "x.pt", model, {"val_accuracy": 0.5})
-    again, metrics = load_checkpoint(tmp_path / "x.pt")
-    assert again.classes == ("zebra", "ant") and metrics == {"val_accuracy": 0.5}
-    assert again.preprocessing == model.preprocessing
-    assert torch.equal(again(images), model(images))
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "resnet18", "swin_t"])
+def test_pretrained_weights_give_torchvisions_logits(name, tmp_path, monkeypatch):
+    """Our features through torchvision's own last layer are torchvision's own logits."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    stock = torchvision.models.get_model(name, **({"init_weights": False} if "net_v" in name or "goog" in name else {}))
+    randomize_statistics(stock)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(stock.state_dict(), tmp_path / "hub" / "checkpoints" / Path(weights.url).name)
+    stock = torchvision.models.get_model(name, weights=weights).eval()
+    model = TransferModel(name, "ab", 96).eval()
+    last = [module for module in stock.modules() if isinstance(module, torch.nn.Linear)][-1]
+    images = noise(model)
+    features = model.forward_features(images)[:, -last.in_features :]
+    assert torch.allclose(last(features), stock(images), atol=1e-4)
+
+
+def test_a_name_that_is_none_gets_a_suggestion():
+    with pytest.raises(ValueError, match="resnet50"):
+        TransferModel("resnet", "ab")
+
+
+def test_run_images_keeps_order_and_names_what_it_cannot_read(tmp_path):
+    paths = []
+    for i in range(30):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(paths[-1])
+    paths[7].write_bytes(b"not an image")
+    paths[8].write_bytes(paths[9].read_bytes()[:50])
+    paths[20].unlink()
+    model = TransferModel("squeezenet1_1", "ab", 32, pretrained=False)
+    model.preprocessing |= {"image_size": 4, "mean": [0.0] * 3, "std": [1.0] * 3}
+    for size in (1, 3, 64):
+        values, broken = [], {}
+        batches = run_images([model], paths, lambda model, images: 255 * images[:, 0, 0, :1], batch_size=size)
+        for items, [outputs], errors in batches:
+            broken |= {items[i].name: str(error) for i, error in errors.items()}
+            values += outputs.flatten().tolist()
+        assert sorted(broken) == ["20.png", "7.png", "8.png"]
+        assert all(name in message for name, message in broken.items())
+        assert [i for i, value in enumerate(values) if np.isnan(value)] == [7, 8, 20]
+        assert values == pytest.approx([np.nan if i in (7, 8, 20) else i for i in range(30)], abs=1e-3, nan_ok=True)
+
+
+def test_predict_answers_as_inference_does(run, tmp_path, monkeypatch):
+    model = random_model("mobilenet_v3_small", 64)
+    model.temperature = 2.0
+    save_checkpoint(tmp_path / "x.pt", model, {})
+    for i, size in enumerate([(20, 30), (64, 64), (400, 300)]):
+        draw(tmp_path / f"{i}.png", (40 * i, 90, 200), seed=i, size=size)
+    (tmp_path / "3.png").write_bytes(b"x")
+    files = [str(tmp_path / f"{i}.png") for i in range(4)]
+    _, out, _ = run(inference, *files, "--checkpoint", "x.pt", "--format", "json")
+    records = [json.loads(line) for line in out.splitlines()]
+
+    loaded = load_checkpoint("x.pt")
+    answers = loaded.predict(files)
+    assert [answer.keys() for answer in answers] == [record.keys() for record in records]
+    assert answers[3] == records[3] and "3.png" in answers[3]["error"]
+    images = [Image.open(file) for file in files[:3]]
+    for forms in (answers, loaded.predict(images), loaded.predict([np.array(image) for image in images])):
+        for answer, record in zip(forms[:3], records[:3], strict=True):
+            assert answer["label"] == record["label"] == answer["top"][0]["label"]
+            assert answer["probability"] == pytest.approx(record["probability"], abs=1e-5)
+    assert loaded.predict(Path(files[0])) == answers[0]
+    loaded.temperature = 1e-3  # probabilities are calibrated
+    assert loaded.predict(files[0])["probability"] > answers[0]["probability"]
 
 
 def test_damage_is_always_noticed(tmp_path):
     path = tmp_path / "x.pt"
     save_checkpoint(path, TransferModel("mobilenet_v3_small", "ab", pretrained=False), {})
     whole = path.read_bytes()
-    state = load_checkpoint(path)[0].state_dict()
+    state = load_checkpoint(path).state_dict()
     for i in range(64):
         path.write_bytes(whole[: len(whole) * i // 64])
         with pytest.raises(ValueError, match=r"x\.pt"):
@@ -110,7 +233,7 @@ def test_damage_is_always_noticed(tmp_path):
         damaged[(len(whole) * i + 17 * i) // 64] ^= 255
         path.write_bytes(damaged)
         try:
-            loaded = load_checkpoint(path)[0].state_dict()
+            loaded = load_checkpoint(path).state_dict()
         except ValueError as error:
             assert "x.pt" in str(error) and "\n" not in str(error)
         else:
@@ -125,8 +248,14 @@ class Payload:
         return (open, (str(self.canary), "w"))
 
 
-def test_a_pickle_with_a_payload_runs_nothing(tmp_path):
+def test_a_pickle_with_a_payload_runs_nothing(tmp_path, monkeypatch):
     torch.save({"schema": 1, "state_dict": Payload(tmp_path / "canary")}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=r"x\.pt"):
         load_checkpoint(tmp_path / "x.pt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nor one among torchvision's weights
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    url = BACKBONES["mobilenet_v2"].weights.url
+    torch.save({"features.0.0.weight": Payload(tmp_path / "canary")}, tmp_path / "hub" / "checkpoints" / Path(url).name)
+    with pytest.raises(OSError, match="damaged"):
+        TransferModel("mobilenet_v2", "ab")
     assert not (tmp_path / "canary").exists()

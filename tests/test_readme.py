@@ -35,7 +35,7 @@ def test_the_tables_are_the_results():
             assert row in README
 
 
-def test_pictures_and_files_are_there():
+def test_photos_and_files_are_there():
     for target in re.findall(r'src="([^"]+)"|\]\(((?!http|#)[^)]+)\)', README):
         assert (ROOT / "".join(target)).exists(), target
     for name in re.findall(r"^\| `([a-z_]+\.py)`", README, re.MULTILINE):
