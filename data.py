@@ -16,11 +16,10 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -138,32 +137,19 @@ def _limit(images: Images, limit: int, seed: int) -> Images:
 def _cifar10(root: Path) -> tuple[Images, None, Images]:
     try:
         parts = [CIFAR10(root, train) for train in (True, False)]  # checks every file's md5 before it opens one
-    except RuntimeError:
-        _download_cifar10(root)
-        parts = [CIFAR10(root, train) for train in (True, False)]
+    except RuntimeError:  # not there, or not complete
+        with locked(root / ".lock", wait=True):
+            try:
+                parts = [CIFAR10(root, train, download=True) for train in (True, False)]
+            except (OSError, RuntimeError) as error:
+                archive = root / CIFAR10.filename
+                refused = f"{archive} is not the right file, and " if archive.exists() else ""
+                raise OSError(
+                    f"{refused}CIFAR-10 cannot be downloaded ({first_line(error)}): put {archive.name} (md5 "
+                    f"{CIFAR10.tgz_md5}) into {root}/, or use --data FOLDER with your own images, or --demo"
+                ) from error
     train, test = (Images(part.data, torch.tensor(part.targets)) for part in parts)
     return train, None, test
-
-
-def _download_cifar10(root: Path) -> None:
-    """Downloads, checks and unpacks into a temporary folder, then renames: `root` never holds half a data set."""
-    archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
-    with locked(root / ".lock", wait=True), tempfile.TemporaryDirectory(dir=root, prefix=".cifar10-") as folder:
-        with suppress(RuntimeError):
-            CIFAR10(root)  # another run has downloaded it while this one waited
-            return
-        try:
-            if archive.exists():  # the user has put it there
-                shutil.copy(archive, folder)
-            CIFAR10(folder, download=True)
-        except (OSError, RuntimeError) as error:
-            refused = f"{archive} is not the right file, and " if archive.exists() else ""
-            raise OSError(
-                f"{refused}CIFAR-10 cannot be downloaded ({error}): put {CIFAR10.filename} (md5 {CIFAR10.tgz_md5}) "
-                f"into {root}/, or use --data FOLDER with your own images, or --demo"
-            ) from error
-        shutil.rmtree(unpacked, ignore_errors=True)
-        (Path(folder) / CIFAR10.base_folder).rename(unpacked)
 
 
 def _folder(root: Path) -> tuple[tuple[str, ...], Images, Images | None, Images]:
@@ -209,24 +195,19 @@ def find_images(folder: Path) -> Iterator[Path]:
 
 
 def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, None, Images]:
-    """Small drawings of four shapes in random colours. Every call draws the same ones."""
-    shapes = {
-        "circle": lambda draw, x, y, r, ink: draw.ellipse((x - r, y - r, x + r, y + r), ink),
-        "line": lambda draw, x, y, r, ink: draw.line((x - r, y, x + r, y), ink, width=4),
-        "square": lambda draw, x, y, r, ink: draw.rectangle((x - r, y - r, x + r, y + r), ink),
-        "triangle": lambda draw, x, y, r, ink: draw.polygon((x - r, y + r, x + r, y + r, x, y - r), ink),
-    }
+    """Small drawings of shapes in random colours. Every call draws the same ones."""
+    sides = {"circle": 30, "square": 4, "triangle": 3}
     random = np.random.default_rng(0)
-    labels = torch.arange(train + test) % len(shapes)
+    labels = torch.arange(train + test) % len(sides)
     images = random.normal(0, 12, (train + test, 32, 32, 3))
     for image, label in zip(images, labels, strict=True):
         ground, ink = random.integers(0, 110, 3).tolist(), random.integers(145, 256, 3).tolist()
         canvas = Image.new("RGB", (32, 32), tuple(ground))
         x, y, r = *random.integers(12, 20, 2).tolist(), int(random.integers(6, 11))
-        list(shapes.values())[label](ImageDraw.Draw(canvas), x, y, r, tuple(ink))
+        ImageDraw.Draw(canvas).regular_polygon((x, y, r), list(sides.values())[label], fill=tuple(ink))
         image += canvas
     images = images.clip(0, 255).astype(np.uint8)
-    return tuple(shapes), Images(images[:train], labels[:train]), None, Images(images[train:], labels[train:])
+    return tuple(sides), Images(images[:train], labels[:train]), None, Images(images[train:], labels[train:])
 
 
 # ---------------------------------------------------------------------------- the decoder and preprocessing

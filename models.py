@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models
-from torchvision.ops import StochasticDepth
+from torchvision.ops import stochastic_depth
 
 from data import ImageError, Item, first_line, preprocess, read_image, whole_file
 
@@ -475,15 +475,16 @@ ACTIVATIONS = {
 }
 
 
-def fast_copy(model: TransferModel, device: torch.device, precision: str) -> TransferModel:
+def fast_copy(model: TransferModel, device: torch.device, precision: str, packed: bool = True) -> TransferModel:
     """A copy that computes the same in less time, for run_images: `features` in `precision`, the classifier in fp32.
 
     Each stage of `features` is traced by torch.fx, its BatchNorm folded into the convolutions, its layout
-    channels_last. On a CPU, the convolutions become PackedConv, and stages with large maps take fewer images at a time.
-    A stage keeps its plain modules if it cannot be traced, or if this torch or processor cannot run what replaces them.
+    channels_last. On a CPU, the convolutions become PackedConv, and stages with large maps take fewer images at a time,
+    unless `packed` is False. A stage keeps its plain modules if it cannot be traced, or if this torch or processor
+    cannot run what replaces them.
     """
     fast, dtype = copy.deepcopy(model).eval().requires_grad_(False), DTYPES[precision]
-    packed = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packed = packed and device.type == "cpu" and torch.backends.mkldnn.is_available()
     packed = packed and (precision == "fp32" or _computes_in_bf16(device))
     with torch.inference_mode(), one_thread():
         images = fast.example().cpu().to(dtype)
@@ -506,7 +507,7 @@ def fast_copy(model: TransferModel, device: torch.device, precision: str) -> Tra
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
     """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
     try:
-        fast = _fold(stage)
+        fast = fuse(stage)
     except Exception:  # torch.fx cannot follow it
         stage = stage.to(dtype=images.dtype, memory_format=torch.channels_last)
         return stage, (outputs := stage(images)), outputs.numel()
@@ -523,68 +524,43 @@ def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Modu
     return fast, outputs, max(shape.numel() for shape in shapes)
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, StochasticDepth) or super().is_leaf_module(module, name)
-
-
-def _module(graph: fx.GraphModule, node: object) -> nn.Module | None:
-    """The module that a node of the graph calls, or None if it does something else."""
-    return graph.get_submodule(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
-
-
-def _skip(node: fx.Node) -> None:
-    """Takes a node out of its graph. What used its output gets its first input instead."""
-    node.replace_all_uses_with(node.args[0])
-    node.graph.erase_node(node)
-
-
-def _fold(stage: nn.Module) -> fx.GraphModule:
-    """Traces a stage in eval mode, drops what does nothing then, and folds BatchNorm into the convolution before it."""
-    graph = fx.GraphModule(stage, _Tracer().trace(stage))
-    for node in list(graph.graph.nodes):
-        module, source = _module(graph, node), node.args[0] if node.args else None
-        conv = _module(graph, source)
-        if isinstance(module, nn.Dropout | nn.Identity | StochasticDepth):
-            _skip(node)
-        elif isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d) and len(source.users) == 1:
-            graph.set_submodule(source.target, fuse_conv_bn_eval(conv, module))
-            _skip(node)
-    graph.recompile()
-    return graph
-
-
 def _pack(graph: fx.GraphModule) -> fx.GraphModule:
     """Replaces convolutions, the additions and activations after them, and global averages by faster modules."""
+
+    def module_of(node: object) -> nn.Module | None:
+        return graph.get_submodule(node.target) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def can_take(node: object, operation: str) -> bool:
+        """Whether the node is a PackedConv that can do the operation on its output: after an addition only ReLU."""
+        conv = module_of(node)
+        free = isinstance(conv, PackedConv) and len(node.users) == 1 and conv.activation[0] == "none"
+        return free and (len(node.args) == 1 or operation == "relu")
+
+    def skip(node: fx.Node, replacement: fx.Node) -> None:
+        node.replace_all_uses_with(replacement)
+        graph.graph.erase_node(node)
+
     for node in list(graph.graph.nodes):
-        module = _module(graph, node)
+        module = module_of(node)
+        activation = ACTIVATIONS.get(type(module) if module else node.target)
         if isinstance(module, nn.Conv2d):
             graph.set_submodule(node.target, PackedConv(module))
         elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             graph.set_submodule(node.target, GlobalAverage())
+        elif node.target is stochastic_depth or isinstance(module, nn.Identity):  # does nothing in eval mode
+            skip(node, node.args[0])
+        elif activation and can_take(node.args[0], activation[0]):
+            module_of(node.args[0]).activation = activation
+            skip(node, node.args[0])
         elif node.target in (operator.add, operator.iadd, torch.add):
             for source, other in (node.args, node.args[::-1]):
-                if _can_take(graph, source, "add"):
-                    with graph.graph.inserting_before(node):
-                        node.replace_all_uses_with(graph.graph.call_module(source.target, (source.args[0], other)))
-                    graph.graph.erase_node(node)
+                if can_take(source, "add"):
+                    with graph.graph.inserting_before(node):  # here both inputs are there
+                        skip(node, graph.graph.call_module(source.target, (source.args[0], other)))
                     graph.graph.erase_node(source)
                     break
-        elif activation := ACTIVATIONS.get(type(module) if module else node.target):
-            source = node.args[0]
-            if _can_take(graph, source, activation[0]):
-                _module(graph, source).activation = activation
-                _skip(node)
     graph.recompile()
     return graph
-
-
-def _can_take(graph: fx.GraphModule, node: object, operation: str) -> bool:
-    """Whether a node is a PackedConv that can do an operation on its output. After an addition it can do ReLU only."""
-    conv = _module(graph, node)
-    if not isinstance(conv, PackedConv) or len(node.users) > 1 or conv.activation[0] != "none":
-        return False
-    return len(node.args) == 1 or operation == "relu"
 
 
 class PackedConv(nn.Module):

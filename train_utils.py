@@ -245,8 +245,9 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
 class Batches:
     """Inputs and labels in batches on the device. With a seed, every epoch has another order.
 
-    `indices` are those of the images to use; by default all. A small set gets smaller batches, so that an epoch has 16
-    steps of 8 images or more. The remainder is spread over all batches, since BatchNorm cannot train on a single row.
+    `indices` are those of the images to use; by default all. A small set gets smaller batches, so that an epoch has
+    about 16 steps of 8 images or more. The remainder is spread over all batches, which may make them a little larger
+    than `batch_size`: BatchNorm cannot train on a single row.
     """
 
     def __init__(
@@ -473,7 +474,7 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature that minimises the cross-entropy of validation logits (N, classes) (Guo et al. 2017).
 
-    Searches its logarithm from -3 to 3 in ever finer steps.
+    Searches its logarithm from -3.7 to 3.7 in ever finer steps.
     """
     best = 0.0
     for step in (0.5, 0.1, 0.02, 0.004):

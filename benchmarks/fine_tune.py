@@ -1,4 +1,4 @@
-"""How fast fine-tuning is: from picture files to updated weights, against a bare forward and backward pass.
+"""How fast fine-tuning is, from image files to updated weights, against a bare forward and backward pass.
 
     python benchmarks/fine_tune.py --image-size 128       random weights, generated 32x32 JPEG files
 
@@ -9,19 +9,20 @@ turns, three times, and the median counts.
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from speed import ROUNDS, draw_pictures
+from speed import ROUNDS, draw_images
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, run_script
-from main_train import FINE_TUNE_BATCH
 from models import BACKBONES, TransferModel, pick_device, pick_precision
-from train_utils import Batches, image_loader, synchronized_time, train_one_epoch
+from train_utils import FINE_TUNING, Batches, Training, image_loader, synchronized_time, train_one_epoch
 
 
 def main() -> int:
@@ -36,44 +37,43 @@ def main() -> int:
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     print(f"{device}, {precision}, {args.image_size} pixels, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as scratch:
-        files = list(find_images(draw_pictures(Path(scratch), args.images)))
-        pictures = Images(files, torch.arange(len(files)) % 10)
+        files = list(find_images(draw_images(Path(scratch), args.images)))
+        images = Images(files, torch.arange(len(files)) % 10)
         for name in args.models:
-            ours, bare = measure(name, pictures, args.image_size, device, precision)
+            ours, bare = measure(name, images, args.image_size, device, precision)
             print(f"{name:20} {ours:7.1f} images/s, bare {bare:7.1f}: {ours / bare:.2f}")
     return 0
 
 
-def measure(name: str, pictures: Images, image_size: int, device: torch.device, precision: str) -> tuple[float, float]:
-    """Images a second of an epoch of fine-tuning, and of the bare passes of as many."""
+def measure(name: str, images: Images, image_size: int, device: torch.device, precision: str) -> tuple[float, float]:
+    """Images a second of an epoch of fine-tuning, and of as many bare passes."""
     model = TransferModel(name, "0123456789", image_size, pretrained=False)
-    model.features.requires_grad_(True)
-    model.to(device, memory_format=torch.channels_last).train()
-    load = image_loader(pictures, model.preprocessing, device)
-    batches = Batches(load, pictures.labels, torch.arange(len(pictures)), FINE_TUNE_BATCH, device, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-4, total_steps=(ROUNDS + 1) * len(batches))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    images, labels = next(iter(batches))
+    model.unfreeze()
+    model.to(device, memory_format=torch.channels_last)
+    load = image_loader(images, model.preprocessing, device)
+    batches = Batches(load, images.labels, FINE_TUNING.batch_size, device, seed=0)
+    training = Training(model, batches, batches, replace(FINE_TUNING, epochs=ROUNDS + 1), precision)
+    criterion = nn.CrossEntropyLoss(label_smoothing=FINE_TUNING.label_smoothing)
+    ready, labels = next(iter(batches))
 
-    def fine_tuned() -> None:
-        train_one_epoch(model, batches, optimizer, scheduler, autocast)
+    def fine_tuning() -> None:
+        train_one_epoch(model, batches, training.optimizer, training.scheduler, criterion, training.autocast)
 
-    def bare() -> None:
+    def bare_passes() -> None:
         for _ in range(len(batches)):
-            with autocast:
-                loss = F.cross_entropy(model(images), labels)
-            optimizer.zero_grad()
+            with training.autocast:
+                loss = criterion(model(ready), labels)
+            model.zero_grad()
             loss.backward()
 
-    def rate(function) -> float:
+    def rate(run: Callable[[], None]) -> float:
         start = synchronized_time(device)
-        function()
-        return len(pictures) / (synchronized_time(device) - start)
+        run()
+        return len(images) / (synchronized_time(device) - start)
 
-    fine_tuned()  # warms up
-    ours, its = np.median([(rate(fine_tuned), rate(bare)) for _ in range(ROUNDS)], axis=0).tolist()
-    return ours, its
+    fine_tuning()  # warms up
+    ours, bare = np.median([(rate(fine_tuning), rate(bare_passes)) for _ in range(ROUNDS)], axis=0).tolist()
+    return ours, bare
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Small images and random weights, made here. No test needs a network, and none finds one."""
 
+import os
 import socket
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin slow down parallel tests
 
 import numpy as np
 import pytest

@@ -568,7 +568,7 @@ def test_results_of_another_version_are_kept_aside(run, photos, tmp_path):
 
 
 # every model of torchvision with fewer parameters than this, and the smallest of each family
-SMALL_ENOUGH = 13_000_000
+SMALL_ENOUGH = 6_000_000
 NAMES = [
     name
     for name in torchvision.models.list_models(torchvision.models)
