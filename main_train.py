@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -246,7 +245,7 @@ def provenance(argv: list[str], device: torch.device) -> dict:
         commit = None
     libraries = {library.__name__: str(library.__version__) for library in (torch, torchvision, np)}
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": train_utils.now(),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
         "versions": {"python": platform.python_version(), **libraries},

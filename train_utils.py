@@ -66,6 +66,11 @@ def synchronized_time(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def now() -> str:
+    """The date and time, UTC, in ISO format."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
 def device_name(device: torch.device) -> str:
     """What people call it: "NVIDIA H100 80GB HBM3", or "AMD EPYC 9R14, 2 threads"."""
     if device.type == "cuda":
@@ -148,17 +153,16 @@ def _extract_features(
     model: TransferModel, images: Images, file: Path, device: torch.device, precision: str, mirrored: bool
 ) -> Features:
     kept = torch.float32 if precision == "fp32" else torch.float16  # which holds more digits than bf16
-    row_bytes = model.width * kept.itemsize
-    header = io.BytesIO()
-    shape = {"descr": str(torch.empty(0, dtype=kept).numpy().dtype.str), "fortran_order": False}
-    np.lib.format.write_array_header_1_0(header, {**shape, "shape": (len(images), model.width)})
+    row_bytes, header = model.width * kept.itemsize, io.BytesIO()
+    descr = torch.empty(0, dtype=kept).numpy().dtype.str
+    shape = {"descr": descr, "fortran_order": False, "shape": (len(images), model.width)}
+    np.lib.format.write_array_header_1_0(header, shape)
     part, clock = file.with_suffix(".part"), file.with_suffix(".seconds.part")
     with part.open("ab") as rows:
         done = min(len(images), max(0, rows.tell() - header.tell()) // row_bytes) // ALIGNMENT * ALIGNMENT
+        seconds = seconds_before = float(clock.read_text() or 0) if done and clock.exists() else 0.0
         rows.truncate(header.tell() + done * row_bytes if done else 0)
-        seconds_before = 0.0
         if done:
-            seconds_before = float(clock.read_text() or 0)
             print(f"{model.backbone}: continuing after the features of {done:,} images")
         else:
             rows.write(header.getbuffer())
@@ -176,17 +180,13 @@ def _extract_features(
                 rows.write(block.numpy())
                 bar.update(len(items))
     array = np.load(part, mmap_mode="c")
-    made = {
-        "seconds": seconds,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name(device),
-    }
+    made = {"seconds": seconds, "date": now(), "device": device_name(device)}
     with part.open("ab") as rows:
         rows.write(b"\n" + json.dumps({"sha256": _checksum(array), "made": made}).encode())
         rows.flush()
         os.fsync(rows.fileno())
     part.replace(file)
-    clock.unlink()
+    clock.unlink(missing_ok=True)
     return Features(torch.from_numpy(array), made, cached=False)
 
 

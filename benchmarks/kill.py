@@ -2,12 +2,14 @@
 
     python benchmarks/kill.py --points 200          half an hour on two cores
 
-The same weights, bit for bit, and the same results.json, times aside, or it stops and says at which point.
+The weights must be the same, bit for bit, and so must results.json, except for times. If they differ, it stops and says
+at which moment it had killed the run.
 """
 
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,14 +21,12 @@ from tqdm import trange
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = 2  # seconds in which nothing happens yet
-COMMAND = ["--demo", "--models", "mobilenet_v3_small", "--limit", "200", "--epochs", "3", "--fine-tune", "2"]
-COMMAND += ["--device", "cpu"]
+COMMAND = "--demo --models mobilenet_v3_small --limit 200 --epochs 3 --fine-tune 2 --device cpu".split()
 
 
 def start(folder: Path) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, ROOT / "main_train.py", *COMMAND]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, ROOT / "main_train.py", *COMMAND], cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def finish(folder: Path) -> tuple[dict, dict]:
@@ -55,24 +55,24 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    moments = random.Random(args.seed)
-    killed = 0
+    moments, killed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()
         tensors, results = finish(Path(scratch, "reference"))
         duration = time.monotonic() - started
         for point in trange(args.points, desc="killed", disable=None):
-            folder = Path(scratch, str(point))
-            moment = moments.uniform(IMPORTS, duration)
+            folder, moment = Path(scratch, str(point)), moments.uniform(IMPORTS, duration)
             process = start(folder)
             time.sleep(moment)
             process.kill()
             killed += process.wait() != 0
-            again, its_results = finish(folder)
-            if again.keys() != tensors.keys() or not all(torch.equal(again[key], tensors[key]) for key in tensors):
+            tensors_again, results_again = finish(folder)
+            same = tensors.keys() == tensors_again.keys()
+            if not same or not all(torch.equal(tensors[key], tensors_again[key]) for key in tensors):
                 sys.exit(f"other weights after a kill at {moment:.2f} s (point {point})")
-            if its_results != results:
+            if results != results_again:
                 sys.exit(f"other results after a kill at {moment:.2f} s (point {point})")
+            shutil.rmtree(folder)
     print(f"{args.points} runs, {killed} killed before their end, all finished with the same weights and results")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/recipe.py --data cifar10-images
 
 Run it where main_train.py ran: it reads the same features, or computes them. Prints a table in Markdown, means over
---seeds. It does not look at the test set.
+--seeds. It does not read the test set.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -56,48 +56,41 @@ def main() -> int:
     device = pick_device()
     precision = pick_precision("auto", device)
     data = load_data(args.data)
-    folder, features = Path("data/features"), {}
-    for name in args.models:
-        model = TransferModel(name, data.classes)
-        train, mirrored = (
-            cached_features(model, data.train, folder, device, precision, mirrored) for mirrored in (False, True)
-        )
-        val = cached_features(model, data.val, folder, device, "fp32")
-        features[name] = [train.array, mirrored.array], val.array
+    columns = [accuracies(name, data, args.seeds, device, precision) for name in args.models]
     print(f"| validation accuracy | {' | '.join(BACKBONES[name].label for name in args.models)} |")
     print("| --- |" + " ---: |" * len(args.models))
-    for title, variant in VARIANTS.items():
-        cells = [accuracy(name, variant, data, *features[name], args.seeds, device, precision) for name in args.models]
+    for title, *cells in zip(VARIANTS, *columns, strict=True):
         print(f"| {title} | {' | '.join(cells)} |")
     return 0
 
 
-def accuracy(
-    name: str,
-    variant: Variant,
-    data: Data,
-    train_views: list[Tensor],
-    val_view: Tensor,
-    seeds: int,
-    device: torch.device,
-    precision: str,
-) -> str:
-    """The mean over the seeds, or "-" for another hidden layer or dropout in a pretrained classifier."""
-    if BACKBONES[name].keep_classifier and (variant.hidden, variant.dropout) != (256, 0.0):
-        return "-"
-    load_train, load_val = feature_loader(train_views[: variant.views], device), feature_loader([val_view], device)
-    val = Batches(load_val, data.val.labels, variant.recipe.batch_size, device)
-    accuracies = []
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        classifier = TransferModel(name, data.classes, hidden=variant.hidden).classifier
-        if variant.dropout:
-            classifier.insert(3, nn.Dropout(variant.dropout))  # after the hidden layer's activation
-        train = Batches(load_train, data.train.labels, variant.recipe.batch_size, device, seed)
-        training = Training(classifier.to(device), train, val, variant.recipe, precision)
-        fit(training, f"{name} {seed}")
-        accuracies.append(training.best_epoch["val_accuracy"])
-    return f"{mean(accuracies):.2%}"
+def accuracies(name: str, data: Data, seeds: int, device: torch.device, precision: str) -> list[str]:
+    """A column of the table: the mean over the seeds for each variant.
+
+    A pretrained classifier keeps its own hidden layer: "-" for the variants that change it.
+    """
+    folder, frozen = Path("data/features"), TransferModel(name, data.classes)
+    views = [cached_features(frozen, data.train, folder, device, precision, mirrored) for mirrored in (False, True)]
+    load_val = feature_loader([cached_features(frozen, data.val, folder, device, "fp32").array], device)
+    cells = []
+    for title, variant in VARIANTS.items():
+        if BACKBONES[name].keep_classifier and (variant.hidden, variant.dropout) != (256, 0.0):
+            cells.append("-")
+            continue
+        recipe, found = variant.recipe, []
+        load_train = feature_loader([view.array for view in views[: variant.views]], device)
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            classifier = TransferModel(name, data.classes, hidden=variant.hidden).classifier.to(device)
+            if variant.dropout:
+                classifier.insert(3, nn.Dropout(variant.dropout))  # after the hidden layer's activation
+            train = Batches(load_train, data.train.labels, recipe.batch_size, device, seed)
+            val = Batches(load_val, data.val.labels, recipe.batch_size, device)
+            training = Training(classifier, train, val, recipe, precision)
+            fit(training, f"{name}, {title}")
+            found.append(training.best_epoch["val_accuracy"])
+        cells.append(f"{mean(found):.2%}")
+    return cells
 
 
 if __name__ == "__main__":

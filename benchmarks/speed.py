@@ -36,6 +36,7 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -125,11 +126,11 @@ def obvious_loop(name: str, root: Path, seconds: float, device: torch.device) ->
             start = synchronized_time(device)
             continue
         seen += len(labels)
-        elapsed = synchronized_time(device) - start
-        if elapsed > seconds:
+        if (elapsed := synchronized_time(device) - start) > seconds:
             return seen / elapsed
 
 
+@inductor.patch(freezing=True)  # for torch.compile, whose option of that name does not freeze
 def frozen_passes(
     model: TransferModel, files: list[Path], scratch: Path, seconds: float, device: torch.device, precision: str
 ) -> dict[str, float]:
@@ -151,7 +152,7 @@ def bare_passes(model: TransferModel, device: torch.device, precision: str) -> l
     plain = models.fast_copy(model, device, precision, packed=False).forward_features
     fast = models.fast_copy(model, device, precision).forward_features
     torch.compiler.reset()  # it stops compiling after eight models and batch sizes
-    compiled = torch.compile(plain, dynamic=False, options={"freezing": True})
+    compiled = torch.compile(plain, dynamic=False)
     on_cpu = device.type == "cpu"
     sizes, each_core = ((2, 8, 16), (False, True)) if on_cpu else ((128, 256), (False,))
     return [
@@ -187,9 +188,8 @@ def classifier_epoch(model: TransferModel, device: torch.device, precision: str)
     """The seconds of an epoch of training the classifier, on random features."""
     load, labels = feature_loader([torch.randn(EPOCH, model.width).half()], device), torch.randint(10, (EPOCH,))
     recipe = Recipe(epochs=2)  # the first one warms up
-    train_indices, val_indices = torch.arange(EPOCH).tensor_split([EPOCH * 4 // 5])
-    train = Batches(load, labels, recipe.batch_size, device, seed=0, indices=train_indices)
-    val = Batches(load, labels, recipe.batch_size, device, indices=val_indices)
+    train = Batches(load, labels, recipe.batch_size, device, seed=0, indices=torch.arange(EPOCH // 5, EPOCH))
+    val = Batches(load, labels, recipe.batch_size, device, indices=torch.arange(EPOCH // 5))
     training = Training(model.classifier.to(device), train, val, recipe, precision)
     fit(training)
     return training.history[-1]["seconds"]

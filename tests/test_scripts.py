@@ -134,6 +134,19 @@ def test_a_pass_cut_off_goes_on_where_it_was(run, photos, tmp_path, monkeypatch)
     assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
 
 
+def test_a_pass_killed_before_its_checksum_is_completed(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_utils, "ALIGNMENT", 8)  # of which 48 is a multiple
+    command = ("--data", photos, *SMALL, *QUICK)
+    run(main_train, *command)
+    expected = results(tmp_path)
+    for file in (tmp_path / "data" / "features").glob("*.npy"):
+        content = file.read_bytes()
+        file.with_suffix(".part").write_bytes(content[: content.rindex(b"\n")])
+        file.unlink()
+    code, out, _ = run(main_train, *command)
+    assert code == 0 and "continuing after the features of 48 images" in out and results(tmp_path) == expected
+
+
 def test_fine_tuning_goes_on_where_it_was(run, photos, tmp_path, monkeypatch):
     (photos / "train" / "red" / "3.png").write_bytes(b"oops")
     command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 3, "--views", 2, "--seeds", 2)
