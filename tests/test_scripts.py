@@ -423,7 +423,7 @@ def start(*args, cwd):
 
 
 def test_the_demo_and_a_pipe_that_closes(tmp_path):
-    demo = start(ROOT / "main_train.py", "--demo", "--epochs", 2, cwd=tmp_path)
+    demo = start(ROOT / "main_train.py", "--demo", "--limit", 100, cwd=tmp_path)
     out, err = demo.communicate()
     assert (demo.returncode, err) == (0, "") and "vgg16" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
@@ -460,7 +460,7 @@ def test_two_runs_fill_the_same_cache(photos, weights, tmp_path, monkeypatch):
 
 def test_killed_anywhere_finished_anyway():
     """A few of the points that benchmarks/kill.py can try."""
-    process = start(ROOT / "benchmarks" / "kill.py", "--points", 4, cwd=ROOT)
+    process = start(ROOT / "benchmarks" / "kill.py", "--points", 3, cwd=ROOT)
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "the same weights and results" in out
