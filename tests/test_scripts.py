@@ -136,6 +136,7 @@ def test_a_pass_cut_off_goes_on_where_it_was(run, photos, tmp_path, monkeypatch)
 
 def test_a_pass_killed_before_its_checksum_is_completed(run, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(train_utils, "ALIGNMENT", 8)  # of which 48 is a multiple
+    monkeypatch.setattr("models.CPU_BATCH", 8)
     command = ("--data", photos, *SMALL, *QUICK)
     run(main_train, *command)
     expected = results(tmp_path)
