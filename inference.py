@@ -11,7 +11,6 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from itertools import tee
 from pathlib import Path
 
 import torch
@@ -82,16 +81,15 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(source)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         sample = data.test.subset(order[:SAMPLE])
-        items, truth = iter(sample.items), [data.classes[label] for label in sample.labels]
+        items, truth = sample.items, [data.classes[label] for label in sample.labels]
         plot = args.plot or Path("plots/predictions.png")
 
     write = writer(args.format, len(models) > 1)
     drawn: list[tuple[Item, str]] = []  # images and their captions
     good = bad = 0
     fast = [fast_copy(model, device, precision) for model in models]
-    items, inputs = tee(items)
-    answers = tqdm(predictions(fast, inputs, args.top_k), unit="img", disable=True if sys.stdout.isatty() else None)
-    for i, (records, item) in enumerate(zip(answers, items, strict=True)):
+    answers = tqdm(predictions(fast, items, args.top_k), unit="img", disable=True if sys.stdout.isatty() else None)
+    for i, (item, records) in enumerate(answers):
         for record in records:
             record["path"] = record["path"] or f"{source} test image {i}"
             write(record)

@@ -11,6 +11,7 @@ are kept in data/features/, so a second run trains within seconds. A run that wa
 """
 
 import argparse
+import itertools
 import json
 import platform
 import shlex
@@ -39,7 +40,8 @@ MISTAKES = 12  # images in plots/*_mistakes.png
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action: argparse.Action) -> str:
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     def backbone(name: str) -> str:
         try:
@@ -115,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
                 complete = False
         if not trained:
             return 2
-        complete &= compare([row for row in rows.values() if row["data"] == source], output)
+        complete &= compare({name: row for name, row in rows.items() if row["data"] == source}, colors(rows), output)
         complete &= not name_unreadable(trained)
         complete &= all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
     return 0 if complete else 1
@@ -294,7 +296,7 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     saved = attempt(results, lambda: write_results(results, rows))
     measured = attempt("measurement of speed", lambda: row.update(train_utils.cost(model, device)))
     completed = attempt(results, lambda: write_results(results, rows))
-    drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, output / "plots"))
+    drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, colors(rows), output / "plots"))
     return saved and measured and completed and drawn
 
 
@@ -328,11 +330,17 @@ def write_results(file: Path, rows: dict[str, dict]) -> None:
         stream.write(json.dumps({"schema": SCHEMA, "runs": list(rows.values())}, indent=1).encode())
 
 
-def draw_plots(outcome: Outcome, folder: Path) -> None:
+def colors(rows: dict[str, dict]) -> dict[str, str]:
+    """A color for each backbone, the same in all plots."""
+    backbones = dict.fromkeys(row["backbone"] for row in rows.values())
+    return dict(zip(backbones, itertools.cycle(visualization.COLORS), strict=False))
+
+
+def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     """A model's history, confusion matrix, calibration and most confident mistakes."""
     model, row, test = outcome.model, outcome.row, outcome.data.test
     stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
-    color = color_of(model.backbone)
+    color = colors[model.backbone]
     save_figure(folder / f"{stem}.png", visualization.plot_history(model.label, row["history"], color))
     figure = visualization.plot_confusion(model.label, row["confusion_matrix"], model.classes)
     save_figure(folder / f"{stem}_confusion.png", figure)
@@ -354,32 +362,22 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(file, format="png", dpi=visualization.DPI)
 
 
-def color_of(backbone: str) -> str:
-    """The same color for a backbone in every plot."""
-    names = [*models.BACKBONES, *torchvision.models.list_models(torchvision.models)]
-    return visualization.COLORS[names.index(backbone) % len(visualization.COLORS)]
-
-
-def total_seconds(row: dict) -> float:
-    return sum(row["seconds"].values())
-
-
-def compare(rows: list[dict], output: Path) -> bool:
+def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> bool:
     """Prints a table and draws the comparison. Accuracies are means over the seeds. Returns whether the plot worked."""
     print(
         f"\n{'model':35} {'val loss':>8} {'val acc':>8} {'test acc':>16} {'seconds':>8} {'trained':>10} {'total':>11}"
     )
     points = []
-    for row in rows:
+    for name, row in rows.items():
         val, test = (row["accuracy_by_seed"][part] for part in ("val", "test"))
         spread = f"± {stdev(test):.2%}" if len(test) > 1 else ""
-        seconds, parameters = total_seconds(row), row["parameters"]
+        seconds, parameters = sum(row["seconds"].values()), row["parameters"]
         print(
-            f"{row['model']:35} {row['val_loss']:8.3f} {mean(val):8.2%} {mean(test):8.2%} {spread:7} "
+            f"{name:35} {row['val_loss']:8.3f} {mean(val):8.2%} {mean(test):8.2%} {spread:7} "
             f"{seconds:8.1f} {parameters['trainable']:10,} {parameters['total']:11,}"
         )
         marker = "^" if row["fine_tuned"] else "o"
-        points.append((row["label"], seconds, mean(test), color_of(row["backbone"]), marker))
+        points.append((row["label"], seconds, mean(test), colors[row["backbone"]], marker))
     path = output / "plots" / "comparison.png"
     return attempt(path, lambda: save_figure(path, visualization.plot_comparison(points)))
 

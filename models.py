@@ -217,13 +217,14 @@ class TransferModel(nn.Module):
         return logits
 
     def predict(self, images: str | Item | list[str | Item], top_k: int = 3) -> dict | list[dict]:
-        """Classifies an image, or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
+        """Classifies an image or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
 
-        Returns for each a record like {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
+        Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...]}, or {"path", "error"} if it cannot be read.
         """
-        items = [Path(image) if isinstance(image, str) else image for image in _as_list(images)]
-        records = [record for [record] in predictions([self], items, top_k)]
+        several = images if isinstance(images, list) else [images]
+        items = [Path(image) if isinstance(image, str) else image for image in several]
+        records = [record for _, [record] in predictions([self], items, top_k)]
         return records if isinstance(images, list) else records[0]
 
     def example(self) -> Tensor:
@@ -245,10 +246,6 @@ def _stage_ends(features: nn.Module) -> list[int]:
     return [
         i for i, layer in enumerate(features) if i == last or any(layer.children()) or "Pool" in type(layer).__name__
     ]
-
-
-def _as_list(images: object) -> list:
-    return images if isinstance(images, list) else [images]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -439,24 +436,26 @@ def run_images(
             pool.shutdown(cancel_futures=True)
 
 
-def predictions(models: Sequence[TransferModel], items: Iterable[Item], top_k: int) -> Iterator[list[dict]]:
-    """Yields for each image the records of all models, as in `TransferModel.predict`, or one record of its error."""
+def predictions(
+    models: Sequence[TransferModel], items: Iterable[Item], top_k: int
+) -> Iterator[tuple[Item, list[dict]]]:
+    """Yields each item with a record for each model, as in `TransferModel.predict`, or with one record of its error."""
     for batch, logits, errors in run_images(models, items):
-        tops = []
-        for model, rows in zip(models, logits, strict=True):
-            probabilities, labels = (rows / model.temperature).softmax(dim=1).topk(min(top_k, len(model.classes)))
-            tops.append((model, probabilities.tolist(), labels.tolist()))
+        tops = [
+            (rows / model.temperature).softmax(dim=1).topk(min(top_k, len(model.classes)))
+            for model, rows in zip(models, logits, strict=True)
+        ]
         for i, item in enumerate(batch):
             path = str(item) if isinstance(item, Path) else None
             if i in errors:
-                yield [{"path": path, "error": str(errors[i])}]
+                yield item, [{"path": path, "error": str(errors[i])}]
                 continue
             records = []
-            for model, probabilities, labels in tops:
-                pairs = zip(labels[i], probabilities[i], strict=True)
-                top = [{"label": model.classes[label], "probability": p} for label, p in pairs]
+            for model, (probabilities, labels) in zip(models, tops, strict=True):
+                pairs = zip(labels[i].tolist(), probabilities[i].tolist(), strict=True)
+                top = [{"label": model.classes[label], "probability": probability} for label, probability in pairs]
                 records.append({"path": path, "model": model.name, **top[0], "top": top})
-            yield records
+            yield item, records
 
 
 # ---------------------------------------------------------------------- the fast copy: the same outputs, sooner
