@@ -74,15 +74,19 @@ def test_the_fast_copy_in_bf16_and_in_parts(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["_convolution_pointwise", "_reorder_convolution_weight"])
-def test_the_fast_copy_does_without_an_operator_that_fails(name, monkeypatch):
+def test_the_fast_copy_does_without_an_operator_that_fails_or_is_wrong(name, monkeypatch):
     def missing(*args):
         raise RuntimeError("could not create a memory")
 
+    def wrong(images, *args):
+        return torch.zeros(1)
+
     model = random_model("mobilenet_v2", 32)
     expected = fast_copy(model, CPU, "fp32").forward_features(noise(model))
-    monkeypatch.setattr(torch.ops.mkldnn, name, missing)
-    actual = fast_copy(model, CPU, "fp32").forward_features(noise(model))
-    assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
+    for broken in (missing, wrong):
+        monkeypatch.setattr(torch.ops.mkldnn, name, broken)
+        actual = fast_copy(model, CPU, "fp32").forward_features(noise(model))
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
