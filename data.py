@@ -8,6 +8,7 @@ deal with files and errors is at the end.
 """
 
 import argparse
+import errno
 import hashlib
 import io
 import os
@@ -17,6 +18,7 @@ import socket
 import stat
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -96,8 +98,8 @@ class Data:
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
-    Holds out 20 % of the training images for validation, chosen by `seed`, unless the folder brings its own.
-    `limit` keeps that many training images and at most that many test images, balanced over the classes.
+    Holds out 20 % of each class for validation, chosen by `seed`, unless the folder brings its own validation images.
+    `limit` keeps that many training images, and as large a share of the others, balanced over the classes.
     Raises OSError or ValueError if the images cannot be had or are not a data set. The message says what to do.
     """
     if source == "cifar10":
@@ -107,28 +109,35 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
     else:
         classes, train, val, test = _folder(Path(source))
     if limit is not None:
-        train, test = _limit(train, limit, seed), _limit(test, limit, seed)
-        val = val if val is None else _limit(val, limit, seed)
+        share = limit / max(1, len(train))
+        train, test = _limit(train, limit, seed), _limit(test, max(len(classes), round(share * len(test))), seed)
+        val = None if val is None else _limit(val, max(len(classes), round(share * len(val))), seed)
     for label, name in enumerate(classes):
         if label not in train.labels:
             raise ValueError(f"no training image of class {name!r} in {source}: add some, or raise --limit")
     if val is None:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        val_indices, train_indices = order.tensor_split([round(0.2 * len(train))])
-        train, val = train.subset(train_indices.sort().values), train.subset(val_indices.sort().values)
+        counts = train.labels.bincount()
+        held_out = torch.where(counts < 2, 0, (0.2 * counts).round().clamp(min=1))
+        is_val = _ranks(train.labels, seed) < held_out[train.labels]
+        train, val = train.subset((~is_val).nonzero().flatten()), train.subset(is_val.nonzero().flatten())
     if len(train) < 2 or not len(val) or not len(test):
         raise ValueError(f"too few images in {source}: training needs two, validation and test need one each")
     return Data(classes, train, val, test)
 
 
+def _ranks(labels: Tensor, seed: int) -> Tensor:
+    """The place of each image in a random order of its class: 0, 1, 2..."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    ranks = torch.empty_like(labels)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        ranks[members] = torch.arange(len(members))
+    return ranks
+
+
 def _limit(images: Images, limit: int, seed: int) -> Images:
     """At most `limit` images, balanced over the classes."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    labels = images.labels[order]
-    rank = torch.zeros_like(labels)  # 0 for the first image of each class, 1 for the second...
-    for label in labels.unique():
-        rank[labels == label] = torch.arange(int((labels == label).sum()))
-    return images.subset(order[rank.argsort(stable=True)[:limit]].sort().values)
+    return images.subset(_ranks(images.labels, seed).argsort(stable=True)[:limit].sort().values)
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -185,12 +194,11 @@ def _labelled(folder: Path, classes: tuple[str, ...]) -> Images:
 
 def find_images(folder: Path) -> Iterator[Path]:
     """Yields the files below `folder` with the extension of an image, sorted. Skips hidden files and linked folders."""
-    Image.preinit()  # the common formats first: Pillow tries them in this order
-    Image.init()
+    formats = _formats()
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in Image.EXTENSION:
+            if not name.startswith(".") and Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in formats:
                 yield Path(parent, name)
 
 
@@ -230,13 +238,21 @@ def read_image(item: Item, max_size: int = 224) -> Tensor:
             raise OSError("not a file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
-        with Image.open(io.BytesIO(item.read_bytes())) as image:  # one read; Pillow would make forty
+        with Image.open(io.BytesIO(item.read_bytes()), formats=_formats()) as image:  # one read; Pillow makes forty
             return _decode(image, max_size)
     except UnidentifiedImageError as error:
         raise ImageError(f"{item}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(f"{item}: {reason}") from error
+
+
+@lru_cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats but those that are no images, or for which it starts another program (Ghostscript)."""
+    Image.preinit()  # the common formats first: Pillow tries them in this order
+    Image.init()
+    return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR"))
 
 
 def _decode(image: Image.Image, max_size: int) -> Tensor:
@@ -362,6 +378,11 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """The text with escape sequences and bytes that are no characters spelled out. Safe for terminals and plots."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears at `path` once it is complete. If anything fails it does not appear."""
@@ -399,13 +420,20 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            else:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            raise OSError(
-                f"another run is at work in {path.parent}: wait for it, or choose another --output"
-            ) from error
+        while True:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # as on some network file systems
+                    print(f"{path.parent} cannot be locked ({error.strerror}): run one at a time", file=sys.stderr)
+                    break
+                if not wait:
+                    raise OSError(
+                        f"another run is at work in {path.parent}: wait for it, or choose another --output"
+                    ) from error
+            time.sleep(0.1)
         yield

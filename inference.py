@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import Item, find_images, load_data, positive, read_image, run_script, whole_file
+from data import Item, find_images, load_data, positive, printable, read_image, run_script, whole_file
 from models import DTYPES, fast_copy, load_checkpoint, pick_device, pick_precision, predictions
 
 SAMPLE = 12  # images in plots/predictions.png
@@ -57,11 +57,10 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
 
     def text(record: dict) -> None:
         if "error" in record:
-            print(f"error: {record['error']}", file=sys.stderr)
+            print(f"error: {printable(record['error'])}", file=sys.stderr)
             return
-        path = record["path"] if record["path"].isprintable() else repr(record["path"])
-        labels = ", ".join(f"{guess['label']} {guess['probability']:.1%}" for guess in record["top"])
-        print(f"{path}: {record['model'] + ': ' if several_models else ''}{labels}")
+        labels = ", ".join(f"{printable(guess['label'])} {guess['probability']:.1%}" for guess in record["top"])
+        print(f"{printable(record['path'])}: {record['model'] + ': ' if several_models else ''}{labels}")
 
     return text
 
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(source)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         sample = data.test.subset(order[:SAMPLE])
-        items, truth = sample.items, [data.classes[label] for label in sample.labels]
+        items, truth = sample.items, [printable(data.classes[label]) for label in sample.labels]
         plot = args.plot or Path("plots/predictions.png")
 
     write = writer(args.format, len(models) > 1)
@@ -98,7 +97,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         good += 1
         if plot and len(drawn) < SAMPLE:
-            lines = [f"{m.label}: {r['label']} {r['probability']:.0%}" for m, r in zip(models, records, strict=True)]
+            lines = [
+                f"{m.label}: {printable(r['label'])} {r['probability']:.0%}"
+                for m, r in zip(models, records, strict=True)
+            ]
             drawn.append((item, "\n".join([truth[i], *lines] if truth else lines)))
     if not good + bad:
         raise FileNotFoundError(f"no images in {', '.join(map(str, args.paths))}")

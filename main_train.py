@@ -31,7 +31,19 @@ from torch import Tensor
 import models
 import train_utils
 import visualization
-from data import Data, ImageError, Images, first_line, load_data, locked, positive, read_image, run_script, whole_file
+from data import (
+    Data,
+    ImageError,
+    Images,
+    first_line,
+    load_data,
+    locked,
+    positive,
+    printable,
+    read_image,
+    run_script,
+    whole_file,
+)
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Training, loss_and_accuracy
 
 SCHEMA = 2  # of results.json
@@ -65,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
     add("--image-size", type=positive, metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; 64 in the demo)")  # fmt: skip
-    add("--limit", type=positive, metavar="N", help="use N training and at most N test images, balanced over classes")
+    add("--limit", type=positive, metavar="N", help="use N training images and that share of the test images")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *models.DTYPES), default="auto",
         help="of training; auto is bf16 if the hardware computes in it. Evaluation is always fp32")  # fmt: skip
@@ -340,9 +352,9 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     """A model's history, confusion matrix, calibration and most confident mistakes."""
     model, row, test = outcome.model, outcome.row, outcome.data.test
     stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
-    color = colors[model.backbone]
+    color, classes = colors[model.backbone], [printable(name) for name in model.classes]
     save_figure(folder / f"{stem}.png", visualization.plot_history(model.label, row["history"], color))
-    figure = visualization.plot_confusion(model.label, row["confusion_matrix"], model.classes)
+    figure = visualization.plot_confusion(model.label, row["confusion_matrix"], classes)
     save_figure(folder / f"{stem}_confusion.png", figure)
     save_figure(
         folder / f"{stem}_reliability.png", visualization.plot_reliability(model.label, row["calibration"], color)
@@ -352,7 +364,7 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
     if wrong:
         images = [read_image(test.items[i]).permute(1, 2, 0).numpy() for i in wrong]
-        true, taken = ([model.classes[labels[i]] for i in wrong] for labels in (test.labels, predicted))
+        true, taken = ([classes[labels[i]] for i in wrong] for labels in (test.labels, predicted))
         captions = [f"{a}\ntaken for {b}, {confidence[i]:.0%}" for a, b, i in zip(true, taken, wrong, strict=True)]
         save_figure(folder / f"{stem}_mistakes.png", visualization.plot_predictions(images, captions))
 

@@ -48,8 +48,8 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
     axes.set_title(title, fontsize=15)
     axes.set_xlabel("predicted", fontsize=12)
     axes.set_ylabel("true", fontsize=12)
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=11)
-    axes.set_yticks(range(len(classes)), classes, fontsize=11)
+    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=11, parse_math=False)
+    axes.set_yticks(range(len(classes)), classes, fontsize=11, parse_math=False)
     if len(classes) <= 20:
         for row, column in np.argwhere(counts):
             color = "white" if shares[row, column] > 0.5 else "black"
@@ -113,5 +113,5 @@ def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> F
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(caption, fontsize=11, y=-0.04, va="top")
+        axes.set_title(caption, fontsize=11, y=-0.04, va="top", parse_math=False)
     return figure

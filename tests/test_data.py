@@ -1,7 +1,9 @@
+import errno
 import hashlib
 import http.server
 import io
 import pickle
+import sys
 import tarfile
 import threading
 import time
@@ -14,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from data import ImageError, find_images, load_data, preprocess, read_image, run_script
+from data import ImageError, find_images, load_data, locked, preprocess, read_image, run_script
 
 NORMAL = {"image_size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -90,11 +92,23 @@ def test_a_val_folder_is_the_validation_set(photos):
     assert len(data.train) == 60
 
 
-def test_limit_is_balanced_and_seeded(photos):
-    data = load_data(str(photos), limit=9)
-    assert (data.train.labels.bincount() + data.val.labels.bincount(minlength=3)).tolist() == [3, 3, 3]
-    assert data.test.labels.bincount().tolist() == [3, 3, 3]
-    assert data.train.items == load_data(str(photos), limit=9).train.items
+@pytest.mark.parametrize("seed", range(20))
+def test_every_class_has_images_in_every_part(tmp_path, seed):
+    counts = [1, 2, 3, 3, 3, 4, 7, 10]
+    for i, count in enumerate(counts):
+        for part, images in (("train", count), ("test", 1)):
+            for j in range(images):
+                draw(tmp_path / part / f"class{i}" / f"{j}.png", (9, 9, 9), seed=j, size=(2, 2))
+    data = load_data(str(tmp_path), seed=seed)
+    assert data.train.labels.bincount().tolist() == [1, 1, 2, 2, 2, 3, 6, 8]
+    assert data.val.labels.bincount().tolist() == [0, 1, 1, 1, 1, 1, 1, 2]
+
+
+def test_limit_is_balanced_and_seeded_and_in_proportion(photos):
+    data = load_data(str(photos), limit=20)
+    assert sorted((data.train.labels.bincount() + data.val.labels.bincount()).tolist()) == [6, 7, 7]
+    assert data.test.labels.bincount().tolist() == [2, 2, 2]  # a third, too
+    assert data.train.items == load_data(str(photos), limit=20).train.items
     with pytest.raises(ValueError, match="--limit"):
         load_data(str(photos), limit=2)
 
@@ -118,6 +132,31 @@ def test_the_fingerprint_follows_the_photos(photos):
     assert before == load_data(str(photos)).train.fingerprint() != data.val.fingerprint()
     draw(data.train.items[3], (1, 2, 3), seed=77)
     assert before != load_data(str(photos)).train.fingerprint()
+
+
+def test_no_file_starts_another_program(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    for name in ("x.jpg", "x.eps"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ImageError, match="not an image"):
+            read_image(tmp_path / name)
+    assert [path.name for path in find_images(tmp_path)] == ["x.jpg"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_a_lock_that_is_held_is_not_one_that_is_missing(tmp_path, monkeypatch, capsys):
+    with locked(tmp_path / "lock", wait=False), pytest.raises(OSError, match="another run"):
+        with locked(tmp_path / "lock", wait=False):
+            pass
+
+    def missing(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    for wait in (True, False):
+        with locked(tmp_path / "lock", wait=wait):
+            assert "No locks available" in capsys.readouterr().err
 
 
 def test_find_images_survives_links_that_go_round(photos):

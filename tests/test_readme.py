@@ -39,7 +39,7 @@ def rows(run: dict) -> tuple[str, str]:
 
 
 def test_the_tables_are_the_results():
-    runs = json.loads((ROOT / "plots" / "results.json").read_text())["runs"]
+    runs = json.loads((ROOT / "plots" / "report" / "results.json").read_text())["runs"]
     assert runs
     for run in runs:
         for row in rows(run):

@@ -581,6 +581,23 @@ def test_results_of_another_version_are_kept_aside(run, photos, tmp_path):
     assert code == 0 and "results.json.old" in err and '"x"' in (tmp_path / "plots" / "results.json.old").read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux allows")
+def test_names_are_data(run, photos, tmp_path):
+    """Class names with mathtext, escape sequences, foreign scripts, and bytes that are no text."""
+    names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9")]
+    for part in ("train", "test"):
+        for old, new in zip(("blue", "green", "red"), names, strict=True):
+            (photos / part / old).rename(photos / part / new)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert (code, err) == (0, "")
+    code, out, err = run(inference, photos / "test")
+    assert code == 0 and len(out.splitlines()) == 18 and "Ba$$in_{x} " in out
+    assert "\x1b" not in out + err
+    code, out, _ = run(inference, photos / "test", "--format", "json")
+    assert {json.loads(line)["label"] for line in out.splitlines()} == set(names)
+    assert run(inference)[0] == 0
+
+
 # every model of torchvision with fewer parameters than this, and the smallest of each family
 SMALL_ENOUGH = 6_000_000
 NAMES = [
