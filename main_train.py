@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     device = models.pick_device(args.device)
     precision = models.pick_precision(args.precision, device)
     output = args.output / "demo" if args.demo else args.output
-    source = "demo" if args.demo else args.data
+    source = "demo" if args.demo else str(Path(args.data))  # without a trailing slash
     with locked(output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
         for leftover in (*output.glob("checkpoints/.*.part"), *output.glob("plots/.*.part")):  # of a killed run
             leftover.unlink()
@@ -129,7 +129,9 @@ def main(argv: list[str] | None = None) -> int:
                 complete = False
         if not trained:
             return 2
-        complete &= compare({name: row for name, row in rows.items() if row["data"] == source}, colors(rows), output)
+        same = ("data", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
+        alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in same)}
+        complete &= compare(alike, colors(rows), output)
         complete &= not name_unreadable(trained)
         complete &= all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
     return 0 if complete else 1
@@ -147,11 +149,27 @@ def new_model(name: str, classes: tuple[str, ...], args: argparse.Namespace, see
         return models.TransferModel(name, classes, pretrained=not args.demo)
 
 
+def check_replacement(checkpoint: Path, model: models.TransferModel, train_images: int) -> None:
+    """Raises ValueError if the checkpoint is of a model trained on other or more data, which a run must not replace."""
+    try:
+        old = models.load_checkpoint(checkpoint)
+    except (OSError, ValueError):  # none, or none that anyone can use
+        return
+    size, known = old.preprocessing["image_size"], old.metrics.get("train_images", 0)
+    if old.classes != model.classes or size != model.preprocessing["image_size"] or known > train_images:
+        raise ValueError(
+            f"{checkpoint} was trained on {known:,} images of {len(old.classes)} classes at {size} pixels: "
+            "choose another --output, or delete it"
+        )
+
+
 def train_classifier(
     name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str, output: Path
 ) -> Outcome:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data.classes, args, args.seed)
+    for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
+        check_replacement(output / "checkpoints" / f"{written}.pt", model, len(data.train))
     folder = output / "features" if args.demo else Path("data/features")
 
     def features_of(images: Images, precision: str, mirrored: bool = False) -> train_utils.Features:

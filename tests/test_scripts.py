@@ -97,7 +97,7 @@ def test_stale_features_are_never_read_and_damaged_ones_rebuilt(run, photos, tmp
     first = results(tmp_path)
     other = "bf16" if pick_precision("auto", torch.device("cpu")) == "fp32" else "fp32"
     for change in (("--image-size", 48), ("--precision", other), ("--models", "mobilenet_v2"), ("--limit", 30)):
-        assert "(cached)" not in run(main_train, *command, *change)[1]
+        assert "(cached)" not in run(main_train, *command, "--output", "other" + change[0], *change)[1]
     draw(photos / "train" / "red" / "0.png", (0, 0, 255), seed=9)
     assert "(cached)" not in run(main_train, *command)[1]
     changed = results(tmp_path)["mobilenet_v3_small"]
@@ -291,6 +291,23 @@ def test_models_keep_each_others_rows(run, photos, tmp_path):
     rows = results(tmp_path)
     assert list(rows) == ["mobilenet_v3_small", "mobilenet_v2"]
     assert [len(row["history"]) for row in rows.values()] == [1, 3]
+
+
+def test_a_run_does_not_replace_a_model_of_other_or_more_data(run, photos, tmp_path):
+    command = ("--data", photos, *SMALL, *QUICK)
+    run(main_train, *command)
+    before, state = results(tmp_path), checkpoints(tmp_path)
+    shutil.copytree(photos, tmp_path / "pets")
+    (tmp_path / "pets" / "train" / "red").rename(tmp_path / "pets" / "train" / "cat")
+    (tmp_path / "pets" / "test" / "red").rename(tmp_path / "pets" / "test" / "cat")
+    for change in (("--limit", 30), ("--image-size", 48), ("--data", tmp_path / "pets")):
+        code, _, err = run(main_train, *command, *change)
+        assert code == 2 and err.count("\n") == 1
+        assert "checkpoints/mobilenet_v3_small.pt was trained on 48 images of 3 classes at 32 pixels" in err
+        assert results(tmp_path) == before and same(checkpoints(tmp_path), state)
+    run(main_train, *command, "--models", "mobilenet_v2", "--limit", 30)  # another model: its own row, another table
+    code, out, _ = run(main_train, *command, "--data", f"{photos}/")
+    assert code == 0 and "mobilenet_v2" not in out and list(results(tmp_path)) == ["mobilenet_v3_small", "mobilenet_v2"]
 
 
 def break_tree(photos, how):
