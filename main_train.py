@@ -3,8 +3,8 @@
     python main_train.py                                  CIFAR-10, downloaded into data/ on first use
     python main_train.py --demo                           every step within a minute, without a network
     python main_train.py --data pets --models resnet50    your own images: pets/train/<class>/, pets/test/<class>/
-    python main_train.py --limit 2000                     a quick look
-    python main_train.py --fine-tune 6 --image-size 128   trains the backbones, too: hours without a GPU
+    python main_train.py --limit 2000 --output quick      a quick look, beside the full models
+    python main_train.py --fine-tune 6                    trains the backbones, too: hours without a GPU
 
 Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each image goes through a backbone once: its features
 are kept in data/features/, so a second run trains within seconds. A run that was interrupted continues.

@@ -63,8 +63,8 @@ def home(run, photos, tmp_path):
     for path in ("cat.jpg", "holiday/a.jpg", "photos/b.jpg"):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
-    for name in ("mobilenet_v2", "mobilenet_v2_finetuned"):
-        models.save_checkpoint(tmp_path / "checkpoints" / f"{name}.pt", model, {"data": str(photos)})
+    for path in ("checkpoints/mobilenet_v2.pt", "at128/checkpoints/mobilenet_v2_finetuned.pt"):
+        models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
     return tmp_path
 
 
