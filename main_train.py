@@ -317,13 +317,13 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     }
     checkpoint, results = output / "checkpoints" / f"{model.name}.pt", output / "plots" / "results.json"
     models.save_checkpoint(checkpoint, model, {key: value for key, value in row.items() if key != "history"})
-    checkpoint.with_suffix(".resume").unlink(missing_ok=True)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
     rows[model.name] = row
     cached = " (cached)" if row["features"]["cached"] else ""
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     saved = attempt(results, lambda: write_results(results, rows))
+    checkpoint.with_suffix(".resume").unlink(missing_ok=True)
     measured = attempt("measurement of speed", lambda: row.update(train_utils.cost(model, device)))
     completed = attempt(results, lambda: write_results(results, rows))
     drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, colors(rows), output / "plots"))

@@ -144,7 +144,7 @@ class TransferModel(nn.Module):
         classes: Sequence[str],
         image_size: int | None = None,
         pretrained: bool = True,
-        hidden: int = 256,  # 1024 gains half a point on CIFAR-10 and doubles the time to train the classifier
+        hidden: int = 256,  # 1024 gains up to 0.6 points on CIFAR-10
     ):
         super().__init__()
         self.backbone, self.classes, self.hidden = backbone, tuple(classes), hidden
@@ -163,7 +163,8 @@ class TransferModel(nn.Module):
             with torch.inference_mode():
                 self.width = self.forward_features(self.example()).shape[1]
         except Exception as error:  # whatever a network raises for images that it was not built for
-            raise ValueError(f"{backbone} takes no images of size {image_size}, only of {own_size}") from error
+            size = self.preprocessing["image_size"]
+            raise ValueError(f"{backbone} takes no images of size {size}, only of {own_size}") from error
         if row.keep_classifier:
             *kept, last = network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
@@ -202,12 +203,8 @@ class TransferModel(nn.Module):
         """(B, 3, H, W) -> (B, width)"""
         if not isinstance(self.features, nn.Sequential):
             return self.features(images)
-        levels = []
-        for i, layer in enumerate(self.features):
-            images = layer(images)  # (B, C, H, W)
-            if i in self.levels:
-                levels.append(averages(images, 2))
-        return torch.cat([*levels, averages(images, 1)], dim=1)
+        maps, levels = run_layers(self.features, self.levels, images)
+        return torch.cat([levels, averages(maps, 1)], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)"""
@@ -236,6 +233,19 @@ class TransferModel(nn.Module):
 def averages(maps: Tensor, parts: int) -> Tensor:
     """Averages over parts x parts areas of the image: (B, C, H, W) -> (B, C * parts * parts)"""
     return F.adaptive_avg_pool2d(maps, parts).flatten(1)
+
+
+def run_layers(layers: Iterable[nn.Module], levels: list[int], maps: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Runs layers one after the other. Returns the last maps (B, C, H, W) and the averages (B, L) of all levels.
+
+    `levels` are the layers whose output is averaged, counted from `first`.
+    """
+    averaged = [maps.new_empty(len(maps), 0)]
+    for i, layer in enumerate(layers, first):
+        maps = layer(maps)
+        if i in levels:
+            averaged.append(averages(maps, 2))
+    return maps, torch.cat(averaged, dim=1)
 
 
 def _stage_ends(features: nn.Module) -> list[int]:
@@ -507,7 +517,7 @@ def fast_copy(model: TransferModel, device: torch.device, precision: str, packed
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
     """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
     try:
-        fast = fuse(stage)
+        fast = fuse(stage, inplace=True)  # fast_copy has made a copy already
     except Exception:  # torch.fx cannot follow it
         stage = stage.to(dtype=images.dtype, memory_format=torch.channels_last)
         return stage, (outputs := stage(images)), outputs.numel()
@@ -607,19 +617,12 @@ class FastFeatures(nn.Module):
 
     def __init__(self, stages: list[nn.Module], levels: list[int], early: int, part: int):
         super().__init__()
-        self.stages, self.levels, self.early, self.part = nn.ModuleList(stages), levels, early, part
+        self.early, self.late = nn.ModuleList(stages[:early]), nn.ModuleList(stages[early:])
+        self.levels, self.part = levels, part
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width), as TransferModel.forward_features"""
-        parts = [self._run(0, self.early, part) for part in images.split(self.part)]
+        parts = [run_layers(self.early, self.levels, part) for part in images.split(self.part)]
         maps, early_levels = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
-        maps, late_levels = self._run(self.early, len(self.stages), maps)
+        maps, late_levels = run_layers(self.late, self.levels, maps, first=len(self.early))
         return torch.cat([early_levels, late_levels, averages(maps, 1)], dim=1)
-
-    def _run(self, first: int, end: int, maps: Tensor) -> tuple[Tensor, Tensor]:
-        levels = [maps.new_empty(len(maps), 0)]
-        for i in range(first, end):
-            maps = self.stages[i](maps)
-            if i in self.levels:
-                levels.append(averages(maps, 2))
-        return maps, torch.cat(levels, dim=1)

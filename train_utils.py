@@ -44,7 +44,7 @@ class Recipe:
     2017, arXiv 1708.07120). The classifier's layers are in models.py, the augmentation for fine-tuning in data.py.
     """
 
-    epochs: int = 8  # twice as many change nothing, half as many lose up to 0.7 points
+    epochs: int = 8  # twice as many gain nothing, half as many lose up to 0.7 points
     batch_size: int = 512  # small data sets get smaller batches, see Batches
     lr: float = 2e-3  # the peak; half or twice as much loses up to 0.3 points
     weight_decay: float = 1.0  # AdamW multiplies it by lr; 0.3 loses up to 0.8 points, dropout instead up to 0.9
