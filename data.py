@@ -10,7 +10,9 @@ deal with files and errors is at the end.
 import argparse
 import errno
 import hashlib
+import importlib
 import io
+import math
 import os
 import shutil
 import signal
@@ -20,8 +22,9 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +33,10 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import CIFAR10
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -42,12 +46,18 @@ except ImportError:  # Windows
     fcntl = None
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
-    {root}/
-        train/<class>/*.jpg    one folder per class, the folder's name is the label
-        test/<class>/*.jpg     the same classes
-        val/<class>/*.jpg      optional; without it 20 % of train/ is held out"""
-MAX_PIXELS, MAX_BYTES = 25_000_000, 200_000_000  # keeps the memory for one image below 250 MB
+    {root}/<class>/*.jpg          one folder per class, the folder's name is the label
+or
+    {root}/train/<class>/*.jpg    the same, and
+    {root}/test/<class>/*.jpg     the same classes; without it 20 % of train/ is held out
+    {root}/val/<class>/*.jpg      the same; without it 20 % of the rest is held out"""
+SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
+
+MAX_MEMORY = 600_000_000  # bytes that decoding one image may take
+MAX_BYTES = 200_000_000  # of a file, which is read as a whole
 _one_large_image = threading.Lock()  # only one thread at a time decodes a large image
 
 Item = Path | np.ndarray | Image.Image  # an image file, a uint8 array (H, W, 3), or an image that Pillow has opened
@@ -72,17 +82,19 @@ class Images:
         items = self.items[chosen] if isinstance(self.items, np.ndarray) else [self.items[i] for i in chosen]
         return Images(items, self.labels[indices])
 
-    def fingerprint(self) -> str:
-        """A hash of the pixels, or of every file's path, size and times. It changes whenever an image changes."""
-        digest = hashlib.sha256()
-        if isinstance(self.items, np.ndarray):
-            digest.update(np.ascontiguousarray(self.items))
-        else:
-            for path in self.items:
-                file = path.stat()
-                identity = f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}\0"
-                digest.update(os.fsencode(path.absolute()) + identity.encode())
-        return digest.hexdigest()
+    def ids(self) -> list[str]:
+        """For each image a hash of its pixels, or of its file's path, size and times. It changes if the image does."""
+        return [hashlib.blake2b(_identity(item), digest_size=16).hexdigest() for item in self.items]
+
+
+def _identity(item: Path | np.ndarray) -> bytes | np.ndarray:
+    if isinstance(item, np.ndarray):
+        return np.ascontiguousarray(item)
+    try:
+        file = item.stat()
+        return os.fsencode(item.absolute()) + f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}".encode()
+    except OSError:  # the file is gone: whoever reads it will say so
+        return os.fsencode(item.absolute())
 
 
 @dataclass
@@ -93,36 +105,73 @@ class Data:
     train: Images
     val: Images
     test: Images
+    content: str  # a hash: the same for every copy of the data set
+    notes: tuple[str, ...]  # what its user should know, a line each
 
 
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
-    Holds out 20 % of each class for validation, chosen by `seed`, unless the folder brings its own validation images.
-    `limit` keeps that many training images, and as large a share of the others, balanced over the classes.
+    Where the test or the validation images are missing, holds out 20 % of each class, chosen by `seed`. `limit` keeps
+    that many training images, and as large a share of the others, balanced over the classes.
     Raises OSError or ValueError if the images cannot be had or are not a data set. The message says what to do.
     """
+    unused: Counter[str] = Counter()
     if source == "cifar10":
         classes, train, val, test = CIFAR10_CLASSES, *_cifar10(root)
     elif source == "demo":
         classes, train, val, test = _demo()
     else:
-        classes, train, val, test = _folder(Path(source))
+        classes, train, val, test = _folder(Path(source), unused)
+    content, notes = _content(source, classes, train, val, test), []
+    if unused:
+        notes.append(not_used(unused))
+    if test is None:
+        train, test = _hold_out(train, seed, at_least=3)
+        notes.append("no test images: 20 % of each class, chosen at random, are held out for testing")
     if limit is not None:
         share = limit / max(1, len(train))
         train, test = _limit(train, limit, seed), _limit(test, max(len(classes), round(share * len(test))), seed)
         val = None if val is None else _limit(val, max(len(classes), round(share * len(val))), seed)
-    for label, name in enumerate(classes):
-        if label not in train.labels:
-            raise ValueError(f"no training image of class {name!r} in {source}: add some, or raise --limit")
+    if empty := without_images(classes, train):
+        raise ValueError("; ".join([f"no training image of {empty} in {source}: add some, or raise --limit", *notes]))
     if val is None:
-        counts = train.labels.bincount()
-        held_out = torch.where(counts < 2, 0, (0.2 * counts).round().clamp(min=1))
-        is_val = _ranks(train.labels, seed) < held_out[train.labels]
-        train, val = train.subset((~is_val).nonzero().flatten()), train.subset(is_val.nonzero().flatten())
+        train, val = _hold_out(train, seed, at_least=2)
+    for part, images in (("test", test), ("validation", val)):
+        if empty := without_images(classes, images):
+            notes.append(f"no {part} image of {empty}")
     if len(train) < 2 or not len(val) or not len(test):
         raise ValueError(f"too few images in {source}: training needs two, validation and test need one each")
-    return Data(classes, train, val, test)
+    return Data(classes, train, val, test, content, tuple(notes))
+
+
+def _content(source: str, classes: tuple[str, ...], *parts: Images | None) -> str:
+    """The same for every copy of a data set: a hash of its classes and pixels, or of its files' names and sizes."""
+    digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
+    for images in parts:
+        for item in images.items if images else ():
+            if isinstance(item, np.ndarray):
+                digest.update(np.ascontiguousarray(item))
+            else:
+                size = os.path.getsize(item) if os.path.exists(item) else 0
+                digest.update(os.fsencode(str(item).removeprefix(source)) + f"\0{size}\0".encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def without_images(classes: tuple[str, ...], images: Images) -> str:
+    """The names of the classes without an image, "" if there are none."""
+    counts = images.labels.bincount(minlength=len(classes))
+    names = [repr(name) for name, count in zip(classes, counts.tolist(), strict=True) if not count]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more classes" if len(names) > 5 else "")
+
+
+def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
+    """The images without 20 % of each class, and those 20 %: one or more of a class that has `at_least` images."""
+    counts = images.labels.bincount()
+    held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
+    chosen = _ranks(images.labels, seed) < held_out[images.labels]
+    return images.subset((~chosen).nonzero().flatten()), images.subset(chosen.nonzero().flatten())
 
 
 def _ranks(labels: Tensor, seed: int) -> Tensor:
@@ -161,45 +210,116 @@ def _cifar10(root: Path) -> tuple[Images, None, Images]:
     return train, None, test
 
 
-def _folder(root: Path) -> tuple[tuple[str, ...], Images, Images | None, Images]:
-    for folder in (root, root / "train", root / "test"):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}; --data expects{EXPECTED_TREE.format(root=root)}")
-    classes = _class_folders(root / "train")
+def _folder(root: Path, unused: Counter[str]) -> tuple[tuple[str, ...], Images, Images | None, Images | None]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}; --data expects{EXPECTED_TREE.format(root=root)}")
+    names = _folders(root, unused)
+    if len(names) == 1 and not _split(names[0]) and _folders(root / names[0], Counter()):  # an unpacked archive
+        root /= names[0]
+        names = _folders(root, unused)
+    parts = {}
+    for name in names:
+        split = _split(name)
+        if split in parts:
+            raise ValueError(f"{root} has both {parts[split].name}/ and {name}/: keep one of them")
+        if split:
+            parts[split] = root / name
+    if not parts:
+        classes, parts = tuple(names), {"train": root}
+    elif "train" not in parts:
+        raise ValueError(f"no train/ in {root}; --data expects{EXPECTED_TREE.format(root=root)}")
+    else:
+        for name in set(names) - {folder.name for folder in parts.values()}:
+            unused[f"in {printable(name)}/"] += _count_files(root / name)
+        classes = tuple(_folders(parts["train"], unused))
     if not classes:
-        raise ValueError(f"no class folders in {root / 'train'}; --data expects{EXPECTED_TREE.format(root=root)}")
-    val = _labelled(root / "val", classes) if (root / "val").is_dir() else None
-    return classes, _labelled(root / "train", classes), val, _labelled(root / "test", classes)
+        raise ValueError(f"no class folders in {parts['train']}; --data expects{EXPECTED_TREE.format(root=root)}")
+    if len(classes) == 1:
+        raise ValueError(f"{parts['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
+    train, val, test = (_labelled(parts[split], classes, unused) if split in parts else None for split in SPLITS)
+    return classes, train, val, test
 
 
-def _class_folders(folder: Path) -> tuple[str, ...]:
-    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-    return tuple(sorted(name for name in names if not name.startswith((".", "__"))))  # not .ipynb_checkpoints
+def _split(name: str) -> str | None:
+    """The part of the data set that a folder of this name holds: train, val, test or none."""
+    return next((split for split, spellings in SPLITS.items() if name.lower() in spellings), None)
 
 
-def _labelled(folder: Path, classes: tuple[str, ...]) -> Images:
+def _folders(folder: Path, unused: Counter[str]) -> list[str]:
+    """The names of the folders in a folder, sorted."""
+    names = []
+    for entry in os.scandir(folder):
+        if os.path.isdir(entry.path) and not _is_hidden(entry.name):
+            names.append(entry.name)
+        else:
+            unused["in hidden folders" if os.path.isdir(entry.path) else "beside the class folders"] += _count_files(
+                entry.path
+            )
+    return sorted(names)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
+
+
+def _count_files(path: str | Path) -> int:
+    return sum(len(names) for *_, names in os.walk(path)) if os.path.isdir(path) else 1
+
+
+def _labelled(folder: Path, classes: tuple[str, ...], unused: Counter[str]) -> Images:
     """The images below `folder`, labelled by the name of their class folder. A class may be missing, not added."""
-    unknown = sorted(set(_class_folders(folder)) - set(classes))
-    if unknown:
+    if unknown := sorted(set(_folders(folder, Counter())) - set(classes)):
         raise ValueError(
-            f"{folder} has a class that train/ lacks: {', '.join(unknown)}; rename it, or add it to train/"
+            f"{folder} has a class that the training images lack: {', '.join(unknown)}; rename it, or add it there"
         )
     items, labels = [], []
     for label, name in enumerate(classes):
-        found = list(find_images(folder / name))
+        found = list(find_images(folder / name, unused)) if (folder / name).is_dir() else []
         items += found
         labels += [label] * len(found)
     return Images(items, torch.tensor(labels, dtype=torch.int64))
 
 
-def find_images(folder: Path) -> Iterator[Path]:
-    """Yields the files below `folder` with the extension of an image, sorted. Skips hidden files and linked folders."""
-    formats = _formats()
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith(".") and Image.EXTENSION.get(os.path.splitext(name)[1].lower()) in formats:
-                yield Path(parent, name)
+def find_images(folder: Path, unused: Counter[str]) -> Iterator[Path]:
+    """Yields the images below `folder`, sorted. Counts in `unused`, by reason, the files that it leaves out."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+    except OSError:
+        unused["folders that cannot be opened"] += 1
+        return
+    for entry in entries:
+        extension = os.path.splitext(entry.name)[1].lower()
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            unused["links to nothing"] += 1
+        elif entry.is_symlink() and os.path.isdir(entry.path):
+            unused["linked folders"] += 1
+        elif entry.is_dir(follow_symlinks=False):
+            if _is_hidden(entry.name):
+                unused["in hidden folders"] += _count_files(entry.path)
+            else:
+                yield from find_images(Path(entry.path), unused)
+        elif entry.name.startswith("."):
+            unused["hidden"] += 1
+        elif Image.EXTENSION.get(extension) in _formats() or (entry.is_file() and _begins_as_image(entry.path)):
+            yield Path(entry.path)
+        else:
+            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else ""
+            unused[(printable(extension) or "without extension") + hint] += 1
+
+
+def not_used(unused: Counter[str]) -> str:
+    """A line about the files that find_images left out."""
+    return f"{unused.total()} files not used: {', '.join(f'{count} {why}' for why, count in unused.most_common())}"
+
+
+def _begins_as_image(path: str) -> bool:
+    """Whether a file whose name does not say so is an image, of a format that has a signature."""
+    try:
+        with Image.open(path, formats=[name for name in _formats() if Image.OPEN[name][1]]):
+            return True
+    except Exception:  # it is something else, or cannot be opened
+        return False
 
 
 def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, None, Images]:
@@ -221,29 +341,30 @@ def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, N
 # ---------------------------------------------------------------------------- the decoder and preprocessing
 
 
-def read_image(item: Item, max_size: int = 224) -> Tensor:
-    """Reads one image as uint8 (3, H, W): RGB, upright by its EXIF orientation, transparency on white.
+def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
+    """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
-    An image larger than `max_size` is resized to (3, max_size, max_size), so that a batch of photographs takes no more
-    memory than a batch of thumbnails. `preprocess` resizes smaller ones, on the device.
+    Of a wide or tall image it takes the square in the middle, unless `crop` is False. An image larger than `max_size`
+    is resized to (3, max_size, max_size), so that a batch of photographs takes no more memory than a batch of
+    thumbnails. `preprocess` resizes smaller ones, on the device.
     Raises ImageError, which names the file, whatever is wrong with it.
     """
-    if isinstance(item, np.ndarray) and max(item.shape[:2]) <= max_size:
+    if isinstance(item, np.ndarray) and item.shape[0] == item.shape[1] <= max_size:
         return torch.from_numpy(item).permute(2, 0, 1)
     try:
         if not isinstance(item, Path):
-            return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size)
+            return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size, crop)
         status = item.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
             raise OSError("not a file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
         with Image.open(io.BytesIO(item.read_bytes()), formats=_formats()) as image:  # one read; Pillow makes forty
-            return _decode(image, max_size)
+            return _decode(image, max_size, crop)
     except UnidentifiedImageError as error:
         raise ImageError(f"{item}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ImageError(f"{item}: {reason}") from error
 
 
@@ -252,75 +373,116 @@ def _formats() -> tuple[str, ...]:
     """Pillow's formats but those that are no images, or for which it starts another program (Ghostscript)."""
     Image.preinit()  # the common formats first: Pillow tries them in this order
     Image.init()
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of pixels: ours is one of memory, in _decode
     return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR"))
 
 
-def _decode(image: Image.Image, max_size: int) -> Tensor:
+def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
+    coefficients = 6 * image.width * image.height if "progressive" in image.info else 0  # such a JPEG keeps them all
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS:,}")
+    memory = 12 * image.width * image.height + coefficients  # the image, and copies of it in other modes
+    if memory > MAX_MEMORY:
+        raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
     with _one_large_image if max(image.size) > 2048 else nullcontext():
-        ImageOps.exif_transpose(image, in_place=True)
-        rgb = _to_rgb(image)
-        if max(rgb.size) > max_size:
-            rgb = rgb.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+        with suppress(Exception):  # damaged metadata cost the metadata
+            ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image)
+        if crop:
+            width, height = image.size
+            left, top, side = max(0, width - height) // 2, max(0, height - width) // 2, min(width, height)
+            image = image.crop((left, top, left + side, top + side))
+        if max(image.size) > max_size:
+            image = image.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """An image that can be resized. Pixels of more than 8 bits become 8, scaled by the image's own depth.
+
+    The depth is the smallest of 8, 12 and 16 bits that holds the brightest pixel; fractions up to 1 are scaled by 1.
+    Anything else, such as measurements below zero, is stretched from its smallest to its largest value.
+    """
+    if image.mode[0] in "IF":
+        values = np.array(image, dtype=np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        depths = [1.0] * (image.mode == "F") + [255.0, 4095.0, 65535.0]
+        full = next((depth for depth in depths if low >= 0 and high <= depth), None)
+        low, full = (0.0, full) if full else (low, max(high - low, 1e-6))
+        values = np.nan_to_num((values - low) * np.float32(255 / full), nan=0.0)
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data and image.mode != "RGBA":
+        return image.convert("RGBA")
+    if image.mode in ("1", "P", "PA"):
+        return image.convert("L" if image.mode == "1" else "RGB")
+    image.load()
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, which Pillow would clip at 255
-        values = np.array(image, dtype=np.float32)
-        values *= 255 / (65535 if image.mode.startswith("I;16") or values.max() > 255 else 255)
-        return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-    rgb = Image.new("RGB", image.size, "white")
-    rgb.paste(rgba, mask=rgba)
-    return rgb
+    """RGB in sRGB, transparency on white."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "RGBA":
+        rgb = Image.new("RGB", image.size, "white")
+        rgb.paste(image, mask=image)
+        image = rgb
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another kind of image
+            return ImageCms.applyTransform(image, _from_profile(profile, image.mode))
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _from_profile(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From the colours of an ICC profile to sRGB."""
+    return ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), mode, "RGB"
+    )
 
 
 def preprocess(
     images: list[Tensor],
-    image_size: int,
-    mean: list[float],
-    std: list[float],
+    preprocessing: dict,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     augment: torch.Generator | None = None,
 ) -> Tensor:
-    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, image_size, image_size) on the device.
+    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, channels_last.
 
-    The batch is channels_last. With `augment` each image is mirrored and moved a little at random.
+    `preprocessing` is that of a model: image_size S, mean and std. With `augment` each image is mirrored and moved a
+    little at random.
 
     A resize is linear, so it is one matrix product along each side. That is fast on every device: on the CPU it takes
     a fraction of the time of `F.interpolate`. Normalising comes first, while the images are small.
     """
     if len({image.shape for image in images}) > 1:
-        each = (preprocess([image], image_size, mean, std, device, dtype, augment) for image in images)
+        each = (preprocess([image], preprocessing, device, dtype, augment) for image in images)
         return torch.cat(list(each))
     batch = torch.stack(images)
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory()  # without it the copy would wait for the batch before
     x = batch.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
+    S = preprocessing["image_size"]
     if augment is not None:
         rows, columns = _moved(H, B, augment), _moved(W, B, augment)
         mirrored = torch.rand(B, 1, generator=augment) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
         rows, columns, which = (index.to(device) for index in (rows, columns, torch.arange(B)))
         x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    shift, scale = _on_device(tuple(mean), device), _on_device(tuple(std), device)
+    shift, scale = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
     x = ((x / 255 - shift) / scale).to(dtype)
-    if W != image_size:
-        columns = _resize_matrix(W, image_size, 3, device, dtype)  # (3 W, 3 S)
+    if W != S:
+        columns = _resize_matrix(W, S, 3, device, dtype)  # (3 W, 3 S)
         x = x.reshape(B * H, W * 3) @ columns
-    if H != image_size:
-        rows = _resize_matrix(H, image_size, 1, device, dtype).T  # (S, H)
-        x = rows @ x.reshape(B, H, image_size * 3)
-    return x.reshape(B, image_size, image_size, 3).permute(0, 3, 1, 2)
+    if H != S:
+        rows = _resize_matrix(H, S, 1, device, dtype).T  # (S, H)
+        x = rows @ x.reshape(B, H, S * 3)
+    return x.reshape(B, S, S, 3).permute(0, 3, 1, 2)
 
 
 def _moved(size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -345,17 +507,20 @@ def _resize_matrix(old: int, new: int, channels: int, device: torch.device | str
 # ---------------------------------------------------------------------------------------- files and scripts
 
 
-def run_script(main: Callable[[], int]) -> NoReturn:
+def run_script(main: Callable[[], int], when_interrupted: str = "interrupted") -> NoReturn:
     """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with suppress(ValueError):  # a thread of a notebook takes no signals
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     socket.setdefaulttimeout(30)  # a server that sends nothing for so long is gone
     warnings.filterwarnings("ignore", module="PIL")
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(when_interrupted, file=sys.stderr)
         code = 130
     except BrokenPipeError:  # as in `inference.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -366,10 +531,52 @@ def run_script(main: Callable[[], int]) -> NoReturn:
     sys.exit(code)
 
 
+def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this process may use: fewer than the machine has if its affinity or its container says so."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or "max"
+        time_allowed, period = map(int, quota.read_text().split())
+        cpus = min(cpus, math.ceil(time_allowed / period))
+    return cpus
+
+
+class Progress(tqdm):
+    """A bar of images and time left: in a terminal as tqdm draws it, in a log as a plain line every 30 seconds."""
+
+    LINE = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} passed, {remaining} left"
+
+    def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
+        self.in_terminal = sys.stderr.isatty()
+        style = {"file": io.StringIO(), "mininterval": 30, "maxinterval": 30, "bar_format": self.LINE, "leave": False}
+        super().__init__(
+            total=total, desc=title, initial=done, unit="img", disable=disable, **({} if self.in_terminal else style)
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.in_terminal:
+            super().display(msg, pos)
+        elif msg is None and self.n > self.initial:
+            print(self, file=sys.stderr)
+
+
 def positive(text: str) -> int:
     """An argparse type for whole numbers above zero."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def rate(text: str) -> float:
+    """An argparse type for finite numbers above zero."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def seed_number(text: str) -> int:
+    """An argparse type for seeds, those that every generator takes."""
+    if not 0 <= (number := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: take one from 0 to {2**32 - 1}")
     return number
 
 

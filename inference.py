@@ -10,14 +10,25 @@ import argparse
 import csv
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from data import Item, find_images, load_data, positive, printable, read_image, run_script, whole_file
-from models import DTYPES, fast_copy, load_checkpoint, pick_device, pick_precision, predictions
+from data import (
+    Item,
+    Progress,
+    find_images,
+    load_data,
+    not_used,
+    positive,
+    printable,
+    read_image,
+    run_script,
+    whole_file,
+)
+from models import DTYPES, TransferModel, fast_copy, load_checkpoint, pick_device, pick_precision, predictions
 
 SAMPLE = 12  # images in plots/predictions.png
 
@@ -34,14 +45,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--precision", choices=("auto", *DTYPES), default="fp32",
         help="fp32 answers the same on every machine; bf16 is up to twice as fast (default: fp32)")  # fmt: skip
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
+        args.paths += [path for path in args.checkpoint if path.suffix != ".pt"]
+        args.checkpoint = [path for path in args.checkpoint if path.suffix == ".pt"]
+    return args
 
 
-def expand(paths: Iterable[Path]) -> Iterator[Path]:
+def load_models(files: list[Path]) -> Iterator[TransferModel]:
+    """The models of the given files, or of those in checkpoints/, where a file that is none is named and skipped."""
+    found = sorted(Path("checkpoints").glob("*.pt"))
+    if not files and not found:
+        raise FileNotFoundError("no checkpoints/*.pt: train with main_train.py, or name one with --checkpoint FILE")
+    for file in files or found:
+        try:
+            yield load_checkpoint(file)
+        except ValueError as error:
+            if files:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+
+
+def expand(paths: Iterable[Path], unused: Counter[str]) -> Iterator[Path]:
     """Replaces folders by the images below them."""
     for path in paths:
         if path.is_dir():
-            yield from find_images(path)
+            yield from find_images(path, unused)
         else:
             yield path
 
@@ -69,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    files = args.checkpoint or sorted(Path("checkpoints").glob("*.pt"))
-    if not files:
-        raise FileNotFoundError("no checkpoints/*.pt yet: train with main_train.py, or name one with --checkpoint")
-    models = [load_checkpoint(file) for file in files]
+    models = list(load_models(args.checkpoint))
+    if not models:
+        raise ValueError("no model: name its file with --checkpoint")
 
-    items, truth, plot = expand(args.paths), None, args.plot
+    unused: Counter[str] = Counter()
+    items, truth, plot = expand(args.paths, unused), None, args.plot
     if not args.paths:
         source = models[0].metrics.get("data", "cifar10")
         data = load_data(source)
@@ -87,8 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     drawn: list[tuple[Item, str]] = []  # images and their captions
     good = bad = 0
     fast = [fast_copy(model, device, precision) for model in models]
-    answers = tqdm(predictions(fast, items, args.top_k), unit="img", disable=True if sys.stdout.isatty() else None)
-    for i, (item, records) in enumerate(answers):
+    bar = Progress(None, "inference", disable=sys.stdout.isatty())
+    for i, (item, records) in enumerate(predictions(fast, items, args.top_k)):
+        bar.update()
         for record in records:
             record["path"] = record["path"] or f"{source} test image {i}"
             write(record)
@@ -102,6 +132,9 @@ def main(argv: list[str] | None = None) -> int:
                 for m, r in zip(models, records, strict=True)
             ]
             drawn.append((item, "\n".join([truth[i], *lines] if truth else lines)))
+    bar.close()
+    if unused:
+        print(not_used(unused), file=sys.stderr)
     if not good + bad:
         raise FileNotFoundError(f"no images in {', '.join(map(str, args.paths))}")
     if drawn:

@@ -2,7 +2,7 @@
 
     python main_train.py                                  CIFAR-10, downloaded into data/ on first use
     python main_train.py --demo                           every step within a minute, without a network
-    python main_train.py --data pets --models resnet50    your own images: pets/train/<class>/, pets/test/<class>/
+    python main_train.py --data pets --models resnet50    your own images, pets/<class>/*.jpg, into runs/pets/
     python main_train.py --limit 2000 --output quick      a quick look, beside the full models
     python main_train.py --fine-tune 6                    trains the backbones, too: hours without a GPU
 
@@ -13,11 +13,13 @@ are kept in data/features/, so a second run trains within seconds. A run that wa
 import argparse
 import itertools
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,13 +42,18 @@ from data import (
     locked,
     positive,
     printable,
+    rate,
     read_image,
     run_script,
+    seed_number,
     whole_file,
+    without_images,
 )
-from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Training, loss_and_accuracy
+from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Features, Training, loss_and_accuracy
 
 SCHEMA = 2  # of results.json
+SAME = ("content", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
+KEYS = {*SAME, "backbone", "label", "fine_tuned", "accuracy_by_seed", "val_loss", "seconds", "parameters"}
 MISTAKES = 12  # images in plots/*_mistakes.png
 
 
@@ -63,17 +70,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter)
     add = parser.add_argument
-    three = ["vgg16", "mobilenet_v2", "mobilenet_v3_large"]
+    three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
     add("--models", nargs="+", type=backbone, metavar="NAME", default=three,
         help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
-    add("--data", default="cifar10", help="cifar10, or a folder with train/<class>/ and test/<class>/")
+    add(
+        "--data",
+        default="cifar10",
+        help="cifar10, or a folder of class folders, or of train/ and test/ with class folders",
+    )
     add("--epochs", type=positive, default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
-    add("--lr", type=float, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
+    add("--lr", type=rate, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
     add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
     add("--seeds", type=positive, default=1, metavar="N", help="train N classifiers, report the mean, keep the first")
     add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
-    add("--fine-tune-lr", type=float, default=FINE_TUNING.lr, metavar="LR",
+    add("--fine-tune-lr", type=rate, default=FINE_TUNING.lr, metavar="LR",
         help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
     add("--image-size", type=positive, metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; 64 in the demo)")  # fmt: skip
@@ -81,10 +92,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *models.DTYPES), default="auto",
         help="of training; auto is bf16 if the hardware computes in it. Evaluation is always fp32")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the classifier and the order of the batches")
-    add("--output", type=Path, default=Path(), metavar="DIR", help="receives checkpoints/ and plots/")
+    add("--seed", type=seed_number, default=0, help="of the classifier and the order of the batches")
+    add("--output", type=Path, metavar="DIR",
+        help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
+    add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.demo:
+        args.data, args.output = "demo", (args.output or Path()) / "demo"
+        args.cache = args.output
+    elif args.data == "cifar10":
+        args.output = args.output or Path()
+    else:
+        args.data = os.path.abspath(args.data)  # also without a trailing slash
+        args.output = args.output or Path("runs", Path(args.data).name)
+    return args
 
 
 @dataclass
@@ -102,38 +124,43 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = models.pick_device(args.device)
     precision = models.pick_precision(args.precision, device)
-    output = args.output / "demo" if args.demo else args.output
-    source = "demo" if args.demo else str(Path(args.data))  # without a trailing slash
-    with locked(output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
-        for leftover in (*output.glob("checkpoints/.*.part"), *output.glob("plots/.*.part")):  # of a killed run
+    about = {"data": args.data, **provenance(sys.argv[1:] if argv is None else argv, device)}
+    print(f"{args.data}: {', '.join(args.models)} on {about['device']} in {precision}, into {args.output}/")
+    with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
+        for leftover in args.output.glob("*/.*.part"):  # of a killed run
             leftover.unlink()
-        data = load_data(source, limit=args.limit)
+        data = load_data(args.data, args.cache, args.limit)
         print(
-            f"{source}: {len(data.classes)} classes, {len(data.train):,} images for training, {len(data.val):,} for "
-            f"validation, {len(data.test):,} for testing; {precision} on {device}"
+            f"{len(data.classes)} classes, {len(data.train):,} images for training, {len(data.val):,} for validation, "
+            f"{len(data.test):,} for testing"
         )
-        about = {"data": source, **provenance(sys.argv[1:] if argv is None else argv, device)}
-        rows = read_results(output / "plots" / "results.json")
+        print(*data.notes, sep="\n", end="\n" if data.notes else "")
+        rows = read_results(args.output / "plots" / "results.json")
         trained, complete = [], True
         for name in args.models:
             try:
-                outcome = train_classifier(name, data, args, device, precision, output)
-                complete &= finish(outcome, about, rows, device, output)
+                outcome = train_classifier(name, data, args, device, precision)
+                complete &= finish(outcome, about, rows, device, args.output)
                 trained.append(outcome.row)
                 if args.fine_tune:
-                    outcome = fine_tune(outcome, args, device, precision, output)
-                    complete &= finish(outcome, about, rows, device, output)
+                    outcome = fine_tune(outcome, args, device, precision)
+                    complete &= finish(outcome, about, rows, device, args.output)
                     trained.append(outcome.row)
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
                 print(f"error: {name} is left out: {error}", file=sys.stderr)
                 complete = False
         if not trained:
             return 2
-        same = ("data", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
-        alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in same)}
-        complete &= compare(alike, colors(rows), output)
-        complete &= not name_unreadable(trained)
-        complete &= all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
+        alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
+        complete &= attempt("comparison", lambda: compare(alike, colors(rows), args.output))
+        unreadable = sorted({reason for row in trained for reason in row["unreadable"]})
+        for reason in unreadable:
+            print(f"left out: {printable(reason)}", file=sys.stderr)
+        if unreadable:
+            print(f"{len(unreadable)} images cannot be read and were left out", file=sys.stderr)
+        complete &= not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
+    checkpoint = args.output / "checkpoints" / f"{trained[-1]['model']}.pt"
+    print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
 
 
@@ -149,58 +176,64 @@ def new_model(name: str, classes: tuple[str, ...], args: argparse.Namespace, see
         return models.TransferModel(name, classes, pretrained=not args.demo)
 
 
-def check_replacement(checkpoint: Path, model: models.TransferModel, train_images: int) -> None:
+def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data, source: str) -> None:
     """Raises ValueError if the checkpoint is of a model trained on other or more data, which a run must not replace."""
     try:
         old = models.load_checkpoint(checkpoint)
     except (OSError, ValueError):  # none, or none that anyone can use
         return
     size, known = old.preprocessing["image_size"], old.metrics.get("train_images", 0)
-    if old.classes != model.classes or size != model.preprocessing["image_size"] or known > train_images:
+    other = source != old.metrics.get("data") and data.content != old.metrics.get("content")
+    if other or old.classes != model.classes or size != model.preprocessing["image_size"] or known > len(data.train):
         raise ValueError(
-            f"{checkpoint} was trained on {known:,} images of {len(old.classes)} classes at {size} pixels: "
-            "choose another --output, or delete it"
+            f"{checkpoint} was trained on {known:,} images of {len(old.classes)} classes at {size} pixels"
+            f"{' of other data' * other}: choose another --output, or delete it"
         )
 
 
-def train_classifier(
-    name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str, output: Path
-) -> Outcome:
+def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data.classes, args, args.seed)
     for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
-        check_replacement(output / "checkpoints" / f"{written}.pt", model, len(data.train))
-    folder = output / "features" if args.demo else Path("data/features")
+        check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
 
-    def features_of(images: Images, precision: str, mirrored: bool = False) -> train_utils.Features:
-        return train_utils.cached_features(model, images, folder, device, precision, mirrored)
+    def features_of(images: Images, precision: str, mirrored: bool = False) -> Features:
+        return train_utils.cached_features(model, images, args.cache / "features", device, precision, mirrored)
 
     # Training may see bf16 features. Validation, test and inference compute in fp32, on every machine.
     views = [features_of(data.train, precision)]
     if args.views == 2:
         views.append(features_of(data.train, precision, mirrored=True))
     val, test = features_of(data.val, "fp32"), features_of(data.test, "fp32")
-    parts = ((data.train, views[0]), (data.val, val), (data.test, test))
-    readable = Data(data.classes, *(images.subset(features.readable) for images, features in parts))
-    if len(readable.train) < 2 or not len(readable.val) or not len(readable.test):
-        raise ValueError("too few of the images can be read")
+    read = {
+        "train": torch.stack([view.rows for view in views]).amin(dim=0) >= 0,
+        "val": val.rows >= 0,
+        "test": test.rows >= 0,
+    }
+    read = {part: which.nonzero().flatten() for part, which in read.items()}
+    readable = replace(data, **{part: getattr(data, part).subset(indices) for part, indices in read.items()})
+    if empty := without_images(data.classes, readable.train):
+        raise ValueError(f"no training image of {empty} can be read")
+    if not len(readable.val) or not len(readable.test):
+        raise ValueError("no image for validation or testing can be read")
 
     recipe = replace(RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
-    load_train, load_val, load_test = (
-        train_utils.feature_loader([part.array for part in features], device) for features in (views, [val], [test])
-    )
-    val_batches = Batches(load_val, data.val.labels, recipe.batch_size, device, indices=val.readable)
-    test_batches = Batches(load_test, data.test.labels, recipe.batch_size, device, indices=test.readable)
+
+    def batches_of(part: str, features: list[Features], seed: int | None = None) -> Batches:
+        load = train_utils.feature_loader([each.of(read[part]) for each in features], device)
+        return Batches(load, getattr(readable, part).labels, recipe.batch_size, device, seed)
+
+    val_batches, test_batches = batches_of("val", [val]), batches_of("test", [test])
     accuracies, kept = {"val": [], "test": []}, None
     for seed in range(args.seed, args.seed + args.seeds):
         candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
         candidate.to(device)
         torch.manual_seed(seed)
-        batches = Batches(load_train, data.train.labels, recipe.batch_size, device, seed, views[0].readable)
-        training = Training(candidate.classifier, batches, val_batches, recipe, precision)
-        train_utils.fit(training, f"{name} classifier")
-        val_logits, val_labels = train_utils.predict(candidate.classifier, val_batches)
-        test_logits, test_labels = train_utils.predict(candidate.classifier, test_batches)
+        training = Training(candidate.classifier, batches_of("train", views, seed), val_batches, recipe, precision)
+        with models.one_thread():  # more gain little, and wait long for each other if anything else runs
+            train_utils.fit(training, f"{name} classifier")
+            val_logits, val_labels = train_utils.predict(candidate.classifier, val_batches)
+            test_logits, test_labels = train_utils.predict(candidate.classifier, test_batches)
         accuracies["val"].append(loss_and_accuracy(val_logits, val_labels)[1])
         accuracies["test"].append(loss_and_accuracy(test_logits, test_labels)[1])
         kept = kept or (training, val_logits, test_logits)
@@ -213,19 +246,19 @@ def train_classifier(
         "recipe": asdict(recipe),
         "accuracy_by_seed": accuracies,
         "features": {
-            "cached": all(features.cached for features in used),
+            "computed": sum(features.computed for features in used),
+            "cached": not any(features.computed for features in used),
             "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
-            "extracted": [features.made for features in used],
         },
         "precision": {"training_features": precision, "training": precision, "evaluation": "fp32"},
-        "seconds": {"features": sum(f.made["seconds"] for f in used), "classifier": training.seconds},
-        "unreadable": [str(images.items[i]) for images, features in parts for i in features.unreadable],
+        "seconds": {"features": sum(features.seconds for features in used), "classifier": training.seconds},
+        "unreadable": sorted({str(error) for features in (*used, test) for error in features.errors}),
         "history": training.history,
     }
     return Outcome(model, readable, val_logits, test_logits, row)
 
 
-def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str, output: Path) -> Outcome:
+def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
     """Trains the backbone as well, starting from the trained classifier. Continues a training that was interrupted."""
     model, data = frozen.model, frozen.data
     precision = "fp32" if device.type == "cpu" else precision  # on a CPU the backward pass is slower in bf16
@@ -244,28 +277,27 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, p
     val_batches = Batches(load_val, data.val.labels, batch_size, device)
     key = models.content_hash(model.state_dict(), [asdict(recipe), precision, args.seed, len(data.train)])
     training = Training(model, train_batches, val_batches, recipe, precision, groups)
-    progress = output / "checkpoints" / f"{model.name}.resume"
+    progress = args.output / "checkpoints" / f"{model.name}.resume"
     if train_utils.load_progress(progress, training, key):
         print(f"{model.name}: continuing after {len(training.history)} of {recipe.epochs} epochs")
     train_utils.fit(training, model.name, after_epoch=lambda: train_utils.save_progress(progress, training, key))
 
-    fast = models.fast_copy(model, device, "fp32")
-    val_logits, test_logits = (
-        torch.cat([logits for _, [logits], _ in models.run_images([fast], images.items)])
-        for images in (data.val, data.test)
-    )
+    fast, accuracies, answers = models.fast_copy(model, device, "fp32"), {}, {}
+    for part in ("val", "test"):
+        images = getattr(data, part)
+        logits = torch.cat([logits for _, [logits], _ in models.run_images([fast], images.items)])
+        there = (~logits[:, 0].isnan()).nonzero().flatten()  # a file may have vanished
+        data, answers[part] = replace(data, **{part: images.subset(there)}), logits[there]
+        accuracies[part] = [loss_and_accuracy(answers[part], getattr(data, part).labels)[1]]
     row = {
         **frozen.row,
         "recipe": asdict(recipe),
-        "accuracy_by_seed": {
-            "val": [loss_and_accuracy(val_logits, data.val.labels)[1]],
-            "test": [loss_and_accuracy(test_logits, data.test.labels)[1]],
-        },
+        "accuracy_by_seed": accuracies,
         "precision": {**frozen.row["precision"], "training": precision},
         "seconds": {**frozen.row["seconds"], "fine_tuning": training.seconds},
         "history": training.history,
     }
-    return Outcome(model, data, val_logits, test_logits, row)
+    return Outcome(model, data, answers["val"], answers["test"], row)
 
 
 def provenance(argv: list[str], device: torch.device) -> dict:
@@ -300,6 +332,7 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
         "backbone": model.backbone,
         "label": model.label,
         "fine_tuned": model.fine_tuned,
+        "content": data.content,
         "classes": list(model.classes),
         "image_size": model.preprocessing["image_size"],
         "train_images": len(data.train),
@@ -346,9 +379,10 @@ def read_results(file: Path) -> dict[str, dict]:
         return {}
     try:
         results = json.loads(file.read_text())
-        if results["schema"] == SCHEMA:
-            return {row["model"]: row for row in results["runs"]}
-    except (ValueError, KeyError, TypeError):
+        rows = {row["model"]: row for row in results["runs"]}
+        if results["schema"] == SCHEMA and all(KEYS <= row.keys() for row in rows.values()):
+            return rows
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     print(f"{file} cannot be read by this version and is now {file}.old", file=sys.stderr)
     file.replace(f"{file}.old")
@@ -379,11 +413,14 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     )
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
-    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)][:MISTAKES].tolist()
-    if wrong:
-        images = [read_image(test.items[i]).permute(1, 2, 0).numpy() for i in wrong]
-        true, taken = ([classes[labels[i]] for i in wrong] for labels in (test.labels, predicted))
-        captions = [f"{a}\ntaken for {b}, {confidence[i]:.0%}" for a, b, i in zip(true, taken, wrong, strict=True)]
+    images, captions = [], []
+    for i in wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist():
+        with suppress(ImageError):  # a file may have vanished
+            images.append(read_image(test.items[i]).permute(1, 2, 0).numpy())
+            captions.append(f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}, {confidence[i]:.0%}")
+        if len(images) == MISTAKES:
+            break
+    if images:
         save_figure(folder / f"{stem}_mistakes.png", visualization.plot_predictions(images, captions))
 
 
@@ -392,8 +429,8 @@ def save_figure(path: Path, figure: Figure) -> None:
         figure.savefig(file, format="png", dpi=visualization.DPI)
 
 
-def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> bool:
-    """Prints a table and draws the comparison. Accuracies are means over the seeds. Returns whether the plot worked."""
+def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None:
+    """Prints a table and draws the comparison. Accuracies are means over the seeds."""
     print(
         f"\n{'model':35} {'val loss':>8} {'val acc':>8} {'test acc':>16} {'seconds':>8} {'trained':>10} {'total':>11}"
     )
@@ -408,22 +445,8 @@ def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> bool
         )
         marker = "^" if row["fine_tuned"] else "o"
         points.append((row["label"], seconds, mean(test), colors[row["backbone"]], marker))
-    path = output / "plots" / "comparison.png"
-    return attempt(path, lambda: save_figure(path, visualization.plot_comparison(points)))
-
-
-def name_unreadable(rows: list[dict]) -> bool:
-    """Says on stderr which images could not be read, and why. Returns whether there are any."""
-    paths = sorted({path for row in rows for path in row["unreadable"]})
-    for path in paths:
-        try:
-            read_image(Path(path))
-        except ImageError as error:
-            print(f"left out: {error}", file=sys.stderr)
-    if paths:
-        print(f"{len(paths)} images cannot be read and were left out", file=sys.stderr)
-    return bool(paths)
+    save_figure(output / "plots" / "comparison.png", visualization.plot_comparison(points))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "interrupted: the same command continues from what is finished")

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import operator
-import os
 import sys
 import threading
 import zipfile
@@ -36,7 +35,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torchvision import models
 from torchvision.ops import stochastic_depth
 
-from data import ImageError, Item, first_line, preprocess, read_image, whole_file
+from data import ImageError, Item, available_cpus, first_line, preprocess, read_image, whole_file
 
 # --------------------------------------------------------------------------------------------- the backbones
 
@@ -152,7 +151,9 @@ class TransferModel(nn.Module):
         network = _build(row, pretrained)
         normal = row.weights.transforms()
         own_size = normal.crop_size[0]
-        self.preprocessing = {"image_size": image_size or own_size, "mean": normal.mean, "std": normal.std}
+        size = image_size or own_size
+        # crop: of a wide or tall image the square in the middle, instead of all of it squeezed into a square
+        self.preprocessing = {"image_size": size, "crop": True, "mean": normal.mean, "std": normal.std}
         self.temperature = 1.0  # divides the logits, so that probabilities mean what they say (Guo et al. 2017)
         self.fine_tuned = False
         self.test_views = 1  # 2: the answer is the mean over the image and its mirror image
@@ -163,7 +164,6 @@ class TransferModel(nn.Module):
             with torch.inference_mode():
                 self.width = self.forward_features(self.example()).shape[1]
         except Exception as error:  # whatever a network raises for images that it was not built for
-            size = self.preprocessing["image_size"]
             raise ValueError(f"{backbone} takes no images of size {size}, only of {own_size}") from error
         if row.keep_classifier:
             *kept, last = network.classifier
@@ -328,7 +328,8 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         state.clear()
         state.update(tensors)
         model.load_state_dict(state, assign=True)
-        model.preprocessing, model.metrics = values["preprocessing"], metrics
+        model.preprocessing = {"crop": False, **values["preprocessing"]}  # earlier versions squeezed images
+        model.metrics = metrics
         model.test_views = values.get("test_views", 1)
         model.fine_tuned = values.get("fine_tuned", model.test_views == 2)  # two lines for files of earlier versions
         model.temperature = values.get("temperature", metrics.get("temperature", 1.0))
@@ -397,14 +398,16 @@ def run_images(
     """
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
-    workers = torch.get_num_threads() if on_cpu else min(16, os.cpu_count() or 1)
+    workers = torch.get_num_threads() if on_cpu else min(16, available_cpus())
     batch_size = part = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
     turn = nullcontext() if on_cpu else threading.Lock()
-    sizes = {model.preprocessing["image_size"] for model in models}
+
+    def shape_of(model: TransferModel) -> tuple[int, bool]:
+        return model.preprocessing["image_size"], model.preprocessing["crop"]
 
     def forward(model: TransferModel, images: list[Tensor]) -> Tensor:
         dtype = next(model.features.parameters()).dtype
-        return output(model, preprocess(images, **model.preprocessing, device=device, dtype=dtype)).float().cpu()
+        return output(model, preprocess(images, model.preprocessing, device, dtype)).float().cpu()
 
     def in_parts(model: TransferModel, images: list[Tensor]) -> Tensor:
         nonlocal part
@@ -418,16 +421,16 @@ def run_images(
         return in_parts(model, images)
 
     def run(batch: list[Item]) -> tuple[list[Item], list[Tensor], dict[int, ImageError]]:
-        images, errors = {size: [] for size in sizes}, {}
+        images, errors = {shape_of(model): [] for model in models}, {}
         for i, item in enumerate(batch):
-            for size in sizes:
+            for shape in images:
                 try:
-                    images[size].append(read_image(item, size))
+                    images[shape].append(read_image(item, *shape))
                 except ImageError as error:
                     errors[i] = error
-                    images[size].append(torch.zeros(3, 1, 1, dtype=torch.uint8))
+                    images[shape].append(torch.zeros(3, 1, 1, dtype=torch.uint8))
         with turn, torch.inference_mode():
-            outputs = [in_parts(model, images[model.preprocessing["image_size"]]) for model in models]
+            outputs = [in_parts(model, images[shape_of(model)]) for model in models]
             for rows in outputs:
                 rows[list(errors)] = math.nan
         return batch, outputs, errors

@@ -1,7 +1,7 @@
 """Features extracted once, classifiers trained on them: the recipe, the feature cache, the training loop, the metrics.
 
     features = cached_features(model, data.train, Path("data/features"), device, "bf16")
-    train = Batches(feature_loader([features.array], device), data.train.labels, 512, device, seed=0)
+    train = Batches(feature_loader([features.table], device), data.train.labels, 512, device, seed=0)
     training = Training(model.classifier, train, val, RECIPE)
     fit(training)
 
@@ -10,17 +10,16 @@ The training loop takes any module and any batches of inputs and labels, so it f
 
 import copy
 import hashlib
-import io
 import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from data import Images, explained, locked, preprocess, read_image
-from models import TransferModel, content_hash, fast_copy, one_thread, run_images, write_tensors
+from data import ImageError, Images, Progress, available_cpus, explained, locked, preprocess, read_image
+from models import CPU_BATCH, GPU_BATCH, TransferModel, content_hash, fast_copy, one_thread, run_images, write_tensors
 
 
 @dataclass(frozen=True)
@@ -84,25 +82,28 @@ def device_name(device: torch.device) -> str:
 
 # --------------------------------------------------------------------------------- features and their cache
 
-ALIGNMENT = 256  # a pass resumes where a batch of 32 or 256 began, so that every feature comes out the same
-
 
 @dataclass
 class Features:
-    """The outputs of the frozen backbone for N images."""
+    """The outputs of the frozen backbone for N images. They stay in their file, which is mapped into memory."""
 
-    array: Tensor  # (N, width), mapped from a file; a row of NaN for an image that cannot be read
-    made: dict  # how: seconds, date, device
-    cached: bool  # read from an earlier run's file
+    table: Tensor  # (rows of the file, width)
+    rows: Tensor  # (N,) each image's row of the table, -1 for one that cannot be read
+    seconds: float  # that their computation took, in this run and earlier ones
+    computed: int  # in this run; the others were in the file
+    errors: list[ImageError]  # of the images that cannot be read
 
     @property
     def readable(self) -> Tensor:
         """The indices of the images that could be read."""
-        return (~self.array[:, 0].isnan()).nonzero().flatten()
+        return (self.rows >= 0).nonzero().flatten()
 
-    @property
-    def unreadable(self) -> Tensor:
-        return self.array[:, 0].isnan().nonzero().flatten()
+    def of(self, images: Tensor) -> Tensor:
+        """The features (B, width) of B images: a part of the file if it has them in this order, else a copy."""
+        rows = self.rows[images]
+        if rows.diff().eq(1).all():
+            return self.table[rows[0] : rows[-1] + 1]
+        return self.table[rows]
 
 
 def mirrored_features(model: TransferModel, images: Tensor) -> Tensor:
@@ -118,12 +119,14 @@ def cached_features(
     precision: str,
     mirrored: bool = False,
 ) -> Features:
-    """The features of all images, or of their mirror images, from a file in `folder` if it exists, else computed.
+    """The features of all images, or of their mirror images. Only those that are not in `folder` yet are computed.
 
-    The file's name is a hash of everything that shapes them: backbone, weights, preprocessing, precision, device type,
-    torch's version, the images' fingerprint, the view. So a stale file is never read. It is a .npy file followed by a
-    line of JSON with a checksum. While the features are computed they are appended to a .part file, from which an
-    interrupted run continues. Raises OSError if the file cannot be written, FloatingPointError if features overflow.
+    The file's name is a hash of everything else that shapes them: backbone, weights, preprocessing, precision, device
+    type, torch's version, the view. Its records hold the hash of the image, the seconds spent on it, the features and
+    their checksum, so a stale or damaged row is never used. They are appended batch by batch: an interrupted run
+    continues, and a data set that grows costs only what was added. An image that cannot be read leaves no record and
+    is tried again in the next run.
+    Raises OSError if the file cannot be written, FloatingPointError if features overflow.
     """
     key = {
         "backbone": model.backbone,
@@ -133,87 +136,69 @@ def cached_features(
         "precision": precision,
         "device": device.type,
         "torch": torch.__version__,
-        "images": images.fingerprint(),
         "mirrored": mirrored,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    file = folder / f"{model.backbone}-{digest}.npy"
-    with locked(folder / f".{file.name}.lock", wait=True):  # another run may be computing the same features
-        if file.exists():
-            try:
-                return _read_features(file)
-            except (OSError, ValueError) as error:
-                print(f"{file} is unusable ({error}): computing the features again", file=sys.stderr)
-                file.unlink()
-        with explained(file):
-            return _extract_features(model, images, file, device, precision, mirrored)
+    file = folder / f"{model.backbone}-{digest}.features"
+    kept = "<f4" if precision == "fp32" else "<f2"  # float16 holds more digits than bf16
+    layout = np.dtype([("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), ("features", kept, (model.width,))])
+    ids = [image.encode() for image in images.ids()]
+    errors: list[ImageError] = []
+    with locked(folder / f".{file.name}.lock", wait=True), explained(file):  # another run may be computing the same
+        table, found = _find_records(file, layout, ids)
+        missing = [i for i, image in enumerate(ids) if image not in found]
+        if missing:
+            if found:
+                print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
+            output = mirrored_features if mirrored else TransferModel.forward_features
+            outputs = run_images([fast_copy(model, device, precision)], (images.items[i] for i in missing), output)
+            title, position, before = f"{model.backbone} features" + " (mirrored)" * mirrored, 0, time.perf_counter()
+            with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
+                for items, [block], failed in outputs:
+                    good = [i for i in range(len(items)) if i not in failed]
+                    errors += failed.values()
+                    records = np.zeros(len(good), layout)
+                    records["image"] = [ids[missing[position + i]] for i in good]
+                    with np.errstate(over="ignore"):  # see below
+                        records["features"] = block[good].numpy()
+                    records["checksum"] = [zlib.crc32(row) for row in records["features"]]
+                    if not np.isfinite(records["features"]).all():
+                        raise FloatingPointError(f"features of {model.backbone} overflow in {precision}: use fp32")
+                    after = synchronized_time(device)
+                    records["seconds"] = (after - before) / max(1, len(good))
+                    stream.write(records.tobytes())
+                    stream.flush()
+                    position, before = position + len(items), after
+                    bar.update(len(items))
+            table, new = _find_records(file, layout, [ids[i] for i in missing])
+            found |= new
+    rows = np.array([found.get(image, -1) for image in ids])
+    seconds = float(table["seconds"][rows[rows >= 0]].sum())
+    computed = len(missing) - len(errors)
+    return Features(torch.from_numpy(table["features"]), torch.from_numpy(rows), seconds, computed, errors)
 
 
-def _extract_features(
-    model: TransferModel, images: Images, file: Path, device: torch.device, precision: str, mirrored: bool
-) -> Features:
-    kept = torch.float32 if precision == "fp32" else torch.float16  # which holds more digits than bf16
-    row_bytes, header = model.width * kept.itemsize, io.BytesIO()
-    descr = torch.empty(0, dtype=kept).numpy().dtype.str
-    shape = {"descr": descr, "fortran_order": False, "shape": (len(images), model.width)}
-    np.lib.format.write_array_header_1_0(header, shape)
-    part, clock = file.with_suffix(".part"), file.with_suffix(".seconds.part")
-    with part.open("ab") as rows:
-        done = min(len(images), max(0, rows.tell() - header.tell()) // row_bytes) // ALIGNMENT * ALIGNMENT
-        seconds = seconds_before = float(clock.read_text() or 0) if done and clock.exists() else 0.0
-        rows.truncate(header.tell() + done * row_bytes if done else 0)
-        if done:
-            print(f"{model.backbone}: continuing after the features of {done:,} images")
-        else:
-            rows.write(header.getbuffer())
-        start = synchronized_time(device)
-        fast = fast_copy(model, device, precision)
-        output = mirrored_features if mirrored else TransferModel.forward_features
-        title = f"{model.backbone} features" + " (mirrored)" * mirrored
-        with tqdm(total=len(images), initial=done, desc=title, unit="img", disable=None) as bar:
-            for items, [block], errors in run_images([fast], images.items[done:], output):
-                block = block.to(kept)
-                if block.isfinite().all(dim=1).sum() != len(items) - len(errors):
-                    raise FloatingPointError(f"features of {model.backbone} overflow in {precision}: use fp32")
-                seconds = seconds_before + synchronized_time(device) - start
-                clock.write_text(f"{seconds:.3f}")
-                rows.write(block.numpy())
-                bar.update(len(items))
-    array = np.load(part, mmap_mode="c")
-    made = {"seconds": seconds, "date": now(), "device": device_name(device)}
-    with part.open("ab") as rows:
-        rows.write(b"\n" + json.dumps({"sha256": _checksum(array), "made": made}).encode())
-        rows.flush()
-        os.fsync(rows.fileno())
-    part.replace(file)
-    clock.unlink(missing_ok=True)
-    return Features(torch.from_numpy(array), made, cached=False)
-
-
-def _read_features(file: Path) -> Features:
-    """Raises OSError or ValueError if the file is not what `_extract_features` wrote."""
-    try:
-        array = np.load(file, mmap_mode="c", allow_pickle=False)
-        with file.open("rb") as stream:
-            stream.seek(array.offset + array.nbytes)
-            seal = json.loads(stream.read(1000))
-        if seal["sha256"] != _checksum(array):
-            raise ValueError("its checksum is wrong")
-        return Features(torch.from_numpy(array), seal["made"], cached=True)
-    except (EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-
-
-def _checksum(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(array)
-    return digest.hexdigest()
+def _find_records(file: Path, layout: np.dtype, ids: list[bytes]) -> tuple[np.ndarray, dict[bytes, int]]:
+    """The records of a file, mapped into memory, and those of the given images, by image. Drops a torn last one."""
+    with file.open("ab") as stream:
+        count = stream.tell() // layout.itemsize
+        stream.truncate(count * layout.itemsize)
+    if not count:
+        return np.zeros(0, layout), {}
+    table = np.memmap(file, layout, mode="c")  # read only; torch wants to be able to write
+    found = {image: row for row, image in enumerate(table["image"].tolist())}
+    found = {image: found[image] for image in ids if image in found}
+    damaged = [image for image, row in found.items() if zlib.crc32(table["features"][row]) != table["checksum"][row]]
+    if damaged:
+        print(f"{file}: {len(damaged)} images' features are damaged: computing them again", file=sys.stderr)
+    return table, {image: row for image, row in found.items() if image not in set(damaged)}
 
 
 # ------------------------------------------------------------------------------------------ batches and loops
 
-# (indices of a batch, a generator while training or None) -> the inputs, on the device
-Loader = Callable[[Tensor, torch.Generator | None], Tensor]
+# (indices of a batch, a generator while training or None) -> the inputs, on the device, and the indices without those
+# of images that cannot be read
+Loader = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
 
 
 def feature_loader(views: Sequence[Tensor], device: torch.device) -> Loader:
@@ -221,23 +206,29 @@ def feature_loader(views: Sequence[Tensor], device: torch.device) -> Loader:
     with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
         views = [view.to(device) for view in views]
 
-    def load(batch: Tensor, generator: torch.Generator | None) -> Tensor:
+    def load(batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         chosen = 0 if generator is None or len(views) == 1 else int(torch.randint(len(views), (), generator=generator))
         view = views[chosen]
-        return view[batch.to(view.device)].to(device, torch.float32, non_blocking=True)
+        return view[batch.to(view.device)].to(device, torch.float32, non_blocking=True), batch
 
     return load
 
 
 def image_loader(images: Images, preprocessing: dict, device: torch.device) -> Loader:
     """Loads preprocessed images (B, 3, S, S), augmented while training."""
-    threads = ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+    threads = ThreadPoolExecutor(min(16, available_cpus()))
 
-    def read(i: int) -> Tensor:
-        return read_image(images.items[i], preprocessing["image_size"])
+    def read(i: int) -> Tensor | None:
+        try:
+            return read_image(images.items[i], preprocessing["image_size"], preprocessing["crop"])
+        except ImageError as error:  # it could be read before
+            print(f"left out: {error}", file=sys.stderr)
+            return None
 
-    def load(batch: Tensor, generator: torch.Generator | None) -> Tensor:
-        return preprocess(list(threads.map(read, batch.tolist())), **preprocessing, device=device, augment=generator)
+    def load(batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        read_images = list(threads.map(read, batch.tolist()))
+        there = [i for i, image in enumerate(read_images) if image is not None]
+        return preprocess([read_images[i] for i in there], preprocessing, device, augment=generator), batch[there]
 
     return load
 
@@ -245,9 +236,8 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
 class Batches:
     """Inputs and labels in batches on the device. With a seed, every epoch has another order.
 
-    `indices` are those of the images to use; by default all. A small set gets smaller batches, so that an epoch has
-    about 16 steps of 8 images or more. The remainder is spread over all batches, which may make them a little larger
-    than `batch_size`: BatchNorm cannot train on a single row.
+    A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
+    over all batches, which may make them a little larger than `batch_size`: BatchNorm cannot train on a single row.
     """
 
     def __init__(
@@ -257,23 +247,21 @@ class Batches:
         batch_size: int,
         device: torch.device,
         seed: int | None = None,
-        indices: Tensor | None = None,
     ):
         self.load, self.labels, self.device = load, labels.to(device), device
-        self.indices = torch.arange(len(labels)) if indices is None else indices
-        size = max(2, min(batch_size, max(8, len(self.indices) // 16)))
-        self.steps = max(1, len(self.indices) // size)
+        size = max(2, min(batch_size, max(8, len(labels) // 16)))
+        self.steps = max(1, len(labels) // size)
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self.indices
-        if self.generator is not None:
-            order = order[torch.randperm(len(order), generator=self.generator)]
+        size = len(self.labels)
+        order = torch.arange(size) if self.generator is None else torch.randperm(size, generator=self.generator)
         for batch in order.tensor_split(self.steps):
-            yield self.load(batch, self.generator), self.labels[batch.to(self.device, non_blocking=True)]
+            inputs, batch = self.load(batch, self.generator)
+            yield inputs, self.labels[batch.to(self.device, non_blocking=True)]
 
 
 def train_one_epoch(
@@ -384,8 +372,8 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     """
     model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
     criterion = nn.CrossEntropyLoss(label_smoothing=training.recipe.label_smoothing)
-    size = len(train.indices)
-    bar = tqdm(total=epochs * size, initial=len(history) * size, desc=name, unit="img", disable=None)
+    size = len(train.labels)
+    bar = Progress(epochs * size, name, len(history) * size)
     for epoch in range(len(history) + 1, epochs + 1):
         start = synchronized_time(train.device)
         train_loss, train_accuracy = train_one_epoch(
@@ -402,13 +390,13 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
         history.append({**row, "val_accuracy": val_accuracy, "seconds": synchronized_time(train.device) - start})
         if training.best_epoch is history[-1]:
             training.best = copy.deepcopy(model.state_dict())
-        bar.set_postfix_str(f"val {val_accuracy:.3f}")
+        bar.set_postfix_str(f"val {val_accuracy:.3f}", refresh=False)
         after_epoch()
     bar.close()
     model.load_state_dict(training.best)
 
 
-def counted(batches: Batches, bar: tqdm) -> Iterator[tuple[Tensor, Tensor]]:
+def counted(batches: Batches, bar: Progress) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches, each counted on the progress bar."""
     for inputs, labels in batches:
         yield inputs, labels
@@ -484,26 +472,34 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def cost(model: TransferModel, device: torch.device) -> dict:
-    """Multiply-adds of one forward pass for one image, and images a second in fp32.
+    """Multiply-adds of one forward pass, and images a second in fp32: one at a time, and many.
 
-    The latter at batch size 1 and at the fastest batch size tried: none is tried after one that takes over a second.
+    The images are black arrays of the model's size. Many are as many as should take about a second.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():  # inference_mode would hide the operators
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        one_thread(),
+    ):  # inference_mode would hide the operators
         model.eval().classifier(model.forward_features(model.example()).float())
-    fast, rates = fast_copy(model, device, "fp32"), {}
-    for batch_size in (1, 8, 32) if device.type == "cpu" else (1, 64, 256):
-        images = model.example().expand(batch_size, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-        seconds = []
-        with torch.inference_mode(), one_thread() if device.type == "cpu" and batch_size == 1 else nullcontext():
-            for _ in range(6):  # the first one warms up
-                start = synchronized_time(device)
-                fast(images)
-                seconds.append(synchronized_time(device) - start)
-        rates[batch_size] = batch_size / statistics.median(seconds[1:])
-        if seconds[-1] > 1:
-            break
-    best = max(rates, key=rates.get)
+    fast, size = fast_copy(model, device, "fp32"), model.preprocessing["image_size"]
+    image = np.zeros((size, size, 3), np.uint8)
+
+    def seconds(count: int, batch_size: int) -> float:
+        start = time.perf_counter()
+        for _ in run_images([fast], [image] * count, batch_size=batch_size):
+            pass
+        return time.perf_counter() - start
+
+    one = statistics.median([seconds(1, 1) for _ in range(6)][1:])  # the first one warms up
+    workers, batch_size = (torch.get_num_threads(), CPU_BATCH) if device.type == "cpu" else (1, GPU_BATCH)
+    batch_size = max(1, min(batch_size, int(1 / one)))
+    count = workers * batch_size * max(1, int(1 / one / batch_size))
     return {
         "multiply_adds": counter.get_total_flops() // 2,
-        "images_per_second": {"one": rates[1], "best": rates[best], "best_batch_size": best},
+        "images_per_second": {
+            "one": 1 / one,
+            "best": count / seconds(count, batch_size),
+            "best_batch_size": batch_size,
+        },
     }

@@ -9,6 +9,7 @@ turns, three times, and the median counts.
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ def main() -> int:
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     print(f"{device}, {precision}, {args.image_size} pixels, {torch.get_num_threads()} threads")
     with tempfile.TemporaryDirectory() as scratch:
-        files = list(find_images(draw_images(Path(scratch), args.images)))
+        files = list(find_images(draw_images(Path(scratch), args.images), Counter()))
         images = Images(files, torch.arange(len(files)) % 10)
         for name in args.models:
             ours, bare = measure(name, images, args.image_size, device, precision)

@@ -35,12 +35,11 @@ def main() -> int:
     for name in args.models:
         model = TransferModel(name, data.classes)
         features = [
-            cached_features(model, images, Path("data/features"), device, precision).array
-            for images, precision in parts
+            cached_features(model, images, Path("data/features"), device, precision) for images, precision in parts
         ]
         model.levels = []
         width = model.forward_features(model.example()).shape[1]  # of the last block alone, whose columns come last
-        train, val, test = (array[:, -width:].float().numpy() for array in features)
+        train, val, test = (part.of(part.readable)[:, -width:].float().numpy() for part in features)
         candidates = []
         for strength in STRENGTHS:
             candidate = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))

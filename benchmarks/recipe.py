@@ -71,14 +71,16 @@ def accuracies(name: str, data: Data, seeds: int, device: torch.device, precisio
     """
     folder, frozen = Path("data/features"), TransferModel(name, data.classes)
     views = [cached_features(frozen, data.train, folder, device, precision, mirrored) for mirrored in (False, True)]
-    load_val = feature_loader([cached_features(frozen, data.val, folder, device, "fp32").array], device)
+    views = [view.of(view.readable) for view in views]
+    val = cached_features(frozen, data.val, folder, device, "fp32")
+    load_val = feature_loader([val.of(val.readable)], device)
     cells = []
     for title, variant in VARIANTS.items():
         if BACKBONES[name].keep_classifier and (variant.hidden, variant.dropout) != (256, 0.0):
             cells.append("-")
             continue
         recipe, found = variant.recipe, []
-        load_train = feature_loader([view.array for view in views[: variant.views]], device)
+        load_train = feature_loader(views[: variant.views], device)
         for seed in range(seeds):
             torch.manual_seed(seed)
             classifier = TransferModel(name, data.classes, hidden=variant.hidden).classifier.to(device)

@@ -23,6 +23,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
@@ -76,7 +77,7 @@ def main() -> int:
     rates, epochs = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         root = (args.data or draw_images(Path(scratch, "images"), args.images)) / "train"
-        files = list(find_images(root))[: args.images]
+        files = list(find_images(root, Counter()))[: args.images]
         for name in args.models:
             torch.manual_seed(0)
             model = TransferModel(name, "0123456789", pretrained=False)
@@ -139,7 +140,7 @@ def frozen_passes(
     for turn in range(ROUNDS):
         bare = [bare_rate(each, model, seconds, device, precision) for each in passes]
         features = cached_features(model, images, scratch / f"features{turn}", device, precision)
-        rounds.append([len(files) / features.made["seconds"], *bare])
+        rounds.append([len(files) / features.seconds, *bare])
     ours, *bare = np.median(rounds, axis=0).tolist()
     rates = {"b": ours, "c": 0, "d": 0, "e": 0}
     for each, rate in zip(passes, bare, strict=True):

@@ -86,11 +86,16 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, weights, monkeypatch, capsys):
-    """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr."""
+    """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr.
+
+    Training writes into that folder, unless the arguments say otherwise.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
 
     def command(script, *args):
+        if script.__name__ == "main_train" and "--output" not in args:
+            args = ("--output", ".", *args)
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             data_module.run_script(lambda: script.main([str(arg) for arg in args]))

@@ -3,10 +3,12 @@ import hashlib
 import http.server
 import io
 import pickle
+import shutil
 import sys
 import tarfile
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -33,7 +35,9 @@ def test_every_exif_orientation_comes_out_upright(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / "image.png", exif=exif)
-    assert torch.equal(read_image(tmp_path / "image.png"), torch.from_numpy(np.array(upright)).permute(2, 0, 1))
+    assert torch.equal(
+        read_image(tmp_path / "image.png", crop=False), torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    )
 
 
 def test_every_kind_of_image_becomes_rgb(tmp_path):
@@ -56,16 +60,18 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
 
 
 def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
-    draw(tmp_path / "small.png", (90, 120, 30), seed=0, size=(24, 17))
+    draw(tmp_path / "small.png", (90, 120, 30), seed=0, size=(24, 18))
     draw(tmp_path / "large.png", (90, 120, 30), seed=1, size=(300, 150))
     torchvisions = v2.Compose([
         v2.Resize((64, 64)), v2.ToDtype(torch.float32, scale=True), v2.Normalize(NORMAL["mean"], NORMAL["std"])
     ])  # fmt: skip
-    images = [read_image(tmp_path / "small.png", 64), read_image(tmp_path / "large.png", 64)]
-    ours = preprocess(images, **NORMAL)
-    for row, name in zip(ours, ("small", "large"), strict=True):
-        expected = torchvisions(read_image(tmp_path / f"{name}.png", 1000))
-        assert (row - expected).abs().max() < 1.6 / 255 / 0.22  # they round to uint8 in between, and Pillow twice
+    for crop in (False, True):
+        names = ("small", "large")
+        ours = preprocess([read_image(tmp_path / f"{name}.png", 64, crop) for name in names], NORMAL)
+        whole = [read_image(tmp_path / f"{name}.png", 1000, crop=False) for name in names]
+        expected = [v2.functional.center_crop(image, min(image.shape[1:])) if crop else image for image in whole]
+        difference = ours - torch.stack([torchvisions(image) for image in expected])
+        assert difference.abs().max() < 1.6 / 255 / 0.22  # they round to uint8 in between, and Pillow twice
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"BM", b"II*\0"])
@@ -126,12 +132,20 @@ def test_labels_go_by_name(photos):
     )
 
 
-def test_the_fingerprint_follows_the_photos(photos):
+def test_ids_follow_the_images_and_the_content_does_not_follow_the_place(photos, tmp_path):
     data = load_data(str(photos))
-    before = data.train.fingerprint()
-    assert before == load_data(str(photos)).train.fingerprint() != data.val.fingerprint()
+    before = data.train.ids()
+    assert before == load_data(str(photos)).train.ids() and len(set(before)) == len(before)
     draw(data.train.items[3], (1, 2, 3), seed=77)
-    assert before != load_data(str(photos)).train.fingerprint()
+    changed = load_data(str(photos))
+    assert [a != b for a, b in zip(before, changed.train.ids(), strict=True)] == [i == 3 for i in range(len(before))]
+    shutil.copytree(photos, tmp_path / "copy")
+    copied = load_data(str(tmp_path / "copy"))
+    assert copied.content == changed.content and copied.train.ids() != changed.train.ids()
+    draw(tmp_path / "copy" / "train" / "red" / "another.png", (1, 2, 3), seed=78)
+    assert load_data(str(tmp_path / "copy")).content != changed.content
+    data.train.items[3].unlink()
+    assert len(data.train.ids()) == len(before)  # a file that is gone costs nothing here
 
 
 def test_no_file_starts_another_program(tmp_path, monkeypatch):
@@ -141,7 +155,8 @@ def test_no_file_starts_another_program(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ImageError, match="not an image"):
             read_image(tmp_path / name)
-    assert [path.name for path in find_images(tmp_path)] == ["x.jpg"]
+    unused = Counter()
+    assert [path.name for path in find_images(tmp_path, unused)] == ["x.jpg"] and unused == {".eps": 1}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock")
@@ -161,7 +176,7 @@ def test_a_lock_that_is_held_is_not_one_that_is_missing(tmp_path, monkeypatch, c
 
 def test_find_images_survives_links_that_go_round(photos):
     (photos / "train" / "red" / "loop").symlink_to(photos)
-    assert len(list(find_images(photos))) == 78
+    assert len(list(find_images(photos, Counter()))) == 78
 
 
 @pytest.fixture
