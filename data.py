@@ -56,7 +56,7 @@ or
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
-MAX_MEMORY = 600_000_000  # bytes that decoding one image may take
+MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
 MAX_BYTES = 200_000_000  # of a file, which is read as a whole
 _one_large_image = threading.Lock()  # only one thread at a time decodes a large image
 
@@ -370,24 +370,27 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
 
 @lru_cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's formats but those that are no images, or for which it starts another program (Ghostscript)."""
+    """Pillow's formats but those that are no images, or for which it starts another program (Ghostscript).
+
+    Nor BLP, a game's textures: its reader takes any memory that a damaged header asks for.
+    """
     Image.preinit()  # the common formats first: Pillow tries them in this order
     Image.init()
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     with suppress(ImportError):
         importlib.import_module("pillow_jxl")
-    Image.MAX_IMAGE_PIXELS = None  # Pillow's limit of pixels: ours is one of memory, in _decode
-    return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR"))
+    Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; _decode refuses by the memory they take
+    return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR", "BLP"))
 
 
 def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0  # such a JPEG keeps them all
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    memory = 12 * image.width * image.height + coefficients  # the image, and copies of it in other modes
+    memory = 8 * image.width * image.height + coefficients  # Pillow's four bytes a pixel, and a copy in another mode
     if memory > MAX_MEMORY:
         raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
-    with _one_large_image if max(image.size) > 2048 else nullcontext():
+    with _one_large_image if memory > 32_000_000 else nullcontext():
         with suppress(Exception):  # damaged metadata cost the metadata
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
