@@ -5,14 +5,45 @@
 Every plot is drawn for a README at half width: few words, large type, colours that colour-blind people can tell apart.
 """
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+
+
+MANY = 20  # classes whose names and numbers a confusion matrix has no room for
+
+
+def labels_and_font(labels: Sequence[str]) -> tuple[list[str], dict]:
+    """The labels as they can be drawn, and the arguments of a text that draws them as they are.
+
+    Long ones lose their middle. A character that no font here has is spelled out, so labels stay distinct.
+    """
+    short = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in labels]
+    fonts = {character: _font_with(character) for label in short for character in label}
+    drawn = ["".join(c if fonts[c] or c == "\n" else ascii(c)[1:-1] for c in label) for label in short]
+    family = dict.fromkeys(["DejaVu Sans", *filter(None, fonts.values())])
+    return drawn, {"family": list(family), "parse_math": False}
+
+
+@cache
+def _font_with(character: str) -> str | None:
+    """The name of an installed font that has the character, matplotlib's own if that does."""
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        try:
+            if "Last Resort" not in font.name and FT2Font(font.fname).get_char_index(ord(character)):
+                return font.name
+        except (OSError, RuntimeError):  # a font that matplotlib cannot read
+            continue
+    return None
 
 
 def plot_history(title: str, history: list[dict], color: str) -> Figure:
@@ -38,22 +69,37 @@ def plot_history(title: str, history: list[dict], color: str) -> Figure:
 
 
 def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Rows are the true classes. A cell's shade is its share of the row, its number a count of test images."""
-    counts = np.asarray(matrix)
+    """Rows are the true classes. A cell's shade is its share of the row, its number a count of test images.
+
+    More classes than MANY go without names and numbers; the pairs that are confused most are listed below.
+    """
+    counts, (names, font) = np.asarray(matrix), labels_and_font(classes)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
-    size = max(5.0, 0.55 * len(classes) + 1.5)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    axes = figure.subplots()
+    size = max(5.0, 0.55 * len(names) + 1.5) if len(names) <= MANY else 8
+    figure = Figure(figsize=(size, size) if len(names) <= MANY else (size, 1.5 * size), layout="constrained")
+    upper, *lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if len(names) > MANY else [figure]
+    axes = upper.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_title(title, fontsize=15)
     axes.set_xlabel("predicted", fontsize=12)
     axes.set_ylabel("true", fontsize=12)
-    axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=11, parse_math=False)
-    axes.set_yticks(range(len(classes)), classes, fontsize=11, parse_math=False)
-    if len(classes) <= 20:
-        for row, column in np.argwhere(counts):
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
+    if lower:
+        axes.set(xticks=[], yticks=[])
+        errors = np.where(np.eye(len(names), dtype=bool), 0, counts)
+        worst = [divmod(int(i), len(names)) for i in np.argsort(-errors, axis=None, kind="stable")[:15]]
+        pairs = {f"{names[true]} taken for {names[taken]}": errors[true, taken] for true, taken in worst}
+        bars = lower[0].subplots()
+        bars.barh(range(len(pairs)), list(pairs.values()), color=COLORS[0])
+        bars.set_yticks(range(len(pairs)), list(pairs), fontsize=11, **font)
+        bars.invert_yaxis()
+        bars.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bars.set_xlabel("test images", fontsize=12)
+        return figure
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11, **font)
+    axes.set_yticks(range(len(names)), names, fontsize=11, **font)
+    for row, column in np.argwhere(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
     return figure
 
 
@@ -103,6 +149,7 @@ def plot_comparison(points: Sequence[tuple[str, float, float, str, str]]) -> Fig
 
 def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
     """Images (H, W, 3), each with its caption below it."""
+    captions, font = labels_and_font(captions)
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
     lines = max(caption.count("\n") + 1 for caption in captions)
@@ -113,5 +160,5 @@ def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> F
         axes.axis("off")
     for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(caption, fontsize=11, y=-0.04, va="top", parse_math=False)
+        axes.set_title(caption, fontsize=11, y=-0.04, va="top", **font)
     return figure
