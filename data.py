@@ -124,7 +124,7 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
     else:
         classes, train, val, test = _folder(Path(source), unused)
     content, notes = _content(source, classes, train, val, test), []
-    if unused:
+    if unused.total():
         notes.append(not_used(unused))
     if test is None:
         train, test = _hold_out(train, seed, at_least=3)
@@ -310,7 +310,8 @@ def find_images(folder: Path, unused: Counter[str]) -> Iterator[Path]:
 
 def not_used(unused: Counter[str]) -> str:
     """A line about the files that find_images left out."""
-    return f"{unused.total()} files not used: {', '.join(f'{count} {why}' for why, count in unused.most_common())}"
+    reasons = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
+    return f"{unused.total()} files not used: {reasons}"
 
 
 def _begins_as_image(path: str) -> bool:

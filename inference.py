@@ -52,18 +52,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(files: list[Path]) -> Iterator[TransferModel]:
-    """The models of the given files, or of those in checkpoints/, where a file that is none is named and skipped."""
-    found = sorted(Path("checkpoints").glob("*.pt"))
-    if not files and not found:
-        raise FileNotFoundError("no checkpoints/*.pt: train with main_train.py, or name one with --checkpoint FILE")
-    for file in files or found:
+def load_models(files: list[Path] | None) -> tuple[list[TransferModel], int]:
+    """The models of the given files, or of those in checkpoints/, where foreign files are named and skipped."""
+    if files:
+        return [load_checkpoint(file) for file in files], 0
+    models, skipped = [], 0
+    for file in sorted(Path("checkpoints").glob("*.pt")):
         try:
-            yield load_checkpoint(file)
+            models.append(load_checkpoint(file))
         except ValueError as error:
-            if files:
-                raise
             print(f"skipped: {error}", file=sys.stderr)
+            skipped += 1
+    if not models:
+        raise FileNotFoundError(
+            "no model in checkpoints/: train with main_train.py, or name one with --checkpoint FILE"
+        )
+    return models, skipped
 
 
 def expand(paths: Iterable[Path], unused: Counter[str]) -> Iterator[Path]:
@@ -98,9 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
-    models = list(load_models(args.checkpoint))
-    if not models:
-        raise ValueError("no model: name its file with --checkpoint")
+    models, skipped = load_models(args.checkpoint)
 
     unused: Counter[str] = Counter()
     items, truth, plot = expand(args.paths, unused), None, args.plot
@@ -133,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             ]
             drawn.append((item, "\n".join([truth[i], *lines] if truth else lines)))
     bar.close()
-    if unused:
+    if unused.total():
         print(not_used(unused), file=sys.stderr)
     if not good + bad:
         raise FileNotFoundError(f"no images in {', '.join(map(str, args.paths))}")
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
             figure = visualization.plot_predictions(images, [caption for _, caption in drawn])
             figure.savefig(file, format="png", dpi=visualization.DPI)
         print(f"{plot} shows {len(drawn)} of them", file=sys.stderr)
-    return 0 if not bad else 1 if good else 2
+    return 0 if not bad + skipped else 1 if good else 2
 
 
 if __name__ == "__main__":

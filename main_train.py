@@ -216,6 +216,8 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         raise ValueError(f"no training image of {empty} can be read")
     if not len(readable.val) or not len(readable.test):
         raise ValueError("no image for validation or testing can be read")
+    if empty := without_images(data.classes, readable.test):
+        print(f"{name}: no test image of {empty} can be read", file=sys.stderr)
 
     recipe = replace(RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
 

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -14,13 +15,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
-from data import ImageError, find_images, load_data, locked, preprocess, read_image, run_script
+from data import (
+    ImageError,
+    Progress,
+    available_cpus,
+    find_images,
+    load_data,
+    locked,
+    preprocess,
+    read_image,
+    run_script,
+)
 
 NORMAL = {"image_size": 64, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def pixel(path) -> list[int]:
@@ -57,6 +71,56 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     for name in ("transparent", "grey_transparent", "palette_transparent"):
         assert pixel(tmp_path / f"{name}.png") == [255] * 3
     assert read_image(tmp_path / "one_bit.png").shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [
+        *(("float", 0, 1), ("float", 0, 255), ("float", -1, 1), ("ct", -1000, 3000), ("32 bits", 0, 200000)),
+        *(("16 bits", 0, 255), ("16 bits", 0, 4095), ("16 bits", 0, 65535)),
+    ],
+)
+def test_no_range_of_pixels_comes_out_black(tmp_path, kind, low, high):
+    values = np.linspace(low, high, 64).reshape(8, 8)
+    values = values.astype({"float": np.float32, "ct": np.int32, "32 bits": np.int32}.get(kind, np.uint16))
+    if kind == "float":
+        values[0, 0] = np.nan
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    pixels = read_image(tmp_path / "x.tif")[0].float().flatten()
+    assert pixels[1:].diff().min() >= 0 and pixels[-1] == 255 and abs(pixels.mean() - 127) < 4
+
+
+def test_an_embedded_profile_is_converted_and_a_damaged_one_ignored(tmp_path):
+    swapped = bytearray(SRGB)  # red and blue change places
+    tags = {bytes(SRGB[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(SRGB[128:132]), 12)}
+    for tag, other in ((b"rXYZ", b"bXYZ"), (b"bXYZ", b"rXYZ")):
+        swapped[tags[tag] + 4 : tags[tag] + 12] = SRGB[tags[other] + 4 : tags[other] + 12]
+    for name, profile in (("srgb", SRGB), ("swapped", bytes(swapped)), ("damaged", SRGB[:200])):
+        for mode in ("RGB", "RGBA", "L"):
+            image = Image.new("RGB", (8, 8), (200, 100, 50)).convert(mode)
+            image.save(tmp_path / f"{name}_{mode}.png", icc_profile=profile)
+    for name, expected in (("srgb", [200, 100, 50]), ("swapped", [50, 100, 200]), ("damaged", [200, 100, 50])):
+        for mode in ("RGB", "RGBA"):
+            assert np.allclose(pixel(tmp_path / f"{name}_{mode}.png"), expected, atol=1)
+        assert pixel(tmp_path / f"{name}_L.png") == [124] * 3  # a profile of another kind of image
+
+
+def test_damaged_metadata_cost_the_metadata(tmp_path):
+    image = Image.new("RGB", (8, 8), (100, 50, 25))
+    image.save(tmp_path / "x.png", exif=b"Exif\0\0II*\0" + bytes(range(1, 60)))
+    image.save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff", quality=100)
+    assert np.allclose([pixel(tmp_path / name) for name in ("x.png", "x.jpg")], [100, 50, 25], atol=3)
+
+
+def test_large_images_are_refused_by_the_memory_they_take(tmp_path):
+    Image.new("L", (12000, 12000), 90).save(tmp_path / "baseline.jpg")  # decoded at an eighth
+    Image.new("RGB", (6000, 5000), (90, 90, 90)).save(tmp_path / "30_megapixels.png", compress_level=1)
+    Image.new("L", (9000, 9000), 90).save(tmp_path / "progressive.jpg", progressive=True)
+    Image.new("1", (10000, 10000)).save(tmp_path / "bomb.png")
+    assert pixel(tmp_path / "baseline.jpg") == pixel(tmp_path / "30_megapixels.png") == [90] * 3
+    for name in ("progressive.jpg", "bomb.png"):
+        with pytest.raises(ImageError, match="MB of memory"):
+            read_image(tmp_path / name)
 
 
 def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
@@ -126,9 +190,74 @@ def test_labels_go_by_name(photos):
     (photos / "train" / ".ipynb_checkpoints").mkdir()
     draw(photos / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
     data = load_data(str(photos))
-    assert data.classes == ("blue", "green", "red")
+    assert data.classes == ("blue", "green", "red") and "no test image of 'blue'" in data.notes
     assert all(
         data.classes[label] == path.parent.name for label, path in zip(data.test.labels, data.test.items, strict=True)
+    )
+
+
+def test_class_folders_without_a_split_are_enough(photos, tmp_path):
+    for i, (part, name) in enumerate([("train", "blue"), ("train", "red"), ("test", "green")]):
+        shutil.copytree(photos / part / name, tmp_path / "pets" / "unpacked" / f"{name}{i}")
+    (tmp_path / "pets" / "__MACOSX").mkdir()
+    data = load_data(str(tmp_path / "pets"))
+    assert data.classes == ("blue0", "green2", "red1")
+    parts = [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)]
+    assert parts == [[13, 4, 13], [3, 1, 3], [4, 1, 4]]
+    assert len({*data.train.items, *data.val.items, *data.test.items}) == 46
+    assert "held out for testing" in data.notes[0]
+    assert data.test.items == load_data(str(tmp_path / "pets")).test.items
+
+
+def test_parts_go_by_many_names(photos):
+    for name in ("blue", "green", "red"):
+        draw(photos / "Validation" / name / "a.png", (0, 0, 0), seed=5)
+    (photos / "train").rename(photos / "Training")
+    (photos / "test").rename(photos / "TEST")
+    data = load_data(str(photos))
+    assert (len(data.train), len(data.val), len(data.test), data.notes) == (60, 3, 18, ())
+    (photos / "TEST").rename(photos / "holdout")
+    data = load_data(str(photos))
+    assert data.notes[0] == "18 files not used: 18 in holdout/" and len(data.test) == 12
+
+
+def test_what_is_not_used_is_counted_and_why(photos):
+    red = photos / "train" / "red"
+    shutil.copy(red / "0.png", red / "no_extension")
+    shutil.copy(red / "0.png", red / "x.jpg_1280x")
+    for name in ("a.heic", "b.heic", "c.jxl", "video.mp4", "notes.txt", ".DS_Store", "empty"):
+        (red / name).write_bytes(b"" if name == "empty" else b"\0\0\0\x18ftypheic")
+    for folder in (".thumbnails", "@eaDir", "deeper"):
+        draw(red / folder / "x.png", (200, 50, 40), seed=1)
+    draw(photos / "train" / "loose.png", (0, 0, 0), seed=1)
+    draw(photos / "more" / "x.png", (0, 0, 0), seed=1)
+    shutil.rmtree(photos / "test" / "green")
+    data = load_data(str(photos))
+    assert len(data.train) + len(data.val) == 63  # 60, two by their content, one deeper
+    assert data.notes[0].startswith("11 files not used: ")
+    for reason in (
+        *("2 .heic (pip install pillow-heif)", "1 .jxl (pip install pillow-jxl-plugin)", "1 .mp4", "1 .txt"),
+        *("1 hidden", "1 without extension", "2 in hidden folders", "1 beside the class folders", "1 in more/"),
+    ):
+        assert reason in data.notes[0]
+    assert data.notes[1:] == ("no test image of 'green'",)
+    for image in (photos / "train" / "green").iterdir():
+        image.unlink()
+        image.with_suffix(".heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match=r"no training image of 'green'.*22 \.heic \(pip install pillow-heif\)"):
+        load_data(str(photos))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links and permissions")
+def test_links_and_closed_folders_are_counted(photos):
+    red = photos / "train" / "red"
+    (red / "gone.png").symlink_to("nowhere.png")
+    (red / "round").symlink_to(photos)
+    (red / "one.png").symlink_to(photos / "test" / "red" / "0.png")
+    (red / "loop.png").symlink_to("loop.png")
+    data = load_data(str(photos))
+    assert data.notes == ("3 files not used: 2 links to nothing, 1 linked folders",) and red / "one.png" in (
+        data.train.items + data.val.items
     )
 
 
@@ -157,6 +286,26 @@ def test_no_file_starts_another_program(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     unused = Counter()
     assert [path.name for path in find_images(tmp_path, unused)] == ["x.jpg"] and unused == {".eps": 1}
+
+
+def test_a_log_gets_a_line_now_and_then_and_a_short_run_none(capsys):
+    bar = Progress(100, "photos", done=10)
+    bar.update(5)
+    bar.close()
+    assert capsys.readouterr() == ("", "")
+    bar = Progress(100, "photos", done=10)
+    bar.mininterval = 0
+    bar.update(5)
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"photos: 15 of 100 images, .* passed, .* left\n", err)
+
+
+def test_a_container_is_not_its_machine(tmp_path):
+    cpus = available_cpus(tmp_path / "none")
+    for quota, expected in (("max 100000", cpus), ("100000 100000", 1), ("150000 100000", min(2, cpus)), ("?", cpus)):
+        (tmp_path / "cpu.max").write_text(quota)
+        assert available_cpus(tmp_path / "cpu.max") == expected
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="flock")

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import shutil
@@ -16,13 +17,15 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, draw
+from matplotlib.text import Text
 from PIL import Image
 
 import inference
 import main_train
 import models
 import train_utils
-from data import locked
+import visualization
+from data import locked, run_script
 from models import TransferModel, load_checkpoint, pick_precision, save_checkpoint
 
 QUICK = ("--image-size", 32, "--epochs", 3)
@@ -318,7 +321,14 @@ def test_a_run_does_not_replace_a_model_of_other_or_more_data(run, photos, tmp_p
     shutil.copytree(photos, tmp_path / "pets")
     (tmp_path / "pets" / "train" / "red").rename(tmp_path / "pets" / "train" / "cat")
     (tmp_path / "pets" / "test" / "red").rename(tmp_path / "pets" / "test" / "cat")
-    for change in (("--limit", 30), ("--image-size", 48), ("--data", tmp_path / "pets")):
+    shutil.copytree(photos, tmp_path / "others")
+    draw(tmp_path / "others" / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
+    for change in (
+        ("--limit", 30),
+        ("--image-size", 48),
+        ("--data", tmp_path / "pets"),
+        ("--data", tmp_path / "others"),
+    ):
         code, _, err = run(main_train, *command, *change)
         assert code == 2 and err.count("\n") == 1
         assert "checkpoints/mobilenet_v3_small.pt was trained on 48 images of 3 classes at 32 pixels" in err
@@ -326,6 +336,63 @@ def test_a_run_does_not_replace_a_model_of_other_or_more_data(run, photos, tmp_p
     run(main_train, *command, "--models", "mobilenet_v2", "--limit", 30)  # another model: its own row, another table
     code, out, _ = run(main_train, *command, "--data", f"{photos}/")
     assert code == 0 and "mobilenet_v2" not in out and list(results(tmp_path)) == ["mobilenet_v3_small", "mobilenet_v2"]
+    shutil.copytree(photos, tmp_path / "copy")  # the same data at another place
+    assert run(main_train, *command, "--data", tmp_path / "copy")[0] == 0
+
+
+def test_own_images_get_an_output_folder_of_their_own(photos, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    process = start(ROOT / "main_train.py", "--data", f"{photos}/", *SMALL, *QUICK, cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and not (tmp_path / "plots").exists()
+    assert (tmp_path / "runs" / "photos" / "checkpoints" / "mobilenet_v3_small.pt").exists()
+    *_, last = out.splitlines()
+    command = last.split("next: python ")[1].replace("IMAGE...", f"{photos}/test/red/0.png").split()
+    answer = start(ROOT / command[0], *command[1:], cwd=tmp_path)
+    assert "red" in answer.communicate()[0] and answer.returncode == 0
+
+
+def test_nothing_is_written_outside_of_output_and_cache(run, photos, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--output", "../out", "--cache", "../cache")
+    assert (code, err) == (0, "") and sorted(tmp_path.rglob("*")) == before
+    assert {path.name for path in (tmp_path.parent / "out").iterdir()} == {"checkpoints", "plots"}
+
+
+def test_a_class_of_which_nothing_can_be_read(run, photos):
+    for image in (photos / "test" / "red").iterdir():
+        image.write_bytes(b"oops")
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 1 and "no test image of 'red' can be read" in err
+    for image in (photos / "train" / "red").iterdir():
+        image.write_bytes(b"oops")
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 2 and "no training image of 'red' can be read" in err
+
+
+def test_files_that_vanish_cost_themselves(run, photos, tmp_path, monkeypatch):
+    whole = main_train.fine_tune
+
+    def after_a_cat_walked_over_the_keyboard(frozen, *args):
+        for part in (frozen.data.train, frozen.data.val, frozen.data.test):
+            part.items[1].unlink()
+        return whole(frozen, *args)
+
+    monkeypatch.setattr(main_train, "fine_tune", after_a_cat_walked_over_the_keyboard)
+    err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1)[2]
+    assert "error" not in err and err.count("left out") >= 2
+    frozen, tuned = results_rows(tmp_path)
+    assert tuned["test_images"] == frozen["test_images"] - 1 and 0 <= tuned["test_accuracy"] <= 1
+
+
+def test_a_notebook(photos, weights, tmp_path, monkeypatch):
+    """Where stdout is not a stream that could be reconfigured."""
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    command = ["--data", str(photos), *SMALL, "--image-size", "32", "--epochs", "1", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: main_train.main([*command, "--cache", str(tmp_path)]))
+    assert left.value.code == 0 and "mobilenet_v3_small" in sys.stdout.getvalue()
 
 
 def break_tree(photos, how):
@@ -364,6 +431,9 @@ def test_a_folder_that_is_no_data_set(run, photos, how):
         (main_train, ["--models", "resnet"], "resnet50"),
         (main_train, ["--device", "tpu"], "mps"),
         (main_train, ["--epochs", "0"], "positive"),
+        (main_train, ["--lr", "nan"], "--lr"),
+        (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
+        (main_train, ["--seed", "-1"], "--seed"),
         (main_train, ["--device", "cuda"], "--device auto"),
         (inference, ["x.png"], "main_train.py"),
         (inference, ["x.png", "--checkpoint", "none.pt"], "none.pt"),
@@ -374,6 +444,17 @@ def test_wrong_usage(run, script, args, expected):
         pytest.skip("there is a GPU here")
     code, _, err = run(script, *args)
     assert code == 2 and expected in err
+
+
+def test_what_else_lies_in_checkpoints(run, photos, tmp_path):
+    run(main_train, "--data", photos, *SMALL, *QUICK)
+    (tmp_path / "checkpoints" / "foreign.pt").write_bytes(b"not ours")
+    photo = photos / "test" / "red" / "0.png"
+    code, out, err = run(inference, photo)
+    assert code == 1 and ".png: " in out and "foreign.pt" in err and err.count("\n") == 1
+    assert run(inference, photo, "--checkpoint", "checkpoints/foreign.pt")[0] == 2
+    code, out, err = run(inference, "--checkpoint", "checkpoints/mobilenet_v3_small.pt", photo)
+    assert code == 0 and len(out.splitlines()) == 1
 
 
 def test_inference_reports_each_file(run, photos, tmp_path):
@@ -614,9 +695,10 @@ def results_rows(folder):
     return json.loads((folder / "plots" / "results.json").read_text())["runs"]
 
 
-def test_results_of_another_version_are_kept_aside(run, photos, tmp_path):
+@pytest.mark.parametrize("schema", [1, 2])  # of another version, or edited by hand
+def test_results_that_cannot_be_read_are_kept_aside(run, photos, tmp_path, schema):
     (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "results.json").write_text('{"schema": 1, "runs": [{"model": "x"}]}')
+    (tmp_path / "plots" / "results.json").write_text(f'{{"schema": {schema}, "runs": [{{"model": "x"}}]}}')
     code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 0 and "results.json.old" in err and '"x"' in (tmp_path / "plots" / "results.json.old").read_text()
 
@@ -624,18 +706,30 @@ def test_results_of_another_version_are_kept_aside(run, photos, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux allows")
 def test_names_are_data(run, photos, tmp_path):
     """Class names with mathtext, escape sequences, foreign scripts, and bytes that are no text."""
-    names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9")]
+    names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9"), "犬" * 50, "😀"]
     for part in ("train", "test"):
-        for old, new in zip(("blue", "green", "red"), names, strict=True):
+        for old, new in zip(("blue", "green", "red"), names[:3], strict=True):
             (photos / part / old).rename(photos / part / new)
+        for name in names[3:]:
+            shutil.copytree(photos / part / names[0], photos / part / name)
     code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert (code, err) == (0, "")
     code, out, err = run(inference, photos / "test")
-    assert code == 0 and len(out.splitlines()) == 18 and "Ba$$in_{x} " in out
+    assert code == 0 and len(out.splitlines()) == 30 and "Ba$$in_{x} " in out
     assert "\x1b" not in out + err
     code, out, _ = run(inference, photos / "test", "--format", "json")
-    assert {json.loads(line)["label"] for line in out.splitlines()} == set(names)
+    assert {guess["label"] for line in out.splitlines() for guess in json.loads(line)["top"]} <= set(names)
     assert run(inference)[0] == 0
+
+
+def test_a_plot_of_a_thousand_classes_is_bounded(tmp_path):
+    matrix = np.diag(np.full(1000, 9))
+    matrix[3, 7] = 5
+    figure = visualization.plot_confusion("x", matrix.tolist(), [f"class {i}" for i in range(1000)])
+    figure.savefig(tmp_path / "x.png", dpi=visualization.DPI)
+    width, height = Image.open(tmp_path / "x.png").size
+    assert max(width, height) < 2500
+    assert "class 3 taken for class 7" in [text.get_text() for text in figure.findobj(Text)]
 
 
 def names_for_the_demo() -> list[str]:
