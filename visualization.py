@@ -27,9 +27,9 @@ def labels_and_font(labels: Sequence[str]) -> tuple[list[str], dict]:
 
     Long ones lose their middle. A character that no font here has is spelled out, so labels stay distinct.
     """
-    short = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in labels]
-    fonts = {character: _font_with(character) for label in short for character in label}
-    drawn = ["".join(c if fonts[c] or c == "\n" else ascii(c)[1:-1] for c in label) for label in short]
+    fonts = {character: _font_with(character) for label in labels for character in label}
+    drawn = ["".join(c if fonts[c] or c == "\n" else ascii(c)[1:-1] for c in label) for label in labels]
+    drawn = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in drawn]
     family = dict.fromkeys(["DejaVu Sans", *filter(None, fonts.values())])
     return drawn, {"family": list(family), "parse_math": False}
 

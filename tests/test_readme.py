@@ -63,7 +63,8 @@ def home(run, photos, tmp_path):
     for path in ("cat.jpg", "holiday/a.jpg", "photos/b.jpg"):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
-    for path in ("checkpoints/mobilenet_v2.pt", "at128/checkpoints/mobilenet_v2_finetuned.pt"):
+    folders = ("checkpoints", "runs/pets/checkpoints", "runs/cifar10-images/checkpoints")
+    for path in (*(f"{folder}/mobilenet_v2.pt" for folder in folders), "at128/checkpoints/mobilenet_v2_finetuned.pt"):
         models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
     return tmp_path
 
