@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -53,7 +53,17 @@ from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Feat
 
 SCHEMA = 2  # of results.json
 SAME = ("content", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
-KEYS = {*SAME, "backbone", "label", "fine_tuned", "accuracy_by_seed", "val_loss", "seconds", "parameters"}
+KEYS = {
+    *SAME,
+    "backbone",
+    "label",
+    "fine_tuned",
+    "accuracy_by_seed",
+    "seconds",
+    "confusion_matrix",
+    "macro",
+    "per_class",
+}
 MISTAKES = 12  # images in plots/*_mistakes.png
 
 
@@ -81,6 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive, default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
     add("--lr", type=rate, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
+    add("--class-weights", action="store_true", help="weigh images of rare classes more")
     add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
     add("--seeds", type=positive, default=1, metavar="N", help="train N classifiers, report the mean, keep the first")
     add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
@@ -219,7 +230,9 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     if empty := without_images(data.classes, readable.test):
         print(f"{name}: no test image of {empty} can be read", file=sys.stderr)
 
-    recipe = replace(RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
+    recipe = replace(
+        RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
+    )
 
     def batches_of(part: str, features: list[Features], seed: int | None = None) -> Batches:
         load = train_utils.feature_loader([each.of(read[part]) for each in features], device)
@@ -231,15 +244,18 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
         candidate.to(device)
         torch.manual_seed(seed)
-        training = Training(candidate.classifier, batches_of("train", views, seed), val_batches, recipe, precision)
+        train_batches = batches_of("train", views, seed)
+        start = train_utils.synchronized_time(device)
         with models.one_thread():  # more gain little, and wait long for each other if anything else runs
-            train_utils.fit(training, f"{name} classifier")
-            val_logits, val_labels = train_utils.predict(candidate.classifier, val_batches)
-            test_logits, test_labels = train_utils.predict(candidate.classifier, test_batches)
-        accuracies["val"].append(loss_and_accuracy(val_logits, val_labels)[1])
-        accuracies["test"].append(loss_and_accuracy(test_logits, test_labels)[1])
-        kept = kept or (training, val_logits, test_logits)
-    training, val_logits, test_logits = kept
+            training, val_logits = train_utils.fit_classifier(
+                candidate.classifier, train_batches, val_batches, recipe, precision, f"{name} classifier"
+            )
+            test_logits, _ = train_utils.predict(candidate.classifier, test_batches)
+        accuracies["val"].append(loss_and_accuracy(val_logits, readable.val.labels)[1])
+        accuracies["test"].append(loss_and_accuracy(test_logits, readable.test.labels)[1])
+        seconds = train_utils.synchronized_time(device) - start
+        kept = kept or (training, val_logits, test_logits, seconds)
+    training, val_logits, test_logits, seconds = kept
     used = (*views, val)
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
@@ -253,7 +269,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
             "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
         },
         "precision": {"training_features": precision, "training": precision, "evaluation": "fp32"},
-        "seconds": {"features": sum(features.seconds for features in used), "classifier": training.seconds},
+        "seconds": {"features": sum(features.seconds for features in used), "classifier": seconds},
         "unreadable": sorted({str(error) for features in (*used, test) for error in features.errors}),
         "history": training.history,
     }
@@ -265,7 +281,13 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, p
     model, data = frozen.model, frozen.data
     precision = "fp32" if device.type == "cpu" else precision  # on a CPU the backward pass is slower in bf16
     batch_size = min(args.batch_size, FINE_TUNING.batch_size)
-    recipe = replace(FINE_TUNING, epochs=args.fine_tune, batch_size=batch_size, lr=args.fine_tune_lr)
+    recipe = replace(
+        FINE_TUNING,
+        epochs=args.fine_tune,
+        batch_size=batch_size,
+        lr=args.fine_tune_lr,
+        class_weights=args.class_weights,
+    )
     model.unfreeze()
     model.to(memory_format=torch.channels_last)
     load_train, load_val = (
@@ -356,7 +378,9 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     rows[model.name] = row
     cached = " (cached)" if row["features"]["cached"] else ""
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
+    trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
+    print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
     saved = attempt(results, lambda: write_results(results, rows))
     checkpoint.with_suffix(".resume").unlink(missing_ok=True)
     measured = attempt("measurement of speed", lambda: row.update(train_utils.cost(model, device)))
@@ -433,20 +457,20 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None:
     """Prints a table and draws the comparison. Accuracies are means over the seeds."""
-    print(
-        f"\n{'model':35} {'val loss':>8} {'val acc':>8} {'test acc':>16} {'seconds':>8} {'trained':>10} {'total':>11}"
-    )
-    points = []
+    width, points = max(map(len, rows)), []
+    support = [sum(row) for row in next(iter(rows.values()))["confusion_matrix"]]
+    unequal = max(support) > 3 * min(support)  # accuracy alone would hide the rare classes
+    header = f"\n{'model':{width}}  val acc  test acc  95% interval  seconds"
+    print(header + "  macro F1  worst recall" * unequal)
     for name, row in rows.items():
-        val, test = (row["accuracy_by_seed"][part] for part in ("val", "test"))
-        spread = f"± {stdev(test):.2%}" if len(test) > 1 else ""
-        seconds, parameters = sum(row["seconds"].values()), row["parameters"]
-        print(
-            f"{name:35} {row['val_loss']:8.3f} {mean(val):8.2%} {mean(test):8.2%} {spread:7} "
-            f"{seconds:8.1f} {parameters['trainable']:10,} {parameters['total']:11,}"
-        )
+        val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
+        low, high = train_utils.interval(test, row["test_images"])
+        seconds = sum(row["seconds"].values())
+        line = f"{name:{width}} {val:8.2%} {test:9.2%}  {low:5.1%}-{high:5.1%} {seconds:9.1f}"
+        rare = f" {row['macro']['f1']:9.3f} {min(row['per_class']['recall']):13.2%}"
+        print(line + rare * unequal)
         marker = "^" if row["fine_tuned"] else "o"
-        points.append((row["label"], seconds, mean(test), colors[row["backbone"]], marker))
+        points.append((row["label"], seconds, test, colors[row["backbone"]], marker))
     save_figure(output / "plots" / "comparison.png", visualization.plot_comparison(points))
 
 

@@ -169,12 +169,7 @@ class TransferModel(nn.Module):
             *kept, last = network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
         else:
-            self.classifier = nn.Sequential(
-                nn.BatchNorm1d(self.width, affine=False, momentum=None),  # standardises; running plain averages
-                nn.Linear(self.width, hidden),
-                nn.ReLU(),
-                nn.Linear(hidden, len(classes)),
-            )
+            self.classifier = Classifier(self.width, len(classes), hidden)
 
     @property
     def name(self) -> str:
@@ -190,13 +185,9 @@ class TransferModel(nn.Module):
         self.fine_tuned, self.test_views = True, 2  # two views gain half a point for twice the work
 
     def train(self, mode: bool = True) -> "TransferModel":
-        """Keeps `features` in eval mode, or BatchNorm's statistics would drift; fine-tuning, the classifier's too."""
+        """Keeps `features` in eval mode, or BatchNorm's statistics would drift."""
         super().train(mode)
         self.features.eval()
-        if self.fine_tuned:
-            for module in self.classifier:
-                if isinstance(module, nn.BatchNorm1d):
-                    module.eval()
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -230,6 +221,39 @@ class TransferModel(nn.Module):
         return next(self.features.parameters()).new_zeros(1, 3, size, size)
 
 
+class Standardize(nn.Module):
+    """Subtracts the mean of each feature and divides by its standard deviation, as they were in the images of `fit`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def fit(self, features: Tensor) -> None:
+        self.mean.copy_(features.mean(dim=0))
+        self.std.copy_((features.var(dim=0, correction=0) + 1e-5).sqrt())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """A linear layer plus a network with one hidden layer, on standardised features: (B, width) -> logits (B, classes).
+
+    `train_utils.fit_classifier` trains it: the linear layer is good with few images, the network with many.
+    """
+
+    def __init__(self, width: int, classes: int, hidden: int):
+        super().__init__()
+        self.standardize = Standardize(width)
+        self.linear = nn.Linear(width, classes)
+        self.network = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = self.standardize(features)
+        return self.linear(features) + self.network(features)
+
+
 def averages(maps: Tensor, parts: int) -> Tensor:
     """Averages over parts x parts areas of the image: (B, C, H, W) -> (B, C * parts * parts)"""
     return F.adaptive_avg_pool2d(maps, parts).flatten(1)
@@ -260,7 +284,7 @@ def _stage_ends(features: nn.Module) -> list[int]:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
@@ -313,12 +337,11 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         values = torch.load(path, map_location="cpu", weights_only=True)
         tensors, written = values.pop("state_dict"), values.pop("sha256")
         if values["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {values['schema']}, this version reads {SCHEMA}")
+            raise ValueError(f"its schema is {values['schema']}, this version reads {SCHEMA}: train it again")
         if content_hash(tensors, values) != written:
             raise ValueError("its contents are not what was saved")
-        metrics = values["metrics"]
-        size, hidden = values["preprocessing"]["image_size"], values.get("hidden", 256)
-        arguments = values["name"], values["classes"], size, False, hidden
+        size = values["preprocessing"]["image_size"]
+        arguments = values["name"], values["classes"], size, False, values["hidden"]
         try:
             with torch.device("meta"):  # no random weights
                 model = TransferModel(*arguments)
@@ -328,11 +351,8 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         state.clear()
         state.update(tensors)
         model.load_state_dict(state, assign=True)
-        model.preprocessing = {"crop": False, **values["preprocessing"]}  # earlier versions squeezed images
-        model.metrics = metrics
-        model.test_views = values.get("test_views", 1)
-        model.fine_tuned = values.get("fine_tuned", model.test_views == 2)  # two lines for files of earlier versions
-        model.temperature = values.get("temperature", metrics.get("temperature", 1.0))
+        for name in ("preprocessing", "metrics", "test_views", "fine_tuned", "temperature"):
+            setattr(model, name, values[name])
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     return model.eval()

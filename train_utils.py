@@ -2,8 +2,7 @@
 
     features = cached_features(model, data.train, Path("data/features"), device, "bf16")
     train = Batches(feature_loader([features.table], device), data.train.labels, 512, device, seed=0)
-    training = Training(model.classifier, train, val, RECIPE)
-    fit(training)
+    fit_classifier(model.classifier, train, val, RECIPE, "fp32", "classifier")
 
 The training loop takes any module and any batches of inputs and labels, so it fine-tunes on images as well.
 """
@@ -31,7 +30,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import ImageError, Images, Progress, available_cpus, explained, locked, preprocess, read_image
-from models import CPU_BATCH, GPU_BATCH, TransferModel, content_hash, fast_copy, one_thread, run_images, write_tensors
+from models import (
+    CPU_BATCH,
+    GPU_BATCH,
+    Classifier,
+    TransferModel,
+    content_hash,
+    fast_copy,
+    one_thread,
+    run_images,
+    write_tensors,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Recipe:
     lr: float = 2e-3  # the peak; half or twice as much loses up to 0.3 points
     weight_decay: float = 1.0  # AdamW multiplies it by lr; 0.3 loses up to 0.8 points, dropout instead up to 0.9
     label_smoothing: float = 0.1  # half a point
+    class_weights: bool = False  # weigh each image by the inverse frequency of its class
 
 
 RECIPE = Recipe()
@@ -55,6 +65,11 @@ RECIPE = Recipe()
 # learns twice as fast as the backbone.
 FINE_TUNING = Recipe(epochs=6, batch_size=32, lr=2e-4, weight_decay=0.05)
 CLASSIFIER_LR_FACTOR = 2.0
+
+# The linear layer of a classifier comes from so many images at most: with more, the network has most of the weight.
+RIDGE_IMAGES = 3000
+# The standard deviation of the temperature's logarithm before any image is seen. A few images cannot move it far.
+TEMPERATURE_PRIOR = 0.1
 
 
 def synchronized_time(device: torch.device) -> float:
@@ -237,7 +252,7 @@ class Batches:
     """Inputs and labels in batches on the device. With a seed, every epoch has another order.
 
     A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
-    over all batches, which may make them a little larger than `batch_size`: BatchNorm cannot train on a single row.
+    over all batches, which may make them a little larger than `batch_size`.
     """
 
     def __init__(
@@ -371,7 +386,8 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     epoch is not. Calls `after_epoch` after each.
     """
     model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
-    criterion = nn.CrossEntropyLoss(label_smoothing=training.recipe.label_smoothing)
+    weights = balanced_weights(train.labels) if training.recipe.class_weights else None
+    criterion = nn.CrossEntropyLoss(weights, label_smoothing=training.recipe.label_smoothing)
     size = len(train.labels)
     bar = Progress(epochs * size, name, len(history) * size)
     for epoch in range(len(history) + 1, epochs + 1):
@@ -401,6 +417,76 @@ def counted(batches: Batches, bar: Progress) -> Iterator[tuple[Tensor, Tensor]]:
     for inputs, labels in batches:
         yield inputs, labels
         bar.update(len(labels))
+
+
+def balanced_weights(labels: Tensor) -> Tensor:
+    """A weight for each class, in inverse proportion to its number of labels. Their mean over the labels is 1."""
+    counts = labels.bincount()
+    return len(labels) / (len(counts) * counts.clamp(1))
+
+
+def fit_classifier(
+    classifier: nn.Module, train: Batches, val: Batches, recipe: Recipe, precision: str, name: str
+) -> tuple[Training, Tensor]:
+    """Trains a classifier on features. Returns its training and its logits (N, classes) for the validation images.
+
+    A Classifier is the weighted mean of two models of the same features. Its linear layer is fitted to the training and
+    the validation images at once, by ridge regression; the logits that are returned are those of a fit that has left
+    out the image (stacking: Wolpert 1992). Its network is trained by `fit`, and weighs as much as the number of images
+    in the sum of images and features. Any other classifier, such as a pretrained one, is trained by `fit` alone.
+    """
+    if not isinstance(classifier, Classifier):
+        training = Training(classifier, train, val, recipe, precision)
+        fit(training, name)
+        return training, predict(classifier, val)[0]
+    split, images = len(train.labels), len(train.labels) + len(val.labels)
+    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(0))[:RIDGE_IMAGES].sort().values
+    of_train, of_val = chosen[chosen < split], chosen[chosen >= split] - split
+    features = torch.cat([train.load(of_train, None)[0], val.load(of_val, None)[0]])
+    labels = torch.cat([train.labels[of_train], val.labels[of_val]])
+    left_out = fit_linear(classifier, features, labels, recipe.class_weights)
+    training = Training(nn.Sequential(classifier.standardize, classifier.network), train, val, recipe, precision)
+    fit(training, name)
+
+    linear = predict(nn.Sequential(classifier.standardize, classifier.linear), val)[0].clone()
+    linear[of_val] = left_out[len(of_train) :].cpu()
+    share = images / (images + features.shape[1])
+    logits = (1 - share) * linear + share * predict(training.model, val)[0]
+    with torch.no_grad():
+        for layer, weight in ((classifier.linear, 1 - share), (classifier.network[-1], share)):
+            layer.weight.mul_(weight)
+            layer.bias.mul_(weight)
+    return training, logits
+
+
+@torch.no_grad()
+def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_weights: bool = False) -> Tensor:
+    """Sets the standardisation and the linear layer from features (N, width) of images of every class.
+
+    Ridge regression (Hoerl and Kennard 1970) on the labels as vectors of zeros and a one, in its dual form. Its
+    strength is the number of features. What it would have said of each image without that image follows from the same
+    matrix (Allen 1974). One factor turns its scores into logits: the one that fits those best (Platt 1999).
+    Returns those logits (N, classes).
+    """
+    count, width = features.shape
+    weights = balanced_weights(labels)[labels] if class_weights else torch.ones(count, device=features.device)
+    root, targets = weights.sqrt()[:, None], F.one_hot(labels, classifier.linear.out_features).float()
+    classifier.standardize.fit(features)
+    x = classifier.standardize(features)
+    middle, average = (weights[:, None] * x).mean(dim=0), (weights[:, None] * targets).mean(dim=0)
+    x = root * (x - middle)
+    kernel = x @ x.T / width
+    kernel.diagonal().add_(1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
+    residuals = inverse @ (root * (targets - average))
+    left_out = targets - residuals / root / (inverse.diagonal() - weights / count).clamp(1e-3)[:, None]
+    factors = torch.linspace(0, 4, 201).exp().tolist()
+    smoothing = 1 / (count + 2)  # as if one image more had spoken against every answer
+    losses = [F.cross_entropy(factor * left_out, labels, label_smoothing=smoothing) for factor in factors]
+    factor = factors[int(torch.stack(losses).argmin())]
+    classifier.linear.weight.copy_(factor * (residuals.T @ x) / width)
+    classifier.linear.bias.copy_(factor * average - classifier.linear.weight @ middle)
+    return factor * left_out
 
 
 def save_progress(file: Path, training: Training, key: str) -> None:
@@ -439,6 +525,7 @@ def metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
     return {
         "test_loss": loss,
         "test_accuracy": accuracy,
+        "test_interval": interval(accuracy, len(labels)),
         "top2_accuracy": (logits.topk(min(2, classes)).indices == labels[:, None]).any(dim=1).float().mean().item(),
         "per_class": {name: score.tolist() for name, score in scores.items()},
         "macro": {name: score.mean().item() for name, score in scores.items()},
@@ -460,15 +547,27 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature that minimises the cross-entropy of validation logits (N, classes) (Guo et al. 2017).
+    """The most probable temperature given validation logits (N, classes), as in Guo et al. 2017 but with a prior.
 
     Searches its logarithm from -3.7 to 3.7 in ever finer steps.
     """
+
+    def improbability(t: float) -> float:
+        loss = F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item()
+        return loss + (t / TEMPERATURE_PRIOR) ** 2 / 2
+
     best = 0.0
     for step in (0.5, 0.1, 0.02, 0.004):
-        candidates = [best + step * i for i in range(-6, 7)]
-        best = min(candidates, key=lambda t: F.cross_entropy(logits / math.exp(t), labels).item())
+        best = min((best + step * i for i in range(-6, 7)), key=improbability)
     return math.exp(best)
+
+
+def interval(accuracy: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy on `count` images (Wilson 1927)."""
+    z = 1.96
+    center = accuracy + z**2 / (2 * count)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / count + (z / (2 * count)) ** 2)
+    return max(0.0, center - spread) / (1 + z**2 / count), min(1.0, (center + spread) / (1 + z**2 / count))
 
 
 def cost(model: TransferModel, device: torch.device) -> dict:

@@ -187,10 +187,13 @@ def bare_rate(bare: BarePass, model: TransferModel, seconds: float, device: torc
 
 def classifier_epoch(model: TransferModel, device: torch.device, precision: str) -> float:
     """The seconds of an epoch of training the classifier, on random features."""
-    load, labels = feature_loader([torch.randn(EPOCH, model.width).half()], device), torch.randint(10, (EPOCH,))
-    recipe = Recipe(epochs=2)  # the first one warms up
-    train = Batches(load, labels, recipe.batch_size, device, seed=0, indices=torch.arange(EPOCH // 5, EPOCH))
-    val = Batches(load, labels, recipe.batch_size, device, indices=torch.arange(EPOCH // 5))
+    features, labels = torch.randn(EPOCH, model.width).half(), torch.randint(10, (EPOCH,))
+    recipe, held_out = Recipe(epochs=2), EPOCH // 5  # the first epoch warms up
+    parts = ((features[held_out:], labels[held_out:], 0), (features[:held_out], labels[:held_out], None))
+    train, val = (
+        Batches(feature_loader([part], device), its_labels, recipe.batch_size, device, seed)
+        for part, its_labels, seed in parts
+    )
     training = Training(model.classifier.to(device), train, val, recipe, precision)
     fit(training)
     return training.history[-1]["seconds"]

@@ -1,16 +1,32 @@
-"""The metrics against scikit-learn, scipy, numpy and an example worked out by hand, and the batches they come from."""
+"""The classifier and the metrics against scikit-learn, scipy, numpy and an example by hand, and the batches."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sklearn_metrics
+from sklearn.linear_model import Ridge
 from torch import nn
 
-from train_utils import Batches, calibration, evaluate, feature_loader, fit_temperature, metrics
+from models import Classifier
+from train_utils import (
+    RECIPE,
+    TEMPERATURE_PRIOR,
+    Batches,
+    balanced_weights,
+    calibration,
+    evaluate,
+    feature_loader,
+    fit_classifier,
+    fit_linear,
+    fit_temperature,
+    interval,
+    metrics,
+)
 
 CPU = torch.device("cpu")
 
@@ -48,6 +64,70 @@ def test_metrics_agree_with_sklearn(seed):
     assert evaluate(nn.Identity(), batches) == pytest.approx((loss, ours["test_accuracy"]), rel=1e-5)
 
 
+@pytest.mark.parametrize("class_weights", [False, True])
+@pytest.mark.parametrize(("images", "width"), [(24, 100), (90, 7)])
+def test_the_linear_layer_is_ridge_regression_and_has_left_each_image_out(images, width, class_weights):
+    torch.manual_seed(images)
+    labels = torch.randint(3, (images,)).clamp(max=2)
+    labels[:3] = torch.arange(3)
+    features = 5 + 3 * torch.randn(images, width)
+    features[:, 0] += labels
+    features[:, 1] = 7  # constant
+    classifier = Classifier(width, 3, 4)
+    left_out = fit_linear(classifier, features, labels, class_weights)
+    x, targets = classifier.standardize(features).double().numpy(), F.one_hot(labels).double().numpy()
+    weights = balanced_weights(labels)[labels].numpy() if class_weights else np.ones(images)
+    theirs = Ridge(alpha=width).fit(x, targets, weights).predict(x)
+    ours = classifier.linear(classifier.standardize(features)).detach().numpy()
+    factor = ours.std() / theirs.std()
+    assert np.allclose(ours, factor * theirs, atol=1e-3 * factor)
+    for i in range(0, images, 7):
+        others = np.arange(images) != i
+        alone = Ridge(alpha=width).fit(x[others], targets[others], weights[others]).predict(x[i : i + 1])
+        assert np.allclose(left_out[i], factor * alone[0], atol=1e-3 * factor)
+
+
+@pytest.mark.parametrize(
+    "case", ["one image in a class", "all the same", "constant features", "two of each", "both labels", "large values"]
+)
+def test_any_features_give_a_classifier_that_answers(case):
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 2
+    features = torch.randn(40, 64) + 2 * labels[:, None]
+    if case == "one image in a class":
+        labels = (torch.arange(40) == 5).long()
+    elif case == "all the same":
+        features = features[:1].expand(40, -1).contiguous()
+    elif case == "constant features":
+        features[:, ::2] = 3.0
+    elif case == "two of each":
+        features, labels = features[:4], labels[:4]
+    elif case == "both labels":
+        features[20:], labels[20:] = features[:20], 1 - labels[:20]
+    elif case == "large values":
+        features *= 20000
+    classifier = Classifier(64, 2, 16)
+    val = torch.arange(len(labels)) % 4 == 3 if len(labels) > 4 else torch.arange(len(labels)) == 3
+    parts = [
+        Batches(feature_loader([features[part]], CPU), labels[part], 32, CPU, seed)
+        for part, seed in ((~val, 0), (val, None))
+    ]
+    _, logits = fit_classifier(classifier, *parts, RECIPE, "fp32", case)
+    answers = classifier(features).softmax(dim=1)
+    assert logits.isfinite().all() and answers.isfinite().all() and len(logits) == val.sum()
+    accuracy = (answers.argmax(dim=1) == labels).float().mean()
+    assert accuracy >= (0.5 if case in ("all the same", "both labels") else 0.97)
+    assert 0.5 < fit_temperature(logits, labels[val]) < 2
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 7), (45, 50), (4285, 5000), (9, 9)])
+def test_the_interval_is_wilsons(right, count):
+    """Its ends are the accuracies p at which the observed one is 1.96 standard errors sqrt(p (1 - p) / n) away."""
+    for end in interval(right / count, count):
+        assert 0 <= end <= 1
+        assert abs(right / count - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count), abs=1e-9)
+
+
 def test_calibration_by_hand():
     """Bins are a fifteenth wide: confidence 0.55 is in bin 8, 0.7 in bin 10, 0.9 in bin 13, 1 in the last, 14."""
     confidence, right = [0.9, 0.9, 0.7, 0.7, 0.55, 1.0], [True, False, True, True, False, True]
@@ -73,19 +153,24 @@ def test_calibration_agrees_with_numpy(seed, scale):
 
 @pytest.mark.parametrize("scale", [0.1, 0.4, 1.0, 1.7, 12.0])  # under-confident below 1, over-confident above
 @pytest.mark.parametrize("classes", [2, 10])
-def test_fit_temperature_finds_the_minimum(classes, scale):
+def test_fit_temperature_finds_the_most_probable(classes, scale):
     logits, labels = problem(int(100 * scale) + classes, classes, scale)
 
-    def loss(log_temperature):
-        rows = log_softmax(logits.double().numpy() / math.exp(log_temperature), axis=1)
-        return -rows[np.arange(len(labels)), labels].mean()
+    def improbability(t):
+        rows = log_softmax(logits.double().numpy() / math.exp(t), axis=1)
+        return -rows[np.arange(len(labels)), labels].sum() + (t / TEMPERATURE_PRIOR) ** 2 / 2
 
-    best = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6})
+    best = minimize_scalar(improbability, bounds=(-3, 3), method="bounded", options={"xatol": 1e-6})
     found = fit_temperature(logits, labels)
     assert math.log(found) == pytest.approx(best.x, abs=0.003)  # the finest step is 0.004
-    assert loss(math.log(found)) == pytest.approx(best.fun, abs=1e-5)
-    for factor in (0.6, 1.3, 1.6):
-        assert fit_temperature(factor * logits, labels) == pytest.approx(factor * found, rel=0.005)
+    many = fit_temperature(logits.repeat(100, 1), labels.repeat(100))
+    assert many == pytest.approx(scale, rel=0.35) and abs(math.log(many)) >= abs(math.log(found)) - 0.004
+
+
+def test_a_few_images_never_sharpen_much():
+    for seed in range(20):
+        logits, _ = problem(seed, images=12)
+        assert fit_temperature(logits, logits.argmax(dim=1)) > 0.7  # all of them right
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 512])
