@@ -129,6 +129,7 @@ class Outcome:
     val_logits: Tensor
     test_logits: Tensor
     row: dict  # its row of results.json, completed by `finish`
+    features: list[Tensor]  # of the frozen backbone, for training, validation and testing
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,12 +148,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(*data.notes, sep="\n", end="\n" if data.notes else "")
         rows = read_results(args.output / "plots" / "results.json")
-        trained, complete = [], True
+        trained, complete, best = [], True, None
         for name in args.models:
             try:
                 outcome = train_classifier(name, data, args, device, precision)
                 complete &= finish(outcome, about, rows, device, args.output)
                 trained.append(outcome.row)
+                best = max(best or outcome, outcome, key=lambda outcome: outcome.row["val_accuracy"])
                 if args.fine_tune:
                     outcome = fine_tune(outcome, args, device, precision)
                     complete &= finish(outcome, about, rows, device, args.output)
@@ -164,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
         complete &= attempt("comparison", lambda: compare(alike, colors(rows), args.output))
+        complete &= attempt("check of the data", lambda: check_data(best, args.output / "plots"))
         unreadable = sorted({reason for row in trained for reason in row["unreadable"]})
         for reason in unreadable:
             print(f"left out: {printable(reason)}", file=sys.stderr)
@@ -273,7 +276,8 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "unreadable": sorted({str(error) for features in (*used, test) for error in features.errors}),
         "history": training.history,
     }
-    return Outcome(model, readable, val_logits, test_logits, row)
+    features = [f.of(read[part]) for part, f in (("train", views[0]), ("val", val), ("test", test))]
+    return Outcome(model, readable, val_logits, test_logits, row, features)
 
 
 def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
@@ -321,7 +325,7 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, p
         "seconds": {**frozen.row["seconds"], "fine_tuning": training.seconds},
         "history": training.history,
     }
-    return Outcome(model, data, answers["val"], answers["test"], row)
+    return Outcome(model, data, answers["val"], answers["test"], row, frozen.features)
 
 
 def provenance(argv: list[str], device: torch.device) -> dict:
@@ -448,6 +452,69 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
             break
     if images:
         save_figure(folder / f"{stem}_mistakes.png", visualization.plot_predictions(images, captions))
+
+
+def check_data(outcome: Outcome, folder: Path) -> None:
+    """Says which images are copies of each other and which labels may be wrong: in a line, in data.json, in a plot."""
+    model, data = outcome.model, outcome.data
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    place = [(part, i) for part, images in parts.items() for i in range(len(images))]
+    labels = [int(label) for images in parts.values() for label in images.labels]
+
+    def read(index: int, size: int = 32) -> Tensor:
+        part, i = place[index]
+        return read_image(parts[part].items[i], size)
+
+    print("\nlooking for copies among the images and for doubtful labels")
+    with models.one_thread():
+        copies, doubtful = train_utils.check_data(
+            outcome.features, [images.labels for images in parts.values()], len(model.classes), read
+        )
+
+    def about(index: int) -> dict:
+        part, i = place[index]
+        item = parts[part].items[i]
+        name = str(item) if isinstance(item, Path) else f"{part} image {i}"
+        return {"path": name, "part": part, "label": model.classes[labels[index]]}
+
+    leaked = sorted({place[i][1] for pair in copies for i in pair["images"] if place[i][0] == "test"})
+    right = outcome.test_logits.argmax(dim=1) == data.test.labels
+    others = torch.ones(len(right), dtype=torch.bool)
+    others[leaked] = False
+    accuracy = right[others].float().mean().item()
+    report = {
+        "model": outcome.row["model"],
+        "test_images_with_copies": len(leaked),
+        "test_accuracy_without_them": accuracy,
+        "copies": [{**pair, "images": [about(i) for i in pair["images"]]} for pair in copies],
+        "doubtful_labels": [
+            {**about(image["image"]), "rather": model.classes[image["label"]], "probability": image["probability"]}
+            for image in doubtful
+        ],
+    }
+    with whole_file(folder / "data.json") as file:
+        file.write(json.dumps(report, indent=1).encode())
+    two = [pair for pair in copies if len({labels[i] for i in pair["images"]}) == 2]
+    without = f" (test accuracy without them: {accuracy:.2%})" if leaked else ""
+    print(f"{len(leaked)} test images are copies of others{without}, {len(two)} copies have two labels, ", end="")
+    print(f"{len(doubtful)} labels look doubtful: see {folder / 'data.json'}")
+    names = [printable(name) for name in model.classes]
+    shown = [
+        (i, f"{place[i][0]}: {names[labels[i]]}\ncopy, {pair['correlation']:.0%}")
+        for pair in (two + copies)[:4]
+        for i in pair["images"]
+    ]
+    for image in doubtful[: MISTAKES - len(shown)]:
+        i, rather = image["image"], names[image["label"]]
+        shown.append((i, f"{names[labels[i]]}?\nrather {rather}, {image['probability']:.0%}"))
+    images, captions = [], []
+    for i, caption in shown:
+        with suppress(ImageError):
+            images.append(read(i, 224).permute(1, 2, 0).numpy())
+            captions.append(caption)
+    if images:
+        figure = visualization.plot_predictions(images, captions)
+        save_figure(folder / f"{models.find_backbone(model.backbone).plot}_data.png", figure)
 
 
 def save_figure(path: Path, figure: Figure) -> None:

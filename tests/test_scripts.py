@@ -371,6 +371,25 @@ def test_a_class_of_which_nothing_can_be_read(run, photos):
     assert code == 2 and "no training image of 'red' can be read" in err
 
 
+def test_copies_and_doubtful_labels_are_found(run, photos, tmp_path):
+    """In a folder with planted ones."""
+    red, blue = photos / "train" / "red", photos / "train" / "blue"
+    for i in (1, 2, 3):
+        shutil.copy(red / f"{i}.png", photos / "test" / "red" / f"copy{i}.png")
+    shutil.copy(blue / "5.png", photos / "train" / "green" / "blue5.png")
+    (red / "7.png").rename(blue / "red7.png")
+    command = ("--data", photos, "--models", "mobilenet_v2", *QUICK, "--precision", "fp32")
+    code, out, err = run(main_train, *command)  # random weights, whose bf16 features are too coarse
+    assert (code, err) == (0, "") and "3 test images are copies of others (test accuracy without them: " in out
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    copies = {tuple(sorted(Path(image["path"]).name for image in pair["images"])) for pair in report["copies"]}
+    assert copies == {("1.png", "copy1.png"), ("2.png", "copy2.png"), ("3.png", "copy3.png"), ("5.png", "blue5.png")}
+    assert "1 copies have two labels" in out
+    doubtful = {(Path(image["path"]).name, image["label"], image["rather"]) for image in report["doubtful_labels"]}
+    assert ("red7.png", "blue", "red") in doubtful and len(doubtful) < 12
+    assert (tmp_path / "plots" / "mobilenet_data.png").exists()
+
+
 def test_files_that_vanish_cost_themselves(run, photos, tmp_path, monkeypatch):
     whole = main_train.fine_tune
 
