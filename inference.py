@@ -1,17 +1,24 @@
 """Classifies images with trained checkpoints.
 
-python inference.py cat.jpg holiday/                    images, and all images below a folder
-python inference.py cat.jpg --checkpoint checkpoints/mobilenet_v2.pt
-python inference.py photos/ --format json > labels.jsonl
-python inference.py                                     a sample of the test images -> plots/predictions.png
+    python inference.py cat.jpg holiday/                    images, and all images below a folder
+    python inference.py cat.jpg --checkpoint checkpoints/mobilenet_v2.pt
+    python inference.py photos/ --format json > labels.jsonl
+    python inference.py pets/test --evaluate                a folder of class folders: how many are right
+    find . -name '*.jpg' | python inference.py -            paths from standard input
+    python inference.py                                     a sample of the test images -> plots/predictions.png
+
+Several checkpoints with the same classes answer together: the mean of their log-probabilities is more accurate than the
+best of them.
 """
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -36,23 +43,37 @@ SAMPLE = 12  # images in plots/predictions.png
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH", help="images or folders of images; none: some of the test set")
-    add("--checkpoint", nargs="+", type=Path, metavar="FILE", help="default: every checkpoints/*.pt")
+    add(
+        "paths", nargs="*", metavar="PATH", help="images, folders, patterns, or - for a list of paths on standard input"
+    )
+    add("--checkpoint", nargs="+", metavar="FILE", help="default: every checkpoints/*.pt")
+    add("--evaluate", action="store_true", help="PATH is a folder of class folders: measure how many answers are right")
+    add("--output", type=Path, default=Path("evaluation"), metavar="DIR",
+        help="of --evaluate: confusion matrices, mistakes and wrong.csv (default: evaluation)")  # fmt: skip
+    add("--ensemble", action=argparse.BooleanOptionalAction,
+        help="one answer of all models (default: if all have the same classes)")  # fmt: skip
     add("--top-k", type=positive, default=3, metavar="K", help="labels for each image (default: 3)")
     add("--format", choices=("text", "json", "csv"), default="text",
         help="json: one object a line; csv: path, model, label, probability, error (default: text)")  # fmt: skip
+    add("-0", dest="separator", action="store_const", const="\0", default="\n",
+        help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--precision", choices=("auto", *DTYPES), default="fp32",
         help="fp32 answers the same on every machine; bf16 is up to twice as fast (default: fp32)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
-        args.paths += [path for path in args.checkpoint if path.suffix != ".pt"]
-        args.checkpoint = [path for path in args.checkpoint if path.suffix == ".pt"]
+        args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
+        args.checkpoint = [path for path in args.checkpoint if path.endswith(".pt")]
+    for path in args.paths:
+        if "://" in path:
+            parser.error(f"{path} is an address: download the image first, for example with curl -O")
+    if args.evaluate and (len(args.paths) != 1 or not Path(args.paths[0]).is_dir()):
+        parser.error("--evaluate takes one folder, which holds a folder of images for each class")
     return args
 
 
-def load_models(files: list[Path] | None) -> tuple[list[TransferModel], int]:
+def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
     """The models of the given files, or of those in checkpoints/, where foreign files are named and skipped."""
     if files:
         return [load_checkpoint(file) for file in files], 0
@@ -70,13 +91,17 @@ def load_models(files: list[Path] | None) -> tuple[list[TransferModel], int]:
     return models, skipped
 
 
-def expand(paths: Iterable[Path], unused: Counter[str]) -> Iterator[Path]:
-    """Replaces folders by the images below them."""
+def expand(paths: Iterable[str], separator: str, unused: Counter[str]) -> Iterator[Path]:
+    """Replaces folders by the images below them, patterns by what they match, and - by the paths on standard input."""
     for path in paths:
-        if path.is_dir():
-            yield from find_images(path, unused)
+        if path == "-":
+            yield from expand((line for line in sys.stdin.read().split(separator) if line), separator, unused)
+        elif Path(path).is_dir():
+            yield from find_images(Path(path), unused)
+        elif not Path(path).exists() and (matches := sorted(glob(path, recursive=True))):
+            yield from expand(matches, separator, unused)
         else:
-            yield path
+            yield Path(path)
 
 
 def writer(format: str, several_models: bool) -> Callable[[dict], None]:
@@ -92,10 +117,54 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
         if "error" in record:
             print(f"error: {printable(record['error'])}", file=sys.stderr)
             return
-        labels = ", ".join(f"{printable(guess['label'])} {guess['probability']:.1%}" for guess in record["top"])
-        print(f"{printable(record['path'])}: {record['model'] + ': ' if several_models else ''}{labels}")
+        guesses = ", ".join(f"{printable(guess['label'])} {guess['probability']:.1%}" for guess in record["top"])
+        each = ", ".join(f"{one['model']}: {printable(one['label'])}" for one in record.get("models", ()))
+        true = record.get("true")
+        verdict = "" if true is None else " - right" if true == record["label"] else f" - wrong, {printable(true)}"
+        name = f"{record['model']}: " if several_models and "models" not in record else ""
+        print(f"{printable(record['path'])}: {name}{guesses}{f' ({each})' if each else ''}{verdict}")
 
     return text
+
+
+def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> None:
+    """Prints how many of one model's answers are right and draws where they are wrong.
+
+    A record has the true label as "true" and all classes in "top". Writes into `output`.
+    """
+    import train_utils
+    import visualization
+
+    name, index = records[0]["model"], {label: i for i, label in enumerate(classes)}
+    logits = torch.tensor(
+        [[guess["probability"] for guess in sorted(r["top"], key=lambda g: index[g["label"]])] for r in records]
+    ).log()
+    labels = torch.tensor([index[record["true"]] for record in records])
+    found = train_utils.metrics(logits, labels, temperature=1.0)
+    low, high = found["test_interval"]
+    print(f"\n{name}: {found['test_accuracy']:.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
+    width = max(len(printable(label)) for label in classes)
+    print(f"{'':{width}}  images  precision  recall     f1")
+    scores = zip(*(found["per_class"][score] for score in ("precision", "recall", "f1")), strict=True)
+    for label, row, (precision, recall, f1) in zip(classes, found["confusion_matrix"], scores, strict=True):
+        print(f"{printable(label):{width}} {sum(row):7,} {precision:10.1%} {recall:7.1%} {f1:6.3f}")
+    wrong = sorted((r for r in records if r["label"] != r["true"]), key=lambda r: -r["probability"])
+    table = io.StringIO(newline="")
+    lines = csv.DictWriter(table, ("path", "true", "label", "probability"), extrasaction="ignore")
+    lines.writeheader()
+    lines.writerows(wrong)
+    with whole_file(output / f"{name}_wrong.csv") as file:
+        file.write(table.getvalue().encode(errors="surrogateescape"))
+    drawn = [printable(label) for label in classes]
+    figures = {"confusion": visualization.plot_confusion(name, found["confusion_matrix"], drawn)}
+    if wrong:
+        images = [read_image(Path(r["path"])).permute(1, 2, 0).numpy() for r in wrong[:SAMPLE]]
+        captions = [
+            f"{printable(r['true'])}\ntaken for {printable(r['label'])}, {r['probability']:.0%}" for r in wrong[:SAMPLE]
+        ]
+        figures["mistakes"] = visualization.plot_predictions(images, captions)
+    for what, figure in figures.items():
+        visualization.save(figure, output / f"{name}_{what}.png")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,49 +172,78 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     precision = pick_precision(args.precision, device)
     models, skipped = load_models(args.checkpoint)
+    classes, alike = models[0].classes, all(model.classes == models[0].classes for model in models)
+    ensemble = len(models) > 1 and (alike if args.ensemble is None else args.ensemble)
+    if ensemble and not alike:
+        raise ValueError(
+            "the models do not have the same classes: leave out --ensemble, or name some with --checkpoint"
+        )
+    if len(models) > 1 and not alike:
+        print("the models do not have the same classes: each answers alone", file=sys.stderr)
+    if args.evaluate and not alike:
+        raise ValueError("--evaluate takes models with the same classes: name them with --checkpoint")
 
     unused: Counter[str] = Counter()
-    items, truth, plot = expand(args.paths, unused), None, args.plot
+    items, truth, plot, top_k = expand(args.paths, args.separator, unused), None, args.plot, args.top_k
     if not args.paths:
         source = models[0].metrics.get("data", "cifar10")
         data = load_data(source)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         sample = data.test.subset(order[:SAMPLE])
-        items, truth = sample.items, [printable(data.classes[label]) for label in sample.labels]
+        items, truth = sample.items, [data.classes[label] for label in sample.labels]
         plot = args.plot or Path("plots/predictions.png")
+    elif args.evaluate:
+        items, top_k = list(items), len(classes)
+        truth = [path.relative_to(args.paths[0]).parts[0] for path in items]
+        if unknown := sorted(set(truth) - set(classes)):
+            raise ValueError(f"{args.paths[0]} has folders that are no classes of the model: {', '.join(unknown[:5])}")
 
     write = writer(args.format, len(models) > 1)
-    drawn: list[tuple[Item, str]] = []  # images and their captions
-    good = bad = 0
+    answers: dict[str, list[dict]] = {}  # of --evaluate, by model
+    drawn: list[tuple[Item, str, bool]] = []  # images, their captions, and whether they are right
+    good = bad = right = 0
     fast = [fast_copy(model, device, precision) for model in models]
-    bar = Progress(None, "inference", disable=sys.stdout.isatty())
-    for i, (item, records) in enumerate(predictions(fast, items, args.top_k)):
+    total = len(truth) if truth else None
+    bar = Progress(total, "inference", disable=sys.stdout.isatty() and not args.evaluate)
+    for i, (item, records) in enumerate(predictions(fast, items, top_k, ensemble)):
         bar.update()
         for record in records:
             record["path"] = record["path"] or f"{source} test image {i}"
-            write(record)
+            if truth:
+                record["true"] = truth[i]
+            if "error" in record or not args.evaluate:
+                write(record)
+            for answer in (record, *record.get("models", ())) if args.evaluate and "error" not in record else ():
+                answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
         if "error" in records[0]:
             bad += 1
             continue
         good += 1
+        is_right = bool(truth) and records[0]["label"] == truth[i]
+        right += is_right
         if plot and len(drawn) < SAMPLE:
+            each = records[0].get("models", records)
             lines = [
-                f"{m.label}: {printable(r['label'])} {r['probability']:.0%}"
-                for m, r in zip(models, records, strict=True)
+                f"{m.label}: {printable(r['label'])} {r['probability']:.0%}" for m, r in zip(models, each, strict=True)
             ]
-            drawn.append((item, "\n".join([truth[i], *lines] if truth else lines)))
+            drawn.append((item, "\n".join([printable(truth[i]), *lines] if truth else lines), is_right))
     bar.close()
     if unused.total():
         print(not_used(unused), file=sys.stderr)
     if not good + bad:
-        raise FileNotFoundError(f"no images in {', '.join(map(str, args.paths))}")
+        raise FileNotFoundError(f"no images in {', '.join(args.paths)}")
+    for its in answers.values():
+        evaluate(its, classes, args.output)
+    if answers:
+        print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
+    elif truth and args.format == "text":
+        print(f"{right} of {good} right" + (f" ({models[0].name})" if len(models) > 1 and not ensemble else ""))
     if drawn:
         import visualization  # here, because importing matplotlib takes longer than classifying an image
 
-        images = [read_image(item).permute(1, 2, 0).numpy() for item, _ in drawn]
-        with whole_file(plot) as file:
-            figure = visualization.plot_predictions(images, [caption for _, caption in drawn])
-            figure.savefig(file, format="png", dpi=visualization.DPI)
+        images = [read_image(item).permute(1, 2, 0).numpy() for item, *_ in drawn]
+        captions, marks = [caption for _, caption, _ in drawn], [is_right for *_, is_right in drawn] if truth else None
+        visualization.save(visualization.plot_predictions(images, captions, marks), plot)
         print(f"{plot} shows {len(drawn)} of them", file=sys.stderr)
     return 0 if not bad + skipped else 1 if good else 2
 

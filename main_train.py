@@ -27,7 +27,6 @@ from statistics import mean
 import numpy as np
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import models
@@ -148,24 +147,29 @@ def main(argv: list[str] | None = None) -> int:
         )
         print(*data.notes, sep="\n", end="\n" if data.notes else "")
         rows = read_results(args.output / "plots" / "results.json")
-        trained, complete, best = [], True, None
+        outcomes, complete = [], True
         for name in args.models:
             try:
                 outcome = train_classifier(name, data, args, device, precision)
                 complete &= finish(outcome, about, rows, device, args.output)
-                trained.append(outcome.row)
-                best = max(best or outcome, outcome, key=lambda outcome: outcome.row["val_accuracy"])
+                outcomes.append(outcome)
                 if args.fine_tune:
                     outcome = fine_tune(outcome, args, device, precision)
                     complete &= finish(outcome, about, rows, device, args.output)
-                    trained.append(outcome.row)
+                    outcomes.append(outcome)
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
                 print(f"error: {name} is left out: {error}", file=sys.stderr)
                 complete = False
-        if not trained:
+        if not outcomes:
             return 2
+        trained = [outcome.row for outcome in outcomes]
         alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
-        complete &= attempt("comparison", lambda: compare(alike, colors(rows), args.output))
+        if len(outcomes) > 1:
+            complete &= attempt("ensemble", lambda: alike.update(ensemble=combine(outcomes)))
+            results = args.output / "plots" / "results.json"
+            complete &= attempt(results, lambda: write_results(results, rows, alike.get("ensemble")))
+        complete &= attempt("comparison", lambda: compare(alike, colors(alike), args.output))
+        best = max(outcomes, key=lambda outcome: outcome.row["val_accuracy"])
         complete &= attempt("check of the data", lambda: check_data(best, args.output / "plots"))
         unreadable = sorted({reason for row in trained for reason in row["unreadable"]})
         for reason in unreadable:
@@ -393,6 +397,26 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     return saved and measured and completed and drawn
 
 
+def combine(outcomes: list[Outcome]) -> dict:
+    """A row for the answer of all models together: the mean of their calibrated log-probabilities."""
+    first, found, logits = outcomes[0], {}, {}
+    for part in ("val", "test"):
+        answers = [(getattr(o, f"{part}_logits") / o.row["temperature"]).log_softmax(dim=1) for o in outcomes]
+        logits[part] = torch.stack(answers).mean(dim=0)
+        found[part] = [loss_and_accuracy(logits[part], getattr(first.data, part).labels)[1]]
+    seconds = {row["model"]: sum(row["seconds"].values()) for row in (outcome.row for outcome in outcomes)}
+    return {
+        **{key: first.row[key] for key in (*SAME, "val_images", "date", "command", "versions", "device", "data")},
+        "model": "ensemble",
+        "label": f"all {len(outcomes)} together",
+        "backbone": "ensemble",
+        "fine_tuned": any(outcome.row["fine_tuned"] for outcome in outcomes),
+        "accuracy_by_seed": found,
+        "seconds": seconds,
+        **train_utils.metrics(logits["test"], first.data.test.labels, 1.0),
+    }
+
+
 def attempt(what: object, action: Callable[[], object]) -> bool:
     """Does something that must never cost a result. Returns whether it worked."""
     try:
@@ -419,9 +443,10 @@ def read_results(file: Path) -> dict[str, dict]:
     return {}
 
 
-def write_results(file: Path, rows: dict[str, dict]) -> None:
+def write_results(file: Path, rows: dict[str, dict], ensemble: dict | None = None) -> None:
+    results = {"schema": SCHEMA, "runs": list(rows.values())} | ({"ensemble": ensemble} if ensemble else {})
     with whole_file(file) as stream:
-        stream.write(json.dumps({"schema": SCHEMA, "runs": list(rows.values())}, indent=1).encode())
+        stream.write(json.dumps(results, indent=1).encode())
 
 
 def colors(rows: dict[str, dict]) -> dict[str, str]:
@@ -435,12 +460,11 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     model, row, test = outcome.model, outcome.row, outcome.data.test
     stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
     color, classes = colors[model.backbone], [printable(name) for name in model.classes]
-    save_figure(folder / f"{stem}.png", visualization.plot_history(model.label, row["history"], color))
+    visualization.save(visualization.plot_history(model.label, row["history"], color), folder / f"{stem}.png")
     figure = visualization.plot_confusion(model.label, row["confusion_matrix"], classes)
-    save_figure(folder / f"{stem}_confusion.png", figure)
-    save_figure(
-        folder / f"{stem}_reliability.png", visualization.plot_reliability(model.label, row["calibration"], color)
-    )
+    visualization.save(figure, folder / f"{stem}_confusion.png")
+    figure = visualization.plot_reliability(model.label, row["calibration"], color)
+    visualization.save(figure, folder / f"{stem}_reliability.png")
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
     images, captions = [], []
@@ -451,7 +475,7 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
         if len(images) == MISTAKES:
             break
     if images:
-        save_figure(folder / f"{stem}_mistakes.png", visualization.plot_predictions(images, captions))
+        visualization.save(visualization.plot_predictions(images, captions), folder / f"{stem}_mistakes.png")
 
 
 def check_data(outcome: Outcome, folder: Path) -> None:
@@ -514,12 +538,7 @@ def check_data(outcome: Outcome, folder: Path) -> None:
             captions.append(caption)
     if images:
         figure = visualization.plot_predictions(images, captions)
-        save_figure(folder / f"{models.find_backbone(model.backbone).plot}_data.png", figure)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=visualization.DPI)
+        visualization.save(figure, folder / f"{models.find_backbone(model.backbone).plot}_data.png")
 
 
 def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None:
@@ -538,7 +557,7 @@ def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None
         print(line + rare * unequal)
         marker = "^" if row["fine_tuned"] else "o"
         points.append((row["label"], seconds, test, colors[row["backbone"]], marker))
-    save_figure(output / "plots" / "comparison.png", visualization.plot_comparison(points))
+    visualization.save(visualization.plot_comparison(points), output / "plots" / "comparison.png")
 
 
 if __name__ == "__main__":

@@ -470,25 +470,38 @@ def run_images(
 
 
 def predictions(
-    models: Sequence[TransferModel], items: Iterable[Item], top_k: int
+    models: Sequence[TransferModel], items: Iterable[Item], top_k: int, ensemble: bool = False
 ) -> Iterator[tuple[Item, list[dict]]]:
-    """Yields each item with a record for each model, as in `TransferModel.predict`, or with one record of its error."""
+    """Yields each item with a record for each model, as in `TransferModel.predict`, or with one record of its error.
+
+    With `ensemble` there is one record for all models, which must have the same classes. Its probabilities follow from
+    the mean of the models' log-probabilities; their own records are its "models".
+    """
     for batch, logits, errors in run_images(models, items):
-        tops = [
-            (rows / model.temperature).softmax(dim=1).topk(min(top_k, len(model.classes)))
-            for model, rows in zip(models, logits, strict=True)
-        ]
+        answers = [(rows / model.temperature).log_softmax(dim=1) for model, rows in zip(models, logits, strict=True)]
+        together = torch.stack(answers).mean(dim=0) if ensemble else None
         for i, item in enumerate(batch):
-            path = str(item) if isinstance(item, Path) else None
+            path = {"path": str(item) if isinstance(item, Path) else None}
             if i in errors:
-                yield item, [{"path": path, "error": str(errors[i])}]
+                yield item, [{**path, "error": str(errors[i])}]
                 continue
-            records = []
-            for model, (probabilities, labels) in zip(models, tops, strict=True):
-                pairs = zip(labels[i].tolist(), probabilities[i].tolist(), strict=True)
-                top = [{"label": model.classes[label], "probability": probability} for label, probability in pairs]
-                records.append({"path": path, "model": model.name, **top[0], "top": top})
+            records = [
+                {**path, "model": model.name, **_best(answer[i], model.classes, top_k)}
+                for model, answer in zip(models, answers, strict=True)
+            ]
+            if ensemble:
+                best = _best(together[i], models[0].classes, top_k)
+                agreement = sum(record["label"] == best["label"] for record in records) / len(records)
+                records = [{**path, "model": "ensemble", **best, "agreement": agreement, "models": records}]
             yield item, records
+
+
+def _best(logits: Tensor, classes: Sequence[str], top_k: int) -> dict:
+    """The label of one image's logits (classes), its probability, and the `top_k` best."""
+    probabilities, labels = logits.softmax(dim=0).topk(min(top_k, len(classes)))
+    pairs = zip(labels.tolist(), probabilities.tolist(), strict=True)
+    top = [{"label": classes[label], "probability": probability} for label, probability in pairs]
+    return {**top[0], "top": top}
 
 
 # ---------------------------------------------------------------------- the fast copy: the same outputs, sooner

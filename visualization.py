@@ -1,6 +1,6 @@
 """Numbers in, a matplotlib figure out.
 
-    plot_history("VGG16", history, COLORS[0]).savefig("vgg16.png", dpi=DPI)
+    save(plot_history("VGG16", history, COLORS[0]), Path("vgg16.png"))
 
 Every plot is drawn for a README at half width: few words, large type, colours that colour-blind people can tell apart.
 """
@@ -8,12 +8,15 @@ Every plot is drawn for a README at half width: few words, large type, colours t
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+
+from data import whole_file
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -147,8 +150,13 @@ def plot_comparison(points: Sequence[tuple[str, float, float, str, str]]) -> Fig
     return figure
 
 
-def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
-    """Images (H, W, 3), each with its caption below it."""
+def plot_predictions(
+    images: Sequence[np.ndarray], captions: Sequence[str], right: Sequence[bool] | None = None
+) -> Figure:
+    """Images (H, W, 3), each with its caption below it: blue and checked if `right`, orange and crossed if not."""
+    if right is not None:
+        captions = [f"{'✓' if is_right else '✗'} {text}" for text, is_right in zip(captions, right, strict=True)]
+    inks = ["black"] * len(images) if right is None else [COLORS[0] if is_right else COLORS[4] for is_right in right]
     captions, font = labels_and_font(captions)
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
@@ -158,7 +166,13 @@ def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> F
     figure = Figure(figsize=size, layout="constrained")
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.axis("off")
-    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(caption, fontsize=11, y=-0.04, va="top", **font)
+    for axes, image, caption, ink in zip(figure.axes, images, captions, inks, strict=False):
+        axes.imshow(image, interpolation="bicubic")
+        axes.set_title(caption, fontsize=12, color=ink, y=-0.04, va="top", **font)
     return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all. Raises OSError."""
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=DPI)
