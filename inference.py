@@ -31,6 +31,7 @@ from data import (
     not_used,
     positive,
     printable,
+    rate,
     read_image,
     run_script,
     whole_file,
@@ -53,6 +54,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ensemble", action=argparse.BooleanOptionalAction,
         help="one answer of all models (default: if all have the same classes)")  # fmt: skip
     add("--top-k", type=positive, default=3, metavar="K", help="labels for each image (default: 3)")
+    add("--threshold", type=rate, metavar="P", help="mark answers whose probability is below P as unsure")
     add("--format", choices=("text", "json", "csv"), default="text",
         help="json: one object a line; csv: path, model, label, probability, error (default: text)")  # fmt: skip
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
@@ -120,9 +122,10 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
         guesses = ", ".join(f"{printable(guess['label'])} {guess['probability']:.1%}" for guess in record["top"])
         each = ", ".join(f"{one['model']}: {printable(one['label'])}" for one in record.get("models", ()))
         true = record.get("true")
+        doubts = "".join(f", {word}" for word in ("unfamiliar", "unsure") if record.get(word))
         verdict = "" if true is None else " - right" if true == record["label"] else f" - wrong, {printable(true)}"
         name = f"{record['model']}: " if several_models and "models" not in record else ""
-        print(f"{printable(record['path'])}: {name}{guesses}{f' ({each})' if each else ''}{verdict}")
+        print(f"{printable(record['path'])}: {name}{guesses}{doubts}{f' ({each})' if each else ''}{verdict}")
 
     return text
 
@@ -211,6 +214,8 @@ def main(argv: list[str] | None = None) -> int:
             record["path"] = record["path"] or f"{source} test image {i}"
             if truth:
                 record["true"] = truth[i]
+            if args.threshold and "error" not in record:
+                record["unsure"] = record["probability"] < args.threshold
             if "error" in record or not args.evaluate:
                 write(record)
             for answer in (record, *record.get("models", ())) if args.evaluate and "error" not in record else ():

@@ -164,7 +164,8 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         trained = [outcome.row for outcome in outcomes]
         alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
-        if len(outcomes) > 1:
+        sizes = {(row["val_images"], row["test_images"]) for row in trained}
+        if len(outcomes) > 1 and len(sizes) == 1:  # a file may have vanished in between
             complete &= attempt("ensemble", lambda: alike.update(ensemble=combine(outcomes)))
             results = args.output / "plots" / "results.json"
             complete &= attempt(results, lambda: write_results(results, rows, alike.get("ensemble")))
@@ -281,6 +282,10 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "history": training.history,
     }
     features = [f.of(read[part]) for part, f in (("train", views[0]), ("val", val), ("test", test))]
+    with models.one_thread():
+        model.familiarity = train_utils.fit_familiarity(
+            len(data.classes), features[0], readable.train.labels, features[1]
+        ).to(device)
     return Outcome(model, readable, val_logits, test_logits, row, features)
 
 

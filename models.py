@@ -157,6 +157,7 @@ class TransferModel(nn.Module):
         self.temperature = 1.0  # divides the logits, so that probabilities mean what they say (Guo et al. 2017)
         self.fine_tuned = False
         self.test_views = 1  # 2: the answer is the mean over the image and its mirror image
+        self.familiarity: Familiarity | None = None  # of a frozen backbone's features
 
         self.features = _features_of(network).requires_grad_(False).eval()
         self.levels = _stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
@@ -183,6 +184,7 @@ class TransferModel(nn.Module):
         """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
         self.features.requires_grad_(True)
         self.fine_tuned, self.test_views = True, 2  # two views gain half a point for twice the work
+        self.familiarity = None  # the features will be others
 
     def train(self, mode: bool = True) -> "TransferModel":
         """Keeps `features` in eval mode, or BatchNorm's statistics would drift."""
@@ -204,11 +206,19 @@ class TransferModel(nn.Module):
             logits = (logits + self.classifier(self.forward_features(images.flip(3)).float())) / 2
         return logits
 
+    def answer(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes + 1): logits and the distance of Familiarity, 0 without"""
+        if self.familiarity is None:
+            return F.pad(self(images), (0, 1))
+        features = self.forward_features(images).float()
+        return torch.cat([self.classifier(features), self.familiarity(features)[:, None]], dim=1)
+
     def predict(self, images: str | Item | list[str | Item], top_k: int = 3) -> dict | list[dict]:
         """Classifies an image or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
-        "top": [{"label": "cat", "probability": 0.97}, ...]}, or {"path", "error"} if it cannot be read.
+        "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
+        read. An unfamiliar image is unlike those for training; its label is a guess.
         """
         several = images if isinstance(images, list) else [images]
         items = [Path(image) if isinstance(image, str) else image for image in several]
@@ -252,6 +262,36 @@ class Classifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features = self.standardize(features)
         return self.linear(features) + self.network(features)
+
+
+class Familiarity(nn.Module):
+    """How far features are from those of the images for training, so that a model can say "none of these".
+
+    The distance is Mahalanobis's, from the nearest class mean under a covariance that all classes share (Lee et al.
+    2018, arXiv 1807.03888), of a random projection to 512 numbers: each feature is added to one of them, or subtracted.
+    `train_utils.fit_familiarity` sets the buffers.
+    """
+
+    SIZE = 512
+
+    def __init__(self, width: int, classes: int):
+        super().__init__()
+        self.standardize = Standardize(width)
+        self.register_buffer("bucket", torch.zeros(width, dtype=torch.int64))
+        self.register_buffer("sign", torch.ones(width))
+        self.register_buffer("centers", torch.zeros(classes, self.SIZE))
+        self.register_buffer("whitening", torch.eye(self.SIZE))
+        self.register_buffer("threshold", torch.tensor(math.inf))  # 95 % of the validation images are nearer
+
+    def project(self, features: Tensor) -> Tensor:
+        """(B, width) -> (B, 512)"""
+        sums = features.new_zeros(len(features), self.SIZE)
+        return sums.index_add(1, self.bucket, self.standardize(features) * self.sign)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, width) -> distances (B,), those above 1 unfamiliar"""
+        projected = self.project(features) @ self.whitening
+        return torch.cdist(projected, self.centers @ self.whitening).amin(dim=1) / self.threshold
 
 
 def averages(maps: Tensor, parts: int) -> Tensor:
@@ -310,7 +350,9 @@ def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
         "metrics": metrics,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(path, {**values, "state_dict": tensors, "sha256": content_hash(tensors, values)})
+    content = {**values, "sha256": content_hash(tensors, values)}
+    extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("familiarity.")}
+    write_tensors(path, {**content, "state_dict": tensors, "familiarity": extra})  # others can load state_dict alone
 
 
 def write_tensors(path: Path, content: dict) -> None:
@@ -335,7 +377,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed")
         values = torch.load(path, map_location="cpu", weights_only=True)
-        tensors, written = values.pop("state_dict"), values.pop("sha256")
+        tensors, written = values.pop("state_dict") | values.pop("familiarity"), values.pop("sha256")
         if values["schema"] != SCHEMA:
             raise ValueError(f"its schema is {values['schema']}, this version reads {SCHEMA}: train it again")
         if content_hash(tensors, values) != written:
@@ -347,6 +389,8 @@ def load_checkpoint(path: str | Path) -> TransferModel:
                 model = TransferModel(*arguments)
         except RuntimeError:  # RegNet computes with tensors while it is built
             model = TransferModel(*arguments)
+        if "familiarity.sign" in tensors:
+            model.familiarity = Familiarity(model.width, len(model.classes))
         state = model.state_dict()  # keeps the versions of modules: MNASNet refuses tensors without
         state.clear()
         state.update(tensors)
@@ -477,8 +521,10 @@ def predictions(
     With `ensemble` there is one record for all models, which must have the same classes. Its probabilities follow from
     the mean of the models' log-probabilities; their own records are its "models".
     """
-    for batch, logits, errors in run_images(models, items):
-        answers = [(rows / model.temperature).log_softmax(dim=1) for model, rows in zip(models, logits, strict=True)]
+    for batch, outputs, errors in run_images(models, items, TransferModel.answer):
+        answers = [
+            (rows[:, :-1] / model.temperature).log_softmax(dim=1) for model, rows in zip(models, outputs, strict=True)
+        ]
         together = torch.stack(answers).mean(dim=0) if ensemble else None
         for i, item in enumerate(batch):
             path = {"path": str(item) if isinstance(item, Path) else None}
@@ -486,12 +532,17 @@ def predictions(
                 yield item, [{**path, "error": str(errors[i])}]
                 continue
             records = [
-                {**path, "model": model.name, **_best(answer[i], model.classes, top_k)}
-                for model, answer in zip(models, answers, strict=True)
+                {
+                    **{**path, "model": model.name, **_best(answer[i], model.classes, top_k)},
+                    **({} if model.familiarity is None else {"unfamiliar": bool(rows[i, -1] > 1)}),
+                }
+                for model, answer, rows in zip(models, answers, outputs, strict=True)
             ]
             if ensemble:
                 best = _best(together[i], models[0].classes, top_k)
                 agreement = sum(record["label"] == best["label"] for record in records) / len(records)
+                told = [record["unfamiliar"] for record in records if "unfamiliar" in record]
+                best |= {"unfamiliar": sum(told) > len(told) / 2} if told else {}
                 records = [{**path, "model": "ensemble", **best, "agreement": agreement, "models": records}]
             yield item, records
 

@@ -34,6 +34,7 @@ from models import (
     CPU_BATCH,
     GPU_BATCH,
     Classifier,
+    Familiarity,
     TransferModel,
     content_hash,
     fast_copy,
@@ -68,6 +69,7 @@ CLASSIFIER_LR_FACTOR = 2.0
 
 # The linear layer of a classifier comes from so many images at most: with more, the network has most of the weight.
 RIDGE_IMAGES = 4096
+FAMILIAR_IMAGES = 20_000  # from which the model learns what is familiar
 # The standard deviation of the temperature's logarithm before any image is seen. A few images cannot move it far.
 TEMPERATURE_PRIOR = 0.1
 
@@ -489,6 +491,33 @@ def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_w
     return factor * left_out
 
 
+@torch.no_grad()
+def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) -> Familiarity:
+    """What the features (N, width) for training are like, and how far those for validation are from them.
+
+    The covariance is shrunk towards that of a sphere, the more the fewer images there are.
+    """
+    generator, width, size = torch.Generator().manual_seed(0), train.shape[1], Familiarity.SIZE
+    chosen = torch.randperm(len(train), generator=generator)[:FAMILIAR_IMAGES]
+    train, labels = train[chosen].float(), labels[chosen]
+    familiarity = Familiarity(width, classes)
+    familiarity.standardize.fit(train)
+    familiarity.bucket.copy_(torch.randint(size, (width,), generator=generator))
+    familiarity.sign.copy_(2 * torch.randint(2, (width,), generator=generator) - 1)
+    projected = familiarity.project(train)
+    counts = labels.bincount(minlength=classes).clamp(1)
+    familiarity.centers.index_add_(0, labels, projected).div_(counts[:, None])
+    projected -= familiarity.centers[labels]
+    covariance = projected.T @ projected / len(train)
+    shrinkage = size / (size + len(train))
+    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * torch.eye(size)
+    covariance.diagonal().add_(1e-6)
+    familiarity.whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
+    familiarity.threshold.fill_(1.0)
+    familiarity.threshold.copy_(torch.cat([familiarity(block.float()) for block in val.split(1024)]).quantile(0.95))
+    return familiarity
+
+
 def save_progress(file: Path, training: Training, key: str) -> None:
     """Saves a training after an epoch, for `load_progress`. `key` identifies it: a hash of all that shapes it."""
     write_tensors(file, {"key": key, **training.state_dict()})
@@ -558,13 +587,19 @@ def check_data(
     copies = []
     for i, j in sorted(alike, key=alike.get, reverse=True)[:CANDIDATES]:
         with suppress(ImageError):  # a file may have vanished
-            one, other = (F.adaptive_avg_pool2d(read(k).float(), 16).flatten(1) for k in (i, j))
-            one, other = (
-                F.normalize((pixels - pixels.mean(dim=1, keepdim=True)).flatten(), dim=0) for pixels in (one, other)
-            )
-            if (correlation := float(one @ other)) > COPIES:
+            one, other = (_thumbnails(read(k)) for k in (i, j))
+            correlation = float((one @ other.T).flatten()[:3].max())  # all but the middle of both
+            if correlation > COPIES:
                 copies.append({"images": (i, j), "correlation": correlation})
     return sorted(copies, key=lambda pair: -pair["correlation"]), doubtful
+
+
+def _thumbnails(image: Tensor) -> Tensor:
+    """The whole of an image (3, H, W) and its middle, which a crop may have kept, as unit vectors (2, 768)."""
+    _, H, W = image.shape
+    parts = image, image[:, H // 16 : H - H // 16, W // 16 : W - W // 16]
+    pixels = torch.stack([F.adaptive_avg_pool2d(part.float(), 16).flatten(1) for part in parts])
+    return F.normalize((pixels - pixels.mean(dim=2, keepdim=True)).flatten(1))
 
 
 # ---------------------------------------------------------------------------------------------- the metrics

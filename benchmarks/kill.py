@@ -41,8 +41,8 @@ def finish(folder: Path) -> tuple[dict, dict]:
         for file in (folder / "demo" / "checkpoints").glob("*.pt")
         for name, tensor in torch.load(file, weights_only=True)["state_dict"].items()
     }
-    results = json.loads((folder / "demo" / "plots" / "results.json").read_text())
-    for run in results["runs"]:
+    results = json.loads((folder / "demo" / "plots" / "results.json").read_text())["runs"]
+    for run in results:
         for key in ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes"):
             del run[key]
         for epoch in run["history"]:
