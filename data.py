@@ -551,7 +551,7 @@ class Progress(tqdm):
 
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
         self.in_terminal = sys.stderr.isatty()
-        style = {"file": io.StringIO(), "mininterval": 30, "maxinterval": 30, "bar_format": self.LINE, "leave": False}
+        style = {"file": io.StringIO(), "mininterval": 5, "maxinterval": 30, "bar_format": self.LINE, "leave": False}
         super().__init__(
             total=total, desc=title, initial=done, unit="img", disable=disable, **({} if self.in_terminal else style)
         )
@@ -561,6 +561,7 @@ class Progress(tqdm):
             super().display(msg, pos)
         elif msg is None and self.n > self.initial:
             print(self, file=sys.stderr)
+            self.mininterval = 30  # the first line, which says how long it will take, comes sooner
 
 
 def positive(text: str) -> int:

@@ -208,6 +208,7 @@ def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data,
             f"{checkpoint} was trained on {known:,} images of {len(old.classes)} classes at {size} pixels"
             f"{' of other data' * other}: choose another --output, or delete it"
         )
+    print(f"{checkpoint}, made on {old.metrics.get('date')} by {old.metrics.get('command')}, will be replaced")
 
 
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:

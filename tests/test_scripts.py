@@ -104,7 +104,7 @@ def test_a_second_run_uses_the_features_and_repeats_to_the_last_digit(run, photo
     run(main_train, "--data", photos, *SMALL, *QUICK)
     first, state = results(tmp_path), checkpoints(tmp_path)
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 0 and "(cached)" in out
+    assert code == 0 and "(cached)" in out and "checkpoints/mobilenet_v3_small.pt, made on" in out
     assert results(tmp_path) == first and same(checkpoints(tmp_path), state)
     shutil.rmtree(tmp_path / "data")
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
@@ -356,6 +356,40 @@ def test_a_run_does_not_replace_a_model_of_other_or_more_data(run, photos, tmp_p
     assert code == 0 and "mobilenet_v2" not in out and list(results(tmp_path)) == ["mobilenet_v3_small", "mobilenet_v2"]
     shutil.copytree(photos, tmp_path / "copy")  # the same data at another place
     assert run(main_train, *command, "--data", tmp_path / "copy")[0] == 0
+
+
+def test_unequal_classes(run, photos, tmp_path):
+    """Each class of 20, 4 and 1 images for training counts the same with --class-weights."""
+    for name, count in (("green", 4), ("red", 1)):
+        for image in sorted((photos / "train" / name).iterdir())[count:]:
+            image.unlink()
+    for image in sorted((photos / "test" / "red").iterdir())[1:]:
+        image.unlink()
+    command = ("--data", photos, "--models", "mobilenet_v2", *QUICK)
+    code, out, err = run(main_train, *command)
+    header, row = out.split("\n\n")[1].splitlines()
+    assert (code, err) == (0, "") and "macro F1  worst recall" in header and "no validation image of 'red'" in out
+    [plain] = results_rows(tmp_path)
+    assert f"{plain['macro']['f1']:.3f}" in row and f"{min(plain['per_class']['recall']):.2%}" in row
+    code, out, err = run(main_train, *command, "--class-weights", "--output", "weighted")
+    [weighted] = results_rows(tmp_path / "weighted")
+    assert (code, err) == (0, "") and weighted["recipe"]["class_weights"] and not plain["recipe"]["class_weights"]
+    assert weighted["history"] != plain["history"]
+
+
+@pytest.mark.parametrize("how", ["two images in all", "all the same", "noise"])
+def test_data_that_teach_nothing_give_a_sensible_answer(run, photos, how):
+    for label, name in enumerate(("blue", "green", "red")):
+        for i, image in enumerate(sorted((photos / "train" / name).iterdir())):
+            if how == "two images in all" and i > 1:
+                image.unlink()
+            elif how == "all the same":
+                shutil.copy(photos / "test" / "red" / "0.png", image)
+            elif how == "noise":
+                draw(image, (90, 90, 90), seed=100 * label + i)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert (code, err) == (0, "") and "nan" not in out
+    assert run(inference, photos / "test")[0] == 0
 
 
 def test_own_images_get_an_output_folder_of_their_own(photos, weights, tmp_path, monkeypatch):
