@@ -69,7 +69,8 @@ CLASSIFIER_LR_FACTOR = 2.0
 
 # The linear layer of a classifier comes from so many images at most: with more, the network has most of the weight.
 RIDGE_IMAGES = 4096
-FAMILIAR_IMAGES = 20_000  # from which the model learns what is familiar
+# What is familiar is learnt from so many images, with a covariance that is shrunk so much (benchmarks/unfamiliar.py).
+FAMILIAR_IMAGES, SHRINKAGE = 20_000, 0.9
 # The standard deviation of the temperature's logarithm before any image is seen. A few images cannot move it far.
 TEMPERATURE_PRIOR = 0.1
 
@@ -495,7 +496,7 @@ def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_w
 def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) -> Familiarity:
     """What the features (N, width) for training are like, and how far those for validation are from them.
 
-    The covariance is shrunk towards that of a sphere, the more the fewer images there are.
+    The covariance is shrunk towards that of a sphere: a blank image is near in all directions that vary much.
     """
     generator, width, size = torch.Generator().manual_seed(0), train.shape[1], Familiarity.SIZE
     chosen = torch.randperm(len(train), generator=generator)[:FAMILIAR_IMAGES]
@@ -509,9 +510,8 @@ def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) ->
     familiarity.centers.index_add_(0, labels, projected).div_(counts[:, None])
     projected -= familiarity.centers[labels]
     covariance = projected.T @ projected / len(train)
-    shrinkage = size / (size + len(train))
-    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.diagonal().mean() * torch.eye(size)
-    covariance.diagonal().add_(1e-6)
+    sphere = (covariance.diagonal().mean() + 1e-6) * torch.eye(size)
+    covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
     familiarity.whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
     familiarity.threshold.fill_(1.0)
     familiarity.threshold.copy_(torch.cat([familiarity(block.float()) for block in val.split(1024)]).quantile(0.95))
