@@ -35,7 +35,6 @@ import visualization
 from data import (
     Data,
     ImageError,
-    Images,
     first_line,
     load_data,
     locked,
@@ -48,7 +47,7 @@ from data import (
     whole_file,
     without_images,
 )
-from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Features, Training, loss_and_accuracy
+from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Training, loss_and_accuracy
 
 SCHEMA = 2  # of results.json
 SAME = ("content", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
@@ -162,23 +161,8 @@ def main(argv: list[str] | None = None) -> int:
                 complete = False
         if not outcomes:
             return 2
-        trained = [outcome.row for outcome in outcomes]
-        alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
-        sizes = {(row["val_images"], row["test_images"]) for row in trained}
-        if len(outcomes) > 1 and len(sizes) == 1:  # a file may have vanished in between
-            complete &= attempt("ensemble", lambda: alike.update(ensemble=combine(outcomes)))
-            results = args.output / "plots" / "results.json"
-            complete &= attempt(results, lambda: write_results(results, rows, alike.get("ensemble")))
-        complete &= attempt("comparison", lambda: compare(alike, colors(alike), args.output))
-        best = max(outcomes, key=lambda outcome: outcome.row["val_accuracy"])
-        complete &= attempt("check of the data", lambda: check_data(best, args.output / "plots"))
-        unreadable = sorted({reason for row in trained for reason in row["unreadable"]})
-        for reason in unreadable:
-            print(f"left out: {printable(reason)}", file=sys.stderr)
-        if unreadable:
-            print(f"{len(unreadable)} images cannot be read and were left out", file=sys.stderr)
-        complete &= not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
-    checkpoint = args.output / "checkpoints" / f"{trained[-1]['model']}.pt"
+        complete &= summarize(outcomes, rows, args.output)
+    checkpoint = args.output / "checkpoints" / f"{outcomes[-1].row['model']}.pt"
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
 
@@ -211,25 +195,21 @@ def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data,
     print(f"{checkpoint}, made on {old.metrics.get('date')} by {old.metrics.get('command')}, will be replaced")
 
 
-def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
-    """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
-    model = new_model(name, data.classes, args, args.seed)
-    for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
-        check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
+def extract_features(
+    model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device, precision: str
+) -> tuple[Data, dict[str, list[Tensor]], dict]:
+    """The images that can be read, their features by part (for training one table for each view), and how they came.
 
-    def features_of(images: Images, precision: str, mirrored: bool = False) -> Features:
-        return train_utils.cached_features(model, images, args.cache / "features", device, precision, mirrored)
-
-    # Training may see bf16 features. Validation, test and inference compute in fp32, on every machine.
-    views = [features_of(data.train, precision)]
-    if args.views == 2:
-        views.append(features_of(data.train, precision, mirrored=True))
-    val, test = features_of(data.val, "fp32"), features_of(data.test, "fp32")
-    read = {
-        "train": torch.stack([view.rows for view in views]).amin(dim=0) >= 0,
-        "val": val.rows >= 0,
-        "test": test.rows >= 0,
-    }
+    Training may see bf16 features. Validation, test and inference compute in fp32, on every machine.
+    Raises ValueError if too few images can be read.
+    """
+    views = {"train": [(precision, mirrored) for mirrored in (False, True)[: args.views]]}
+    views |= {"val": [("fp32", False)], "test": [("fp32", False)]}
+    folder, found = args.cache / "features", {}
+    for part in views:
+        images = getattr(data, part)
+        found[part] = [train_utils.cached_features(model, images, folder, device, *view) for view in views[part]]
+    read = {part: torch.stack([each.rows for each in its]).amin(dim=0) >= 0 for part, its in found.items()}
     read = {part: which.nonzero().flatten() for part, which in read.items()}
     readable = replace(data, **{part: getattr(data, part).subset(indices) for part, indices in read.items()})
     if empty := without_images(data.classes, readable.train):
@@ -237,57 +217,64 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     if not len(readable.val) or not len(readable.test):
         raise ValueError("no image for validation or testing can be read")
     if empty := without_images(data.classes, readable.test):
-        print(f"{name}: no test image of {empty} can be read", file=sys.stderr)
+        print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
+    every, used = itertools.chain(*found.values()), found["train"] + found["val"]
+    about = {
+        "computed": sum(features.computed for features in used),
+        "cached": not any(features.computed for features in used),
+        "seconds": sum(features.seconds for features in used),
+        "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
+        "unreadable": sorted({str(error) for features in every for error in features.errors}),
+    }
+    return readable, {part: [each.of(read[part]) for each in its] for part, its in found.items()}, about
 
+
+def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
+    """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
+    model = new_model(name, data.classes, args, args.seed)
+    for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
+        check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
+    readable, features, about = extract_features(model, data, args, device, precision)
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
     )
 
-    def batches_of(part: str, features: list[Features], seed: int | None = None) -> Batches:
-        load = train_utils.feature_loader([each.of(read[part]) for each in features], device)
+    def batches(part: str, seed: int | None = None) -> Batches:
+        load = train_utils.feature_loader(features[part], device)
         return Batches(load, getattr(readable, part).labels, recipe.batch_size, device, seed)
 
-    val_batches, test_batches = batches_of("val", [val]), batches_of("test", [test])
-    accuracies, kept = {"val": [], "test": []}, None
+    val, test, kept = batches("val"), batches("test"), []
     for seed in range(args.seed, args.seed + args.seeds):
         candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
-        candidate.to(device)
+        classifier = candidate.classifier.to(device)
         torch.manual_seed(seed)
-        train_batches = batches_of("train", views, seed)
         start = train_utils.synchronized_time(device)
         with models.one_thread():  # more gain little, and wait long for each other if anything else runs
             training, val_logits = train_utils.fit_classifier(
-                candidate.classifier, train_batches, val_batches, recipe, precision, f"{name} classifier"
+                classifier, batches("train", seed), val, recipe, precision, f"{name} classifier"
             )
-            test_logits, _ = train_utils.predict(candidate.classifier, test_batches)
-        accuracies["val"].append(loss_and_accuracy(val_logits, readable.val.labels)[1])
-        accuracies["test"].append(loss_and_accuracy(test_logits, readable.test.labels)[1])
-        seconds = train_utils.synchronized_time(device) - start
-        kept = kept or (training, val_logits, test_logits, seconds)
-    training, val_logits, test_logits, seconds = kept
-    used = (*views, val)
+            test_logits, _ = train_utils.predict(classifier, test)
+        kept.append((val_logits, test_logits, training.history, train_utils.synchronized_time(device) - start))
+    known = len(data.classes), features["train"][0], readable.train.labels, features["val"][0]
+    attempt("mark for unfamiliar images", lambda: setattr(model, "familiarity", train_utils.fit_familiarity(*known)))
+    val_logits, test_logits, history, seconds = kept[0]
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
         "views": args.views,
         "seed": args.seed,
         "recipe": asdict(recipe),
-        "accuracy_by_seed": accuracies,
-        "features": {
-            "computed": sum(features.computed for features in used),
-            "cached": not any(features.computed for features in used),
-            "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
+        "accuracy_by_seed": {
+            "val": [loss_and_accuracy(logits, readable.val.labels)[1] for logits, *_ in kept],
+            "test": [loss_and_accuracy(logits, readable.test.labels)[1] for _, logits, *_ in kept],
         },
+        "features": about,
         "precision": {"training_features": precision, "training": precision, "evaluation": "fp32"},
-        "seconds": {"features": sum(features.seconds for features in used), "classifier": seconds},
-        "unreadable": sorted({str(error) for features in (*used, test) for error in features.errors}),
-        "history": training.history,
+        "seconds": {"features": about["seconds"], "classifier": seconds},
+        "history": history,
     }
-    features = [f.of(read[part]) for part, f in (("train", views[0]), ("val", val), ("test", test))]
-    with models.one_thread():
-        model.familiarity = train_utils.fit_familiarity(
-            len(data.classes), features[0], readable.train.labels, features[1]
-        ).to(device)
-    return Outcome(model, readable, val_logits, test_logits, row, features)
+    return Outcome(
+        model.to(device), readable, val_logits, test_logits, row, [tables[0] for tables in features.values()]
+    )
 
 
 def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
@@ -401,6 +388,28 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     completed = attempt(results, lambda: write_results(results, rows))
     drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, colors(rows), output / "plots"))
     return saved and measured and completed and drawn
+
+
+def summarize(outcomes: list[Outcome], rows: dict[str, dict], output: Path) -> bool:
+    """Compares the models with each other and with earlier ones, looks at the data, and names what was left out.
+
+    Returns whether everything worked and every training went to its end.
+    """
+    complete, trained = True, [outcome.row for outcome in outcomes]
+    alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
+    if len(outcomes) > 1 and len({(row["val_images"], row["test_images"]) for row in trained}) == 1:
+        results = output / "plots" / "results.json"
+        complete &= attempt("ensemble", lambda: alike.update(ensemble=combine(outcomes)))
+        complete &= attempt(results, lambda: write_results(results, rows, alike.get("ensemble")))
+    complete &= attempt("comparison", lambda: compare(alike, colors(alike), output))
+    best = max(outcomes, key=lambda outcome: outcome.row["val_accuracy"])
+    complete &= attempt("check of the data", lambda: check_data(best, output / "plots"))
+    unreadable = sorted({reason for row in trained for reason in row["features"]["unreadable"]})
+    for reason in unreadable:
+        print(f"left out: {printable(reason)}", file=sys.stderr)
+    if unreadable:
+        print(f"{len(unreadable)} images cannot be read and were left out", file=sys.stderr)
+    return complete and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in trained)
 
 
 def combine(outcomes: list[Outcome]) -> dict:
