@@ -550,8 +550,8 @@ class Progress(tqdm):
     LINE = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} passed, {remaining} left"
 
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
-        self.in_terminal = sys.stderr.isatty()
-        style = {"file": io.StringIO(), "mininterval": 5, "maxinterval": 30, "bar_format": self.LINE, "leave": False}
+        self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
+        style = {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
         super().__init__(
             total=total, desc=title, initial=done, unit="img", disable=disable, **({} if self.in_terminal else style)
         )
@@ -559,9 +559,9 @@ class Progress(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.in_terminal:
             super().display(msg, pos)
-        elif msg is None and self.n > self.initial:
+        elif msg is None and time.monotonic() >= self.due:
             print(self, file=sys.stderr)
-            self.mininterval = 30  # the first line, which says how long it will take, comes sooner
+            self.due = time.monotonic() + 30
 
 
 def positive(text: str) -> int:

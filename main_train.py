@@ -475,7 +475,9 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     model, row, test = outcome.model, outcome.row, outcome.data.test
     stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
     color, classes = colors[model.backbone], [printable(name) for name in model.classes]
-    visualization.save(visualization.plot_history(model.label, row["history"], color), folder / f"{stem}.png")
+    only = ", the hidden layer" if isinstance(model.classifier, models.Classifier) and not model.fine_tuned else ""
+    figure = visualization.plot_history(model.label + only, row["history"], color)
+    visualization.save(figure, folder / f"{stem}.png")
     figure = visualization.plot_confusion(model.label, row["confusion_matrix"], classes)
     visualization.save(figure, folder / f"{stem}_confusion.png")
     figure = visualization.plot_reliability(model.label, row["calibration"], color)

@@ -56,9 +56,10 @@ def plot_history(title: str, history: list[dict], color: str) -> Figure:
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        style = {"color": color, "linewidth": 2, "marker": "o" if len(epochs) == 1 else None}
-        axes.plot(epochs, [row[f"train_{name}"] for row in history], linestyle="--", label="training", **style)
-        axes.plot(epochs, [row[f"val_{name}"] for row in history], label="validation", **style)
+        style, dots = {"color": color, "linewidth": 2}, ("s", "D") if len(epochs) == 1 else (None, None)
+        train, val = ([row[f"{part}_{name}"] for row in history] for part in ("train", "val"))
+        axes.plot(epochs, train, linestyle="--", label="training", marker=dots[0], **style)
+        axes.plot(epochs, val, label="validation", marker=dots[1], **style)
         axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="kept")
         axes.set_xlabel("epoch", fontsize=12)
         axes.set_ylabel("cross-entropy" if name == "loss" else name, fontsize=12)
@@ -72,23 +73,25 @@ def plot_history(title: str, history: list[dict], color: str) -> Figure:
 
 
 def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Rows are the true classes. A cell's shade is its share of the row, its number a count of test images.
+    """Rows are the true classes, with their recall. A number is a count of test images.
 
-    More classes than MANY go without names and numbers; the pairs that are confused most are listed below.
+    Right answers are blue, by recall. Wrong ones are orange, on a scale of their own: shares of the row up to the
+    largest. More classes than MANY go without names and numbers; the pairs that are confused most are listed below.
     """
     counts, (names, font) = np.asarray(matrix), labels_and_font(classes)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    shares, right = counts / counts.sum(axis=1, keepdims=True).clip(1), np.eye(len(counts), dtype=bool)
     size = max(5.0, 0.55 * len(names) + 1.5) if len(names) <= MANY else 8
     figure = Figure(figsize=(size, size) if len(names) <= MANY else (size, 1.5 * size), layout="constrained")
     upper, *lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if len(names) > MANY else [figure]
     axes = upper.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_title(title, fontsize=15)
+    axes.imshow(np.ma.masked_where(~right, shares), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(np.ma.masked_where(right, shares), cmap="Oranges", vmin=0, vmax=max(shares[~right].max(), 1e-6))
+    axes.set_title(f"{title}\n{counts[right].sum() / counts.sum():.1%} of {counts.sum():,} right", fontsize=15)
     axes.set_xlabel("predicted", fontsize=12)
-    axes.set_ylabel("true", fontsize=12)
+    axes.set_ylabel("true, recall", fontsize=12)
     if lower:
         axes.set(xticks=[], yticks=[])
-        errors = np.where(np.eye(len(names), dtype=bool), 0, counts)
+        errors = np.where(right, 0, counts)
         worst = [divmod(int(i), len(names)) for i in np.argsort(-errors, axis=None, kind="stable")[:15]]
         pairs = {f"{names[true]} taken for {names[taken]}": errors[true, taken] for true, taken in worst}
         bars = lower[0].subplots()
@@ -99,9 +102,10 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
         bars.set_xlabel("test images", fontsize=12)
         return figure
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11, **font)
-    axes.set_yticks(range(len(names)), names, fontsize=11, **font)
+    recalls = [f"{name}  {recall:.0%}" for name, recall in zip(names, shares[right], strict=True)]
+    axes.set_yticks(range(len(names)), recalls, fontsize=11, **font)
     for row, column in np.argwhere(counts):
-        color = "white" if shares[row, column] > 0.5 else "black"
+        color = "white" if row == column and shares[row, column] > 0.5 else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
     return figure
 
@@ -111,6 +115,7 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color="#999999", linewidth=1)
+    axes.text(0.03, 0.06, "confidence = accuracy", color="#777777", fontsize=11, rotation=45, rotation_mode="anchor")
     for when, shade in (("before", "#999999"), ("after", color)):
         bins = calibration[when]
         count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
@@ -118,7 +123,8 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
         axes.plot(confidence[there], accuracy[there], color=shade, linewidth=2)
         area = 20 + 600 * count[there] / count.sum()
         label = f"{when} scaling: error {bins['ece']:.1%}"
-        axes.scatter(confidence[there], accuracy[there], area, color=shade, alpha=0.6, label=label)
+        fade = 0.7 * (count[there] / 20).clip(0.15, 1)  # an accuracy of few images means little
+        axes.scatter(confidence[there], accuracy[there], area, color=shade, alpha=fade, label=label)
     figure.suptitle(title, fontsize=14)
     axes.set_xlabel("confidence", fontsize=12)
     axes.set_ylabel("test accuracy", fontsize=12)
@@ -126,7 +132,7 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     for handle in axes.legend(fontsize=12, loc="lower right").legend_handles:
-        handle.set_sizes([60])
+        handle.set(sizes=[60], alpha=0.7)
     return figure
 
 

@@ -294,7 +294,8 @@ def test_a_log_gets_a_line_now_and_then_and_a_short_run_none(capsys):
     bar.close()
     assert capsys.readouterr() == ("", "")
     bar = Progress(100, "photos", done=10)
-    bar.mininterval = 0
+    bar.mininterval = bar.due = 0
+    bar.update(5)
     bar.update(5)
     bar.close()
     out, err = capsys.readouterr()
