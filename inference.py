@@ -61,8 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
-    add("--precision", choices=("auto", *DTYPES), default="fp32",
-        help="fp32 answers the same on every machine; bf16 is up to twice as fast (default: fp32)")  # fmt: skip
+    add("--precision", choices=("auto", *DTYPES), help="of the features (default: that of the model's training)")
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
@@ -173,7 +172,7 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
+    precision = args.precision and pick_precision(args.precision, device)
     models, skipped = load_models(args.checkpoint)
     classes, alike = models[0].classes, all(model.classes == models[0].classes for model in models)
     ensemble = len(models) > 1 and (alike if args.ensemble is None else args.ensemble)

@@ -99,8 +99,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="side to which images are resized (default: that of the weights, mostly 224; 64 in the demo)")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="use N training images and that share of the test images")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *models.DTYPES), default="auto",
-        help="of training; auto is bf16 if the hardware computes in it. Evaluation is always fp32")  # fmt: skip
+    add("--precision", choices=("auto", *models.DTYPES), default="fp32",
+        help="of the features, in training and in answers; bf16 is up to twice as fast where the hardware computes in "
+        "it, which auto finds out, but answers depend a little on the machine")  # fmt: skip
     add("--seed", type=seed_number, default=0, help="of the classifier and the order of the batches")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
@@ -133,9 +134,9 @@ class Outcome:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = models.pick_device(args.device)
-    precision = models.pick_precision(args.precision, device)
+    args.precision = models.pick_precision(args.precision, device)
     about = {"data": args.data, **provenance(sys.argv[1:] if argv is None else argv, device)}
-    print(f"{args.data}: {', '.join(args.models)} on {about['device']} in {precision}, into {args.output}/")
+    print(f"{args.data}: {', '.join(args.models)} on {about['device']} in {args.precision}, into {args.output}/")
     with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
         for leftover in args.output.glob("*/.*.part"):  # of a killed run
             leftover.unlink()
@@ -149,11 +150,11 @@ def main(argv: list[str] | None = None) -> int:
         outcomes, complete = [], True
         for name in args.models:
             try:
-                outcome = train_classifier(name, data, args, device, precision)
+                outcome = train_classifier(name, data, args, device)
                 complete &= finish(outcome, about, rows, device, args.output)
                 outcomes.append(outcome)
                 if args.fine_tune:
-                    outcome = fine_tune(outcome, args, device, precision)
+                    outcome = fine_tune(outcome, args, device)
                     complete &= finish(outcome, about, rows, device, args.output)
                     outcomes.append(outcome)
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -170,13 +171,15 @@ def main(argv: list[str] | None = None) -> int:
 def new_model(name: str, classes: tuple[str, ...], args: argparse.Namespace, seed: int) -> models.TransferModel:
     """A model with a random classifier. A backbone that takes images of one size only gets that size."""
     size = args.image_size or (64 if args.demo else None)
+    torch.manual_seed(seed)
     try:
-        torch.manual_seed(seed)
-        return models.TransferModel(name, classes, size, pretrained=not args.demo)
+        model = models.TransferModel(name, classes, size, pretrained=not args.demo)
     except ValueError as error:
         print(error)
         torch.manual_seed(seed)
-        return models.TransferModel(name, classes, pretrained=not args.demo)
+        model = models.TransferModel(name, classes, pretrained=not args.demo)
+    model.precision = args.precision
+    return model
 
 
 def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data, source: str) -> None:
@@ -196,19 +199,19 @@ def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data,
 
 
 def extract_features(
-    model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device, precision: str
+    model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device
 ) -> tuple[Data, dict[str, list[Tensor]], dict]:
     """The images that can be read, their features by part (for training one table for each view), and how they came.
 
-    Training may see bf16 features. Validation, test and inference compute in fp32, on every machine.
     Raises ValueError if too few images can be read.
     """
-    views = {"train": [(precision, mirrored) for mirrored in (False, True)[: args.views]]}
-    views |= {"val": [("fp32", False)], "test": [("fp32", False)]}
-    folder, found = args.cache / "features", {}
-    for part in views:
-        images = getattr(data, part)
-        found[part] = [train_utils.cached_features(model, images, folder, device, *view) for view in views[part]]
+    folder = args.cache / "features"
+    found = {
+        part: [train_utils.cached_features(model, getattr(data, part), folder, device)]
+        for part in ("train", "val", "test")
+    }
+    if args.views == 2:
+        found["train"].append(train_utils.cached_features(model, data.train, folder, device, mirrored=True))
     read = {part: torch.stack([each.rows for each in its]).amin(dim=0) >= 0 for part, its in found.items()}
     read = {part: which.nonzero().flatten() for part, which in read.items()}
     readable = replace(data, **{part: getattr(data, part).subset(indices) for part, indices in read.items()})
@@ -229,12 +232,12 @@ def extract_features(
     return readable, {part: [each.of(read[part]) for each in its] for part, its in found.items()}, about
 
 
-def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
+def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> Outcome:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data.classes, args, args.seed)
     for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
         check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
-    readable, features, about = extract_features(model, data, args, device, precision)
+    readable, features, about = extract_features(model, data, args, device)
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
     )
@@ -244,6 +247,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         return Batches(load, getattr(readable, part).labels, recipe.batch_size, device, seed)
 
     val, test, kept = batches("val"), batches("test"), []
+    precision = models.pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
     for seed in range(args.seed, args.seed + args.seeds):
         candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
         classifier = candidate.classifier.to(device)
@@ -268,7 +272,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
             "test": [loss_and_accuracy(logits, readable.test.labels)[1] for _, logits, *_ in kept],
         },
         "features": about,
-        "precision": {"training_features": precision, "training": precision, "evaluation": "fp32"},
+        "precision": {"features": model.precision, "training": precision},
         "seconds": {"features": about["seconds"], "classifier": seconds},
         "history": history,
     }
@@ -277,10 +281,11 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     )
 
 
-def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, precision: str) -> Outcome:
+def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -> Outcome:
     """Trains the backbone as well, starting from the trained classifier. Continues a training that was interrupted."""
     model, data = frozen.model, frozen.data
-    precision = "fp32" if device.type == "cpu" else precision  # on a CPU the backward pass is slower in bf16
+    # on a CPU the backward pass is slower in bf16
+    precision = "fp32" if device.type == "cpu" else models.pick_precision("auto", device)
     batch_size = min(args.batch_size, FINE_TUNING.batch_size)
     recipe = replace(
         FINE_TUNING,
@@ -307,7 +312,7 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, p
         print(f"{model.name}: continuing after {len(training.history)} of {recipe.epochs} epochs")
     train_utils.fit(training, model.name, after_epoch=lambda: train_utils.save_progress(progress, training, key))
 
-    fast, accuracies, answers = models.fast_copy(model, device, "fp32"), {}, {}
+    fast, accuracies, answers = models.fast_copy(model, device), {}, {}
     for part in ("val", "test"):
         images = getattr(data, part)
         logits = torch.cat([logits for _, [logits], _ in models.run_images([fast], images.items)])
@@ -318,7 +323,7 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device, p
         **frozen.row,
         "recipe": asdict(recipe),
         "accuracy_by_seed": accuracies,
-        "precision": {**frozen.row["precision"], "training": precision},
+        "precision": {"features": model.precision, "training": precision},
         "seconds": {**frozen.row["seconds"], "fine_tuning": training.seconds},
         "history": training.history,
     }

@@ -1,6 +1,6 @@
 """Features extracted once, classifiers trained on them: the recipe, the feature cache, the training loop, the metrics.
 
-    features = cached_features(model, data.train, Path("data/features"), device, "bf16")
+    features = cached_features(model, data.train, Path("data/features"), device)
     train = Batches(feature_loader([features.table], device), data.train.labels, 512, device, seed=0)
     fit_classifier(model.classifier, train, val, RECIPE, "fp32", "classifier")
 
@@ -134,7 +134,6 @@ def cached_features(
     images: Images,
     folder: Path,
     device: torch.device,
-    precision: str,
     mirrored: bool = False,
 ) -> Features:
     """The features of all images, or of their mirror images. Only those that are not in `folder` yet are computed.
@@ -151,14 +150,14 @@ def cached_features(
         "weights": content_hash(model.features.state_dict()),
         "width": model.width,
         "preprocessing": model.preprocessing,
-        "precision": precision,
+        "precision": model.precision,
         "device": device.type,
         "torch": torch.__version__,
         "mirrored": mirrored,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{model.backbone}-{digest}.features"
-    kept = "<f4" if precision == "fp32" else "<f2"  # float16 holds more digits than bf16
+    kept = "<f4" if model.precision == "fp32" else "<f2"  # float16 holds more digits than bf16
     layout = np.dtype([("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), ("features", kept, (model.width,))])
     ids = [image.encode() for image in images.ids()]
     errors: list[ImageError] = []
@@ -169,7 +168,7 @@ def cached_features(
             if found:
                 print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
             output = mirrored_features if mirrored else TransferModel.forward_features
-            outputs = run_images([fast_copy(model, device, precision)], (images.items[i] for i in missing), output)
+            outputs = run_images([fast_copy(model, device)], (images.items[i] for i in missing), output)
             title, position, before = f"{model.backbone} features" + " (mirrored)" * mirrored, 0, time.perf_counter()
             with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
                 for items, [block], failed in outputs:
@@ -181,7 +180,7 @@ def cached_features(
                         records["features"] = block[good].numpy()
                     records["checksum"] = [zlib.crc32(row) for row in records["features"]]
                     if not np.isfinite(records["features"]).all():
-                        raise FloatingPointError(f"features of {model.backbone} overflow in {precision}: use fp32")
+                        raise FloatingPointError(f"features of {model.backbone} overflow in {model.precision}")
                     after = synchronized_time(device)
                     records["seconds"] = (after - before) / max(1, len(good))
                     stream.write(records.tobytes())
@@ -665,7 +664,7 @@ def interval(accuracy: float, count: int) -> tuple[float, float]:
 
 
 def cost(model: TransferModel, device: torch.device) -> dict:
-    """Multiply-adds of one forward pass, and images a second in fp32: one at a time, and many.
+    """Multiply-adds of one forward pass, and images a second: one at a time, and many.
 
     The images are black arrays of the model's size. Many are as many as should take about a second.
     """
@@ -675,7 +674,7 @@ def cost(model: TransferModel, device: torch.device) -> dict:
         one_thread(),
     ):  # inference_mode would hide the operators
         model.eval().classifier(model.forward_features(model.example()).float())
-    fast, size = fast_copy(model, device, "fp32"), model.preprocessing["image_size"]
+    fast, size = fast_copy(model, device), model.preprocessing["image_size"]
     image = np.zeros((size, size, 3), np.uint8)
 
     def seconds(count: int, batch_size: int) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
@@ -124,15 +125,16 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
         area = 20 + 600 * count[there] / count.sum()
         label = f"{when} scaling: error {bins['ece']:.1%}"
         fade = 0.7 * (count[there] / 20).clip(0.15, 1)  # an accuracy of few images means little
-        axes.scatter(confidence[there], accuracy[there], area, color=shade, alpha=fade, label=label)
+        inks = [to_rgba(shade, alpha) for alpha in fade]
+        axes.scatter(confidence[there], accuracy[there], area, color=inks, label=label)
     figure.suptitle(title, fontsize=14)
     axes.set_xlabel("confidence", fontsize=12)
     axes.set_ylabel("test accuracy", fontsize=12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    for handle in axes.legend(fontsize=12, loc="lower right").legend_handles:
-        handle.set(sizes=[60], alpha=0.7)
+    for handle, ink in zip(axes.legend(fontsize=12, loc="lower right").legend_handles, ("#999999", color), strict=True):
+        handle.set(sizes=[60], color=ink)
     return figure
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_data, run_script
-from models import Classifier, TransferModel, one_thread, pick_device, pick_precision
+from models import Classifier, TransferModel, one_thread, pick_device
 from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier, fit_linear
 
 COLUMNS = ("ours", "the network alone", "ridge regression", "logistic regression")
@@ -42,9 +42,8 @@ def main() -> int:
     device, data = pick_device(), load_data(args.data)
     for name in args.models:
         model = TransferModel(name, data.classes)
-        folder, precision = Path("data/features"), pick_precision("auto", device)
-        parts = ((data.train, precision), (data.val, "fp32"), (data.test, "fp32"))
-        found = [cached_features(model, images, folder, device, precision) for images, precision in parts]
+        parts, folder = (data.train, data.val, data.test), Path("data/features")
+        found = [cached_features(model, images, folder, device) for images in parts]
         train, val, test = (
             (f.of(f.readable), part.labels[f.readable]) for f, (part, _) in zip(found, parts, strict=True)
         )

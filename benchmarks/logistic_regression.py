@@ -18,7 +18,7 @@ from sklearn.preprocessing import StandardScaler
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_data, run_script
-from models import BACKBONES, TransferModel, pick_device, pick_precision
+from models import BACKBONES, TransferModel, pick_device
 from train_utils import cached_features
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C: smaller values regularise more
@@ -31,12 +31,10 @@ def main() -> int:
     args = parser.parse_args()
     device = pick_device()
     data = load_data(args.data)
-    parts = ((data.train, pick_precision("auto", device)), (data.val, "fp32"), (data.test, "fp32"))
+    parts, folder = (data.train, data.val, data.test), Path("data/features")
     for name in args.models:
         model = TransferModel(name, data.classes)
-        features = [
-            cached_features(model, images, Path("data/features"), device, precision) for images, precision in parts
-        ]
+        features = [cached_features(model, images, folder, device) for images in parts]
         model.levels = []
         width = model.forward_features(model.example()).shape[1]  # of the last block alone, whose columns come last
         train, val, test = (part.of(part.readable)[:, -width:].float().numpy() for part in features)

@@ -70,9 +70,9 @@ def accuracies(name: str, data: Data, seeds: int, device: torch.device, precisio
     A pretrained classifier keeps its own hidden layer: "-" for the variants that change it.
     """
     folder, frozen = Path("data/features"), TransferModel(name, data.classes)
-    views = [cached_features(frozen, data.train, folder, device, precision, mirrored) for mirrored in (False, True)]
+    views = [cached_features(frozen, data.train, folder, device, mirrored) for mirrored in (False, True)]
     views = [view.of(view.readable) for view in views]
-    val = cached_features(frozen, data.val, folder, device, "fp32")
+    val = cached_features(frozen, data.val, folder, device)
     load_val = feature_loader([val.of(val.readable)], device)
     cells = []
     for title, variant in VARIANTS.items():

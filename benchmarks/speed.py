@@ -81,6 +81,7 @@ def main() -> int:
         for name in args.models:
             torch.manual_seed(0)
             model = TransferModel(name, "0123456789", pretrained=False)
+            model.precision = precision
             rates[name] = {"a": obvious_loop(name, root, args.seconds, device)}
             rates[name] |= frozen_passes(model, files, Path(scratch), args.seconds / 5, device, precision)
             epochs[name] = classifier_epoch(model, device, precision)
@@ -139,7 +140,7 @@ def frozen_passes(
     images, passes, rounds = Images(files, torch.zeros(len(files))), bare_passes(model, device, precision), []
     for turn in range(ROUNDS):
         bare = [bare_rate(each, model, seconds, device, precision) for each in passes]
-        features = cached_features(model, images, scratch / f"features{turn}", device, precision)
+        features = cached_features(model, images, scratch / f"features{turn}", device)
         rounds.append([len(files) / features.seconds, *bare])
     ours, *bare = np.median(rounds, axis=0).tolist()
     rates = {"b": ours, "c": 0, "d": 0, "e": 0}

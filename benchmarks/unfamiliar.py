@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Data, ImageError, find_images, load_data, read_image, run_script
-from models import TransferModel, fast_copy, one_thread, pick_device, pick_precision, run_images
+from models import TransferModel, fast_copy, one_thread, pick_device, run_images
 from train_utils import RECIPE, Batches, cached_features, feature_loader, fit_classifier, fit_familiarity
 
 COUNT = 300  # images of each kind
@@ -100,8 +100,7 @@ def train(name: str, data: Data) -> TransferModel:
     device, folder = pick_device(), Path("data/features")
     torch.manual_seed(0)
     model = TransferModel(name, data.classes)
-    parts = ((data.train, pick_precision("auto", device)), (data.val, "fp32"))
-    features = [cached_features(model, images, folder, device, precision) for images, precision in parts]
+    features = [cached_features(model, images, folder, device) for images in (data.train, data.val)]
     features = [part.of(part.readable) for part in features]
     batches = [
         Batches(feature_loader([table], device), images.labels, RECIPE.batch_size, device, seed)
@@ -110,7 +109,7 @@ def train(name: str, data: Data) -> TransferModel:
     with one_thread():
         fit_classifier(model.classifier, *batches, RECIPE, "fp32", name)
         model.familiarity = fit_familiarity(len(data.classes), features[0], data.train.labels, features[1])
-    return fast_copy(model, device, "fp32")
+    return fast_copy(model, device)
 
 
 def measure(model: TransferModel, own: list[np.ndarray], kinds: dict[str, list[np.ndarray]]) -> dict[str, tuple]:

@@ -20,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Data, Images, load_data, read_image, run_script
-from models import TransferModel, one_thread, pick_device, pick_precision
+from models import TransferModel, one_thread, pick_device
 from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier
 
 
@@ -62,7 +62,7 @@ def accuracy(name: str, data: Data, crop: bool, scratch: str) -> float:
     model = TransferModel(name, data.classes)
     model.preprocessing["crop"] = crop
     parts = [getattr(data, part) for part in PARTS]
-    features = [cached_features(model, part, Path(scratch), device, pick_precision("auto", device)) for part in parts]
+    features = [cached_features(model, part, Path(scratch), device) for part in parts]
     loads = [feature_loader([each.of(each.readable)], device) for each in features]
     for seed in range(3):
         torch.manual_seed(seed)
