@@ -86,7 +86,8 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
     upper, *lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if len(names) > MANY else [figure]
     axes = upper.subplots()
     axes.imshow(np.ma.masked_where(~right, shares), cmap="Blues", vmin=0, vmax=1)
-    axes.imshow(np.ma.masked_where(right, shares), cmap="Oranges", vmin=0, vmax=max(shares[~right].max(), 1e-6))
+    largest = max(shares[~right].max(), 1e-6)
+    axes.imshow(np.ma.masked_where(right, shares), cmap="Oranges", vmin=0, vmax=largest)
     axes.set_title(f"{title}\n{counts[right].sum() / counts.sum():.1%} of {counts.sum():,} right", fontsize=15)
     axes.set_xlabel("predicted", fontsize=12)
     axes.set_ylabel("true, recall", fontsize=12)
@@ -106,7 +107,7 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
     recalls = [f"{name}  {recall:.0%}" for name, recall in zip(names, shares[right], strict=True)]
     axes.set_yticks(range(len(names)), recalls, fontsize=11, **font)
     for row, column in np.argwhere(counts):
-        color = "white" if row == column and shares[row, column] > 0.5 else "black"
+        color = "white" if shares[row, column] > (0.5 if row == column else 0.6 * largest) else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
     return figure
 
@@ -121,7 +122,7 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
         bins = calibration[when]
         count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
         there = count > 0
-        axes.plot(confidence[there], accuracy[there], color=shade, linewidth=2)
+        axes.plot(confidence[count >= 10], accuracy[count >= 10], color=shade, linewidth=2)
         area = 20 + 600 * count[there] / count.sum()
         label = f"{when} scaling: error {bins['ece']:.1%}"
         fade = 0.7 * (count[there] / 20).clip(0.15, 1)  # an accuracy of few images means little
