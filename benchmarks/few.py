@@ -44,9 +44,7 @@ def main() -> int:
         model = TransferModel(name, data.classes)
         parts, folder = (data.train, data.val, data.test), Path("data/features")
         found = [cached_features(model, images, folder, device) for images in parts]
-        train, val, test = (
-            (f.of(f.readable), part.labels[f.readable]) for f, (part, _) in zip(found, parts, strict=True)
-        )
+        train, val, test = ((f.of(f.readable), part.labels[f.readable]) for f, part in zip(found, parts, strict=True))
         model.levels = []
         last = model.forward_features(model.example()).shape[1]  # columns of the last block, the last ones
         print(f"\n| {model.label}, images of each class | {' | '.join(COLUMNS)} |\n| --- |" + " ---: |" * len(COLUMNS))
