@@ -311,7 +311,7 @@ def find_images(folder: Path, unused: Counter[str]) -> Iterator[Path]:
 def not_used(unused: Counter[str]) -> str:
     """A line about the files that find_images left out."""
     reasons = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
-    return f"{unused.total()} files not used: {reasons}"
+    return f"{unused.total()} file{'s' * (unused.total() > 1)} not used: {reasons}"
 
 
 def _begins_as_image(path: str) -> bool:

@@ -92,7 +92,7 @@ def test_no_range_of_pixels_comes_out_black(tmp_path, kind, low, high):
 
 def test_an_embedded_profile_is_converted_and_a_damaged_one_ignored(tmp_path):
     swapped = bytearray(SRGB)  # red and blue change places
-    tags = {bytes(SRGB[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(SRGB[128:132]), 12)}
+    tags = {bytes(SRGB[at : at + 4]): at for at in range(132, 132 + 12 * int.from_bytes(SRGB[128:132], "big"), 12)}
     for tag, other in ((b"rXYZ", b"bXYZ"), (b"bXYZ", b"rXYZ")):
         swapped[tags[tag] + 4 : tags[tag] + 12] = SRGB[tags[other] + 4 : tags[other] + 12]
     for name, profile in (("srgb", SRGB), ("swapped", bytes(swapped)), ("damaged", SRGB[:200])):
