@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,7 +153,9 @@ def _content(source: str, classes: tuple[str, ...], *parts: Images | None) -> st
             if isinstance(item, np.ndarray):
                 digest.update(np.ascontiguousarray(item))
             else:
-                size = os.path.getsize(item) if os.path.exists(item) else 0
+                size = 0
+                with suppress(OSError):  # the file is gone
+                    size = os.path.getsize(item)
                 digest.update(os.fsencode(str(item).removeprefix(source)) + f"\0{size}\0".encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -224,6 +226,7 @@ def _folder(root: Path, unused: Counter[str]) -> tuple[tuple[str, ...], Images, 
             raise ValueError(f"{root} has both {parts[split].name}/ and {name}/: keep one of them")
         if split:
             parts[split] = root / name
+    inside: dict[str, list[str]] = {}  # the class folders of each part
     if not parts:
         classes, parts = tuple(names), {"train": root}
     elif "train" not in parts:
@@ -231,11 +234,17 @@ def _folder(root: Path, unused: Counter[str]) -> tuple[tuple[str, ...], Images, 
     else:
         for name in set(names) - {folder.name for folder in parts.values()}:
             unused[f"in {printable(name)}/"] += _count_files(root / name)
-        classes = tuple(_folders(parts["train"], unused))
+        inside = {split: _folders(folder, unused) for split, folder in parts.items()}
+        classes = tuple(inside["train"])
     if not classes:
         raise ValueError(f"no class folders in {parts['train']}; --data expects{EXPECTED_TREE.format(root=root)}")
     if len(classes) == 1:
         raise ValueError(f"{parts['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
+    for split, found in inside.items():
+        if unknown := ", ".join(sorted(set(found) - set(classes))):
+            raise ValueError(
+                f"{parts[split]} has a class that the training images lack: {unknown}; rename it, or add it there"
+            )
     train, val, test = (_labelled(parts[split], classes, unused) if split in parts else None for split in SPLITS)
     return classes, train, val, test
 
@@ -249,12 +258,11 @@ def _folders(folder: Path, unused: Counter[str]) -> list[str]:
     """The names of the folders in a folder, sorted."""
     names = []
     for entry in os.scandir(folder):
-        if os.path.isdir(entry.path) and not _is_hidden(entry.name):
+        is_folder = os.path.isdir(entry.path)  # or a link to one
+        if is_folder and not _is_hidden(entry.name):
             names.append(entry.name)
         else:
-            unused["in hidden folders" if os.path.isdir(entry.path) else "beside the class folders"] += _count_files(
-                entry.path
-            )
+            unused["in hidden folders" if is_folder else "beside the class folders"] += _count_files(entry.path)
     return sorted(names)
 
 
@@ -267,11 +275,7 @@ def _count_files(path: str | Path) -> int:
 
 
 def _labelled(folder: Path, classes: tuple[str, ...], unused: Counter[str]) -> Images:
-    """The images below `folder`, labelled by the name of their class folder. A class may be missing, not added."""
-    if unknown := sorted(set(_folders(folder, Counter())) - set(classes)):
-        raise ValueError(
-            f"{folder} has a class that the training images lack: {', '.join(unknown)}; rename it, or add it there"
-        )
+    """The images below `folder`, labelled by the name of their class folder. A class may be missing."""
     items, labels = [], []
     for label, name in enumerate(classes):
         found = list(find_images(folder / name, unused)) if (folder / name).is_dir() else []
@@ -367,6 +371,18 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     except Exception as error:  # damaged files make Pillow raise nearly any exception
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ImageError(f"{item}: {reason}") from error
+
+
+def read_shown(captioned: Iterable[tuple[Item, str]], limit: int) -> tuple[list[np.ndarray], list[str]]:
+    """The first images that can be read, (H, W, 3), and their captions, for a plot. A file may have vanished."""
+    images, captions = [], []
+    for item, caption in captioned:
+        if len(images) == limit:
+            break
+        with suppress(ImageError):
+            images.append(read_image(item).permute(1, 2, 0).numpy())
+            captions.append(caption)
+    return images, captions
 
 
 @lru_cache

@@ -33,6 +33,7 @@ from data import (
     printable,
     rate,
     read_image,
+    read_shown,
     run_script,
     whole_file,
 )
@@ -160,11 +161,11 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
     drawn = [printable(label) for label in classes]
     figures = {"confusion": visualization.plot_confusion(name, found["confusion_matrix"], drawn)}
     if wrong:
-        images = [read_image(Path(r["path"])).permute(1, 2, 0).numpy() for r in wrong[:SAMPLE]]
-        captions = [
-            f"{printable(r['true'])}\ntaken for {printable(r['label'])}, {r['probability']:.0%}" for r in wrong[:SAMPLE]
-        ]
-        figures["mistakes"] = visualization.plot_predictions(images, captions)
+        captioned = (
+            (Path(r["path"]), f"{printable(r['true'])}\ntaken for {printable(r['label'])}, {r['probability']:.0%}")
+            for r in wrong
+        )
+        figures["mistakes"] = visualization.plot_predictions(*read_shown(captioned, SAMPLE))
     for what, figure in figures.items():
         visualization.save(figure, output / f"{name}_{what}.png")
 

@@ -19,7 +19,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -34,7 +33,7 @@ import train_utils
 import visualization
 from data import (
     Data,
-    ImageError,
+    Item,
     first_line,
     load_data,
     locked,
@@ -42,6 +41,7 @@ from data import (
     printable,
     rate,
     read_image,
+    read_shown,
     run_script,
     seed_number,
     whole_file,
@@ -81,11 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
     add("--models", nargs="+", type=backbone, metavar="NAME", default=three,
         help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
-    add(
-        "--data",
-        default="cifar10",
-        help="cifar10, or a folder of class folders, or of train/ and test/ with class folders",
-    )
+    add("--data", default="cifar10", help="cifar10, a folder of class folders, or one of train/ and test/ with such")
     add("--epochs", type=positive, default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
     add("--lr", type=rate, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
@@ -489,13 +485,12 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     visualization.save(figure, folder / f"{stem}_reliability.png")
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
-    images, captions = [], []
-    for i in wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist():
-        with suppress(ImageError):  # a file may have vanished
-            images.append(read_image(test.items[i]).permute(1, 2, 0).numpy())
-            captions.append(f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}, {confidence[i]:.0%}")
-        if len(images) == MISTAKES:
-            break
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
+    captioned = (
+        (test.items[i], f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}, {confidence[i]:.0%}")
+        for i in wrong
+    )
+    images, captions = read_shown(captioned, MISTAKES)
     if images:
         visualization.save(visualization.plot_predictions(images, captions), folder / f"{stem}_mistakes.png")
 
@@ -507,20 +502,22 @@ def check_data(outcome: Outcome, folder: Path) -> None:
     place = [(part, i) for part, images in parts.items() for i in range(len(images))]
     labels = [int(label) for images in parts.values() for label in images.labels]
 
-    def read(index: int, size: int = 32) -> Tensor:
+    def item(index: int) -> Item:
         part, i = place[index]
-        return read_image(parts[part].items[i], size)
+        return parts[part].items[i]
 
     print("\nlooking for copies among the images and for doubtful labels")
     with models.one_thread():
         copies, doubtful = train_utils.check_data(
-            outcome.features, [images.labels for images in parts.values()], len(model.classes), read
+            outcome.features,
+            [images.labels for images in parts.values()],
+            len(model.classes),
+            lambda i: read_image(item(i), 32),
         )
 
     def about(index: int) -> dict:
         part, i = place[index]
-        item = parts[part].items[i]
-        name = str(item) if isinstance(item, Path) else f"{part} image {i}"
+        name = str(item(index)) if isinstance(item(index), Path) else f"{part} image {i}"
         return {"path": name, "part": part, "label": model.classes[labels[index]]}
 
     leaked = sorted({place[i][1] for pair in copies for i in pair["images"] if place[i][0] == "test"})
@@ -546,18 +543,14 @@ def check_data(outcome: Outcome, folder: Path) -> None:
     print(f"{len(doubtful)} labels look doubtful: see {folder / 'data.json'}")
     names = [printable(name) for name in model.classes]
     shown = [
-        (i, f"{place[i][0]}: {names[labels[i]]}\ncopy, {pair['correlation']:.0%}")
+        (item(i), f"{place[i][0]}: {names[labels[i]]}\ncopy, {pair['correlation']:.0%}")
         for pair in (two + copies)[:4]
         for i in pair["images"]
     ]
     for image in doubtful[: MISTAKES - len(shown)]:
         i, rather = image["image"], names[image["label"]]
-        shown.append((i, f"{names[labels[i]]}?\nrather {rather}, {image['probability']:.0%}"))
-    images, captions = [], []
-    for i, caption in shown:
-        with suppress(ImageError):
-            images.append(read(i, 224).permute(1, 2, 0).numpy())
-            captions.append(caption)
+        shown.append((item(i), f"{names[labels[i]]}?\nrather {rather}, {image['probability']:.0%}"))
+    images, captions = read_shown(shown, MISTAKES)
     if images:
         figure = visualization.plot_predictions(images, captions)
         visualization.save(figure, folder / f"{models.find_backbone(model.backbone).plot}_data.png")

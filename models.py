@@ -539,13 +539,11 @@ def predictions(
             if i in errors:
                 yield item, [{**path, "error": str(errors[i])}]
                 continue
-            records = [
-                {
-                    **{**path, "model": model.name, **_best(answer[i], model.classes, top_k)},
-                    **({} if model.familiarity is None else {"unfamiliar": bool(rows[i, -1] > 1)}),
-                }
-                for model, answer, rows in zip(models, answers, outputs, strict=True)
-            ]
+            records = []
+            for model, answer, rows in zip(models, answers, outputs, strict=True):
+                records.append({**path, "model": model.name, **_best(answer[i], model.classes, top_k)})
+                if model.familiarity is not None:
+                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 1)
             if ensemble:
                 best = _best(together[i], models[0].classes, top_k)
                 agreement = sum(record["label"] == best["label"] for record in records) / len(records)

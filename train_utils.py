@@ -668,11 +668,7 @@ def cost(model: TransferModel, device: torch.device) -> dict:
 
     The images are black arrays of the model's size. Many are as many as should take about a second.
     """
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-        one_thread(),
-    ):  # inference_mode would hide the operators
+    with FlopCounterMode(display=False) as counter, one_thread(), torch.no_grad():  # inference_mode hides operators
         model.eval().classifier(model.forward_features(model.example()).float())
     fast, size = fast_copy(model, device), model.preprocessing["image_size"]
     image = np.zeros((size, size, 3), np.uint8)

@@ -229,15 +229,16 @@ def test_what_is_not_used_is_counted_and_why(photos):
         (red / name).write_bytes(b"" if name == "empty" else b"\0\0\0\x18ftypheic")
     for folder in (".thumbnails", "@eaDir", "deeper"):
         draw(red / folder / "x.png", (200, 50, 40), seed=1)
-    draw(photos / "train" / "loose.png", (0, 0, 0), seed=1)
+    for part in ("train", "test"):
+        draw(photos / part / "loose.png", (0, 0, 0), seed=1)
     draw(photos / "more" / "x.png", (0, 0, 0), seed=1)
     shutil.rmtree(photos / "test" / "green")
     data = load_data(str(photos))
     assert len(data.train) + len(data.val) == 63  # 60, two by their content, one deeper
-    assert data.notes[0].startswith("11 files not used: ")
+    assert data.notes[0].startswith("12 files not used: ")
     for reason in (
         *("2 .heic (pip install pillow-heif)", "1 .jxl (pip install pillow-jxl-plugin)", "1 .mp4", "1 .txt"),
-        *("1 hidden", "1 without extension", "2 in hidden folders", "1 beside the class folders", "1 in more/"),
+        *("1 hidden", "1 without extension", "2 in hidden folders", "2 beside the class folders", "1 in more/"),
     ):
         assert reason in data.notes[0]
     assert data.notes[1:] == ("no test image of 'green'",)
