@@ -32,7 +32,6 @@ from data import (
     positive,
     printable,
     rate,
-    read_image,
     read_shown,
     run_script,
     whole_file,
@@ -170,6 +169,26 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
         visualization.save(figure, output / f"{name}_{what}.png")
 
 
+def choose_images(
+    args: argparse.Namespace, model: TransferModel, unused: Counter[str]
+) -> tuple[Iterable[Item], list[str] | None, str]:
+    """The images, their true labels if these are known, and what an image without a path is called."""
+    if not args.paths:
+        source = model.metrics.get("data", "cifar10")
+        data = load_data(source)
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
+        sample = data.test.subset(order[:SAMPLE])
+        return sample.items, [data.classes[label] for label in sample.labels], f"{source} test image"
+    items = expand(args.paths, args.separator, unused)
+    if not args.evaluate:
+        return items, None, "image"
+    items = list(items)
+    truth = [path.relative_to(args.paths[0]).parts[0] for path in items]
+    if unknown := sorted(set(truth) - set(model.classes)):
+        raise ValueError(f"{args.paths[0]} has folders that are no classes of the model: {', '.join(unknown[:5])}")
+    return items, truth, "image"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
@@ -187,51 +206,42 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--evaluate takes models with the same classes: name them with --checkpoint")
 
     unused: Counter[str] = Counter()
-    items, truth, plot, top_k = expand(args.paths, args.separator, unused), None, args.plot, args.top_k
-    if not args.paths:
-        source = models[0].metrics.get("data", "cifar10")
-        data = load_data(source)
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-        sample = data.test.subset(order[:SAMPLE])
-        items, truth = sample.items, [data.classes[label] for label in sample.labels]
-        plot = args.plot or Path("plots/predictions.png")
-    elif args.evaluate:
-        items, top_k = list(items), len(classes)
-        truth = [path.relative_to(args.paths[0]).parts[0] for path in items]
-        if unknown := sorted(set(truth) - set(classes)):
-            raise ValueError(f"{args.paths[0]} has folders that are no classes of the model: {', '.join(unknown[:5])}")
-
+    items, truth, unnamed = choose_images(args, models[0], unused)
+    plot = args.plot or (None if args.paths else Path("plots/predictions.png"))
     write = writer(args.format, len(models) > 1)
     answers: dict[str, list[dict]] = {}  # of --evaluate, by model
-    drawn: list[tuple[Item, str, bool]] = []  # images, their captions, and whether they are right
+    drawn: list[tuple[Item, str]] = []  # images and their captions
+    marks: list[bool] = []  # whether those are right
     good = bad = right = 0
     fast = [fast_copy(model, device, precision) for model in models]
-    total = len(truth) if truth else None
-    bar = Progress(total, "inference", disable=sys.stdout.isatty() and not args.evaluate)
+    bar = Progress(len(truth) if truth else None, "inference", disable=sys.stdout.isatty() and not args.evaluate)
+    top_k = len(classes) if args.evaluate else args.top_k
     for i, (item, records) in enumerate(predictions(fast, items, top_k, ensemble)):
         bar.update()
         for record in records:
-            record["path"] = record["path"] or f"{source} test image {i}"
+            record["path"] = record["path"] or f"{unnamed} {i}"
             if truth:
                 record["true"] = truth[i]
-            if args.threshold and "error" not in record:
-                record["unsure"] = record["probability"] < args.threshold
-            if "error" in record or not args.evaluate:
-                write(record)
-            for answer in (record, *record.get("models", ())) if args.evaluate and "error" not in record else ():
-                answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
         if "error" in records[0]:
+            write(records[0])
             bad += 1
             continue
-        good += 1
         is_right = bool(truth) and records[0]["label"] == truth[i]
-        right += is_right
+        good, right = good + 1, right + is_right
+        for record in records:
+            if args.threshold:
+                record["unsure"] = record["probability"] < args.threshold
+            if not args.evaluate:
+                write(record)
+                continue
+            for answer in (record, *record.get("models", ())):
+                answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
         if plot and len(drawn) < SAMPLE:
-            each = records[0].get("models", records)
-            lines = [
-                f"{m.label}: {printable(r['label'])} {r['probability']:.0%}" for m, r in zip(models, each, strict=True)
-            ]
-            drawn.append((item, "\n".join([printable(truth[i]), *lines] if truth else lines), is_right))
+            lines = [printable(truth[i])] if truth else []
+            for model, answer in zip(models, records[0].get("models", records), strict=True):
+                lines.append(f"{model.label}: {printable(answer['label'])} {answer['probability']:.0%}")
+            drawn.append((item, "\n".join(lines)))
+            marks.append(is_right)
     bar.close()
     if unused.total():
         print(not_used(unused), file=sys.stderr)
@@ -246,9 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     if drawn:
         import visualization  # here, because importing matplotlib takes longer than classifying an image
 
-        images = [read_image(item).permute(1, 2, 0).numpy() for item, *_ in drawn]
-        captions, marks = [caption for _, caption, _ in drawn], [is_right for *_, is_right in drawn] if truth else None
-        visualization.save(visualization.plot_predictions(images, captions, marks), plot)
+        figure = visualization.plot_predictions(*read_shown(drawn, SAMPLE), marks if truth else None)
+        visualization.save(figure, plot)
         print(f"{plot} shows {len(drawn)} of them", file=sys.stderr)
     return 0 if not bad + skipped else 1 if good else 2
 
