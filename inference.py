@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,9 +37,21 @@ from data import (
     run_script,
     whole_file,
 )
-from models import DTYPES, TransferModel, fast_copy, load_checkpoint, pick_device, pick_precision, predictions
+from models import (
+    DTYPES,
+    TransferModel,
+    export,
+    fast_copy,
+    heat_map,
+    load_checkpoint,
+    pick_device,
+    pick_precision,
+    predictions,
+    run_images,
+)
 
-SAMPLE = 12  # images in plots/predictions.png
+SAMPLE = 12  # images in plots/predictions.png and of --explain
+SIMILAR = 5  # training images beside each image of --explain
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
+    add("--explain", type=Path, metavar="FILE",
+        help="draw them with what decided their labels, and with the training images most like them")  # fmt: skip
+    add("--cache", type=Path, default=Path("data"), metavar="DIR",
+        help="where main_train.py keeps CIFAR-10 and the features (default: data)")  # fmt: skip
+    add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     add("--precision", choices=("auto", *DTYPES), help="of the features (default: that of the model's training)")
     args = parser.parse_args(argv)
@@ -169,13 +187,41 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
         visualization.save(figure, output / f"{name}_{what}.png")
 
 
+def explain(model: TransferModel, drawn: list[tuple[Item, str]], device: torch.device, cache: Path, file: Path) -> None:
+    """Draws what decided each image's label, and the training images whose features are most like its own."""
+    import train_utils
+    import visualization
+
+    images, captions = read_shown(drawn, SAMPLE)
+    heat, similar = [], []
+    if isinstance(model.features, torch.nn.Sequential):
+        rows = torch.cat([rows for _, [rows], _ in run_images([model.to(device)], images, heat_map)])
+        side = math.isqrt(rows.shape[1])
+        heat = rows.reshape(-1, side, side).numpy()
+    data = load_data(model.metrics["data"], cache)
+    known = train_utils.cached_features(model, data.train, cache / "features", device, compute=False)
+    if len(known.readable):
+        fast = fast_copy(model, device)
+        rows = torch.cat([rows for _, [rows], _ in run_images([fast], images, TransferModel.forward_features)])
+        for found in train_utils.most_similar(model, rows, known, SIMILAR):
+            names = [
+                (data.train.items[i], f"{data.classes[data.train.labels[i]]}\n{cosine:.2f}") for i, cosine in found
+            ]
+            similar.append(list(zip(*read_shown(names, SIMILAR), strict=True)))
+    else:
+        print(
+            f"{cache / 'features'} has no features of {model.name}'s training images to compare with", file=sys.stderr
+        )
+    visualization.save(visualization.plot_explanations(images, captions, heat, similar), file)
+
+
 def choose_images(
     args: argparse.Namespace, model: TransferModel, unused: Counter[str]
 ) -> tuple[Iterable[Item], list[str] | None, str]:
     """The images, their true labels if these are known, and what an image without a path is called."""
     if not args.paths:
         source = model.metrics.get("data", "cifar10")
-        data = load_data(source)
+        data = load_data(source, args.cache)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
         sample = data.test.subset(order[:SAMPLE])
         return sample.items, [data.classes[label] for label in sample.labels], f"{source} test image"
@@ -205,6 +251,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.evaluate and not alike:
         raise ValueError("--evaluate takes models with the same classes: name them with --checkpoint")
 
+    if args.export:
+        if len(models) > 1:
+            raise ValueError("--export takes one model: name it with --checkpoint")
+        export(models[0], args.export)
+        print(f"{args.export} takes uint8 images (B, 3, {models[0].preprocessing['image_size']}, ...) ")
+        return 0
     unused: Counter[str] = Counter()
     items, truth, unnamed = choose_images(args, models[0], unused)
     plot = args.plot or (None if args.paths else Path("plots/predictions.png"))
@@ -236,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for answer in (record, *record.get("models", ())):
                 answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
-        if plot and len(drawn) < SAMPLE:
+        if (plot or args.explain) and len(drawn) < SAMPLE:
             lines = [printable(truth[i])] if truth else []
             for model, answer in zip(models, records[0].get("models", records), strict=True):
                 lines.append(f"{model.label}: {printable(answer['label'])} {answer['probability']:.0%}")
@@ -253,7 +305,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
     elif truth and args.format == "text":
         print(f"{right} of {good} right" + (f" ({models[0].name})" if len(models) > 1 and not ensemble else ""))
-    if drawn:
+    if drawn and args.explain:
+        best = max(models, key=lambda model: model.metrics.get("val_accuracy", 0))
+        explain(best, drawn, device, args.cache, args.explain)
+        print(f"{args.explain} explains what {best.name} says of {len(drawn)} of them", file=sys.stderr)
+    if drawn and plot:
         import visualization  # here, because importing matplotlib takes longer than classifying an image
 
         figure = visualization.plot_predictions(*read_shown(drawn, SAMPLE), marks if truth else None)

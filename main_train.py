@@ -61,6 +61,7 @@ KEYS = {
     "confusion_matrix",
     "macro",
     "per_class",
+    "right",
 }
 MISTAKES = 12  # images in plots/*_mistakes.png
 
@@ -164,16 +165,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if complete else 1
 
 
-def new_model(name: str, classes: tuple[str, ...], args: argparse.Namespace, seed: int) -> models.TransferModel:
+def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> models.TransferModel:
     """A model with a random classifier. A backbone that takes images of one size only gets that size."""
     size = args.image_size or (64 if args.demo else None)
     torch.manual_seed(seed)
     try:
-        model = models.TransferModel(name, classes, size, pretrained=not args.demo)
+        model = models.TransferModel(name, data.classes, size, pretrained=not args.demo)
     except ValueError as error:
         print(error)
         torch.manual_seed(seed)
-        model = models.TransferModel(name, classes, pretrained=not args.demo)
+        model = models.TransferModel(name, data.classes, pretrained=not args.demo)
+    if args.demo:
+        models.set_statistics(model, data.train.items[:128])
     model.precision = args.precision
     return model
 
@@ -230,7 +233,7 @@ def extract_features(
 
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> Outcome:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
-    model = new_model(name, data.classes, args, args.seed)
+    model = new_model(name, data, args, args.seed)
     for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
         check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
     readable, features, about = extract_features(model, data, args, device)
@@ -245,7 +248,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     val, test, kept = batches("val"), batches("test"), []
     precision = models.pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
     for seed in range(args.seed, args.seed + args.seeds):
-        candidate = model if seed == args.seed else new_model(name, data.classes, args, seed)
+        candidate = model if seed == args.seed else new_model(name, data, args, seed)
         classifier = candidate.classifier.to(device)
         torch.manual_seed(seed)
         start = train_utils.synchronized_time(device)
@@ -405,6 +408,7 @@ def summarize(outcomes: list[Outcome], rows: dict[str, dict], output: Path) -> b
     complete &= attempt("comparison", lambda: compare(alike, colors(alike), output))
     best = max(outcomes, key=lambda outcome: outcome.row["val_accuracy"])
     complete &= attempt("check of the data", lambda: check_data(best, output / "plots"))
+    complete &= attempt("report page", lambda: write_page(alike, trained[0], output))
     unreadable = sorted({reason for row in trained for reason in row["features"]["unreadable"]})
     for reason in unreadable:
         print(f"left out: {printable(reason)}", file=sys.stderr)
@@ -471,18 +475,23 @@ def colors(rows: dict[str, dict]) -> dict[str, str]:
     return dict(zip(backbones, itertools.cycle(visualization.COLORS), strict=False))
 
 
+def stem(row: dict) -> str:
+    """How the names of a model's plots begin."""
+    return models.find_backbone(row["backbone"]).plot + "_finetuned" * row["fine_tuned"]
+
+
 def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     """A model's history, confusion matrix, calibration and most confident mistakes."""
     model, row, test = outcome.model, outcome.row, outcome.data.test
-    stem = models.find_backbone(model.backbone).plot + "_finetuned" * model.fine_tuned
+    name = stem(row)
     color, classes = colors[model.backbone], [printable(name) for name in model.classes]
     only = ", the hidden layer" if isinstance(model.classifier, models.Classifier) and not model.fine_tuned else ""
     figure = visualization.plot_history(model.label + only, row["history"], color)
-    visualization.save(figure, folder / f"{stem}.png")
+    visualization.save(figure, folder / f"{name}.png")
     figure = visualization.plot_confusion(model.label, row["confusion_matrix"], classes)
-    visualization.save(figure, folder / f"{stem}_confusion.png")
+    visualization.save(figure, folder / f"{name}_confusion.png")
     figure = visualization.plot_reliability(model.label, row["calibration"], color)
-    visualization.save(figure, folder / f"{stem}_reliability.png")
+    visualization.save(figure, folder / f"{name}_reliability.png")
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
@@ -492,7 +501,7 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     )
     images, captions = read_shown(captioned, MISTAKES)
     if images:
-        visualization.save(visualization.plot_predictions(images, captions), folder / f"{stem}_mistakes.png")
+        visualization.save(visualization.plot_predictions(images, captions), folder / f"{name}_mistakes.png")
 
 
 def check_data(outcome: Outcome, folder: Path) -> None:
@@ -553,26 +562,65 @@ def check_data(outcome: Outcome, folder: Path) -> None:
     images, captions = read_shown(shown, MISTAKES)
     if images:
         figure = visualization.plot_predictions(images, captions)
-        visualization.save(figure, folder / f"{models.find_backbone(model.backbone).plot}_data.png")
+        visualization.save(figure, folder / f"{stem(outcome.row)}_data.png")
+
+
+def comparison_table(rows: dict[str, dict]) -> list[list[str]]:
+    """The models' accuracies, means over the seeds, below a header. They are compared with the best on validation."""
+
+    def accuracy(row: dict, part: str) -> float:
+        return mean(row["accuracy_by_seed"][part])
+
+    single = [row for row in rows.values() if row["backbone"] != "ensemble"]
+    best = max(single, key=lambda row: accuracy(row, "val"))
+    support = [sum(row) for row in best["confusion_matrix"]]
+    unequal = max(support) > 3 * min(support)  # accuracy alone would hide the rare classes
+    header = ["model", "val acc", "test acc", "95% interval", "difference", "seconds"]
+    table = [header + ["macro F1", "worst recall"] * unequal]
+    for name, row in rows.items():
+        test = accuracy(row, "test")
+        low, high = train_utils.interval(test, row["test_images"])
+        _, margin = train_utils.difference(*(torch.tensor(list(map(int, one["right"]))) for one in (row, best)))
+        change = "best" if row is best else f"{100 * (test - accuracy(best, 'test')):+.1f} ± {100 * margin:.1f}"
+        cells = [name, f"{accuracy(row, 'val'):.2%}", f"{test:.2%}", f"{low:.1%}-{high:.1%}", change]
+        cells.append(f"{sum(row['seconds'].values()):.1f}")
+        rare = [f"{row['macro']['f1']:.3f}", f"{min(row['per_class']['recall']):.2%}"]
+        table.append(cells + rare * unequal)
+    return table
 
 
 def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None:
-    """Prints a table and draws the comparison. Accuracies are means over the seeds."""
-    width, points = max(map(len, rows)), []
-    support = [sum(row) for row in next(iter(rows.values()))["confusion_matrix"]]
-    unequal = max(support) > 3 * min(support)  # accuracy alone would hide the rare classes
-    header = f"\n{'model':{width}}  val acc  test acc  95% interval  seconds"
-    print(header + "  macro F1  worst recall" * unequal)
-    for name, row in rows.items():
-        val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
-        low, high = train_utils.interval(test, row["test_images"])
-        seconds = sum(row["seconds"].values())
-        line = f"{name:{width}} {val:8.2%} {test:9.2%}  {low:5.1%}-{high:5.1%} {seconds:9.1f}"
-        rare = f" {row['macro']['f1']:9.3f} {min(row['per_class']['recall']):13.2%}"
-        print(line + rare * unequal)
-        marker = "^" if row["fine_tuned"] else "o"
-        points.append((row["label"], seconds, test, colors[row["backbone"]], marker))
+    """Prints a table and draws the comparison."""
+    table = comparison_table(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    print()
+    for name, *cells in table:
+        columns = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([name.ljust(widths[0]), *columns]))
+    print("difference: in points from the best on validation; one that is smaller than its ± may be chance")
+    points = []
+    for row in rows.values():
+        test, seconds = mean(row["accuracy_by_seed"]["test"]), sum(row["seconds"].values())
+        interval = train_utils.interval(test, row["test_images"])
+        points.append((row["label"], seconds, test, interval, colors[row["backbone"]]))
     visualization.save(visualization.plot_comparison(points), output / "plots" / "comparison.png")
+
+
+def write_page(rows: dict[str, dict], trained: dict, output: Path) -> None:
+    """Writes plots/report.html: the table, the plots of every model, and how they were made."""
+    folder, sections = output / "plots", {}
+    for row in (row for row in rows.values() if row["backbone"] != "ensemble"):
+        found = [folder / f"{stem(row)}{what}.png" for what in ("", "_confusion", "_reliability", "_mistakes", "_data")]
+        sections[row["label"]] = [file for file in found if file.exists()]
+    facts = {name: str(trained[name]) for name in ("command", "date", "commit", "device", "data")}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
+    facts["images"] = ", ".join(f"{trained[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
+    title = f"{Path(trained['data']).name}: {len(rows)} models"
+    page = visualization.report_page(
+        title, comparison_table(rows), {"Comparison": [folder / "comparison.png"], **sections}, facts
+    )
+    with whole_file(folder / "report.html") as file:
+        file.write(page.encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Every classification model of torchvision is a backbone. BACKBONES holds those t
 import copy
 import difflib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -22,7 +23,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -301,6 +302,32 @@ class Familiarity(nn.Module):
         return torch.cdist(projected, self.centers @ self.whitening).amin(dim=1) / self.threshold
 
 
+def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
+    """Gives a random backbone's BatchNorm the statistics of images. Without them a deep one loses all signal."""
+    images = preprocess([read_image(item) for item in items], model.preprocessing)
+    norms = [module for module in model.features.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics of this batch replace the others
+        norm.train()
+    with torch.no_grad():
+        model.forward_features(images)
+    model.features.eval()
+
+
+def heat_map(model: TransferModel, images: Tensor) -> Tensor:
+    """Where an image speaks for its label, from 0 to 1, in the grid of the last maps: (B, 3, H, W) -> (B, h * w)
+
+    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        maps, levels = run_layers(model.features, model.levels, images.clone())
+        maps.requires_grad_()
+        logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
+        [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
+        heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
+        return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()
+
+
 def averages(maps: Tensor, parts: int) -> Tensor:
     """Averages over parts x parts areas of the image: (B, C, H, W) -> (B, C * parts * parts)"""
     return F.adaptive_avg_pool2d(maps, parts).flatten(1)
@@ -311,7 +338,7 @@ def run_layers(layers: Iterable[nn.Module], levels: list[int], maps: Tensor, fir
 
     `levels` are the layers whose output is averaged, counted from `first`.
     """
-    averaged = [maps.new_empty(len(maps), 0)]
+    averaged = [maps.new_empty(maps.shape[0], 0)]  # len() would fix the batch size in an export
     for i, layer in enumerate(layers, first):
         maps = layer(maps)
         if i in levels:
@@ -408,6 +435,62 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     return model.eval()
+
+
+class _Answers(nn.Module):
+    """Images, uint8 (B, 3, S, S), RGB -> probabilities (B, classes)"""
+
+    def __init__(self, model: TransferModel):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(model.preprocessing["mean"])[:, None, None])
+        self.register_buffer("std", torch.tensor(model.preprocessing["std"])[:, None, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.model((images / 255 - self.mean) / self.std) / self.model.temperature).softmax(dim=1)
+
+
+def export(model: TransferModel, path: Path) -> None:
+    """Writes a model that works without this project: for torch.export.load (.pt2), or for ONNX (.onnx).
+
+    It takes any number of images of the model's size S, uint8 (B, 3, S, S) in RGB, and returns calibrated probabilities
+    (B, classes) in fp32. The file names the classes, in its extra file or its metadata "classes". It is compared with
+    the model on 16 images of noise before it is kept; an ONNX file only where onnxruntime is installed.
+    Raises OSError, or ValueError if the model cannot be exported.
+    """
+    size, classes = model.preprocessing["image_size"], json.dumps(model.classes)
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
+    answers, shapes = _Answers(model).eval().requires_grad_(False), {"images": {0: torch.export.Dim("batch")}}
+    try:
+        if path.suffix == ".pt2":
+            buffer = io.BytesIO()
+            torch.export.save(
+                torch.export.export(answers, (images,), dynamic_shapes=shapes), buffer, extra_files={"classes": classes}
+            )
+            content = buffer.getvalue()
+            found = [torch.export.load(io.BytesIO(content)).module()(part) for part in (images[:1], images[1:])]
+        elif path.suffix == ".onnx":
+            names = {"input_names": ["images"], "output_names": ["probabilities"]}
+            program = torch.onnx.export(answers, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            program.model.metadata_props["classes"] = classes
+            content, found = program.model_proto.SerializeToString(), []
+            with suppress(ImportError):
+                session = importlib.import_module("onnxruntime").InferenceSession(content)
+                found = [
+                    torch.from_numpy(session.run(None, {"images": part.numpy()})[0])
+                    for part in (images[:1], images[1:])
+                ]
+        else:
+            raise ValueError("its name must end in .pt2 or .onnx")
+        if found and not torch.allclose(torch.cat(found), answers(images), atol=1e-4):
+            raise ValueError("its answers differ from those of the checkpoint")
+    except ImportError as error:
+        raise ValueError(f"{path} needs packages: pip install onnx onnxscript ({first_line(error)})") from error
+    except Exception as error:  # whatever an exporter raises for a network that it cannot follow
+        raise ValueError(f"{path} is not written: {first_line(error)}") from error
+    with whole_file(path) as file:
+        file.write(content)
 
 
 # ------------------------------------------------------------------------------------------- running a model

@@ -135,8 +135,11 @@ def cached_features(
     folder: Path,
     device: torch.device,
     mirrored: bool = False,
+    compute: bool = True,
 ) -> Features:
     """The features of all images, or of their mirror images. Only those that are not in `folder` yet are computed.
+
+    With `compute` off these are left out, as if they could not be read.
 
     The file's name is a hash of everything else that shapes them: backbone, weights, preprocessing, precision, device
     type, torch's version, the view. Its records hold the hash of the image, the seconds spent on it, the features and
@@ -163,7 +166,7 @@ def cached_features(
     errors: list[ImageError] = []
     with locked(folder / f".{file.name}.lock", wait=True), explained(file):  # another run may be computing the same
         table, found = _find_records(file, layout, ids)
-        missing = [i for i, image in enumerate(ids) if image not in found]
+        missing = [i for i, image in enumerate(ids) if compute and image not in found]
         if missing:
             if found:
                 print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
@@ -209,6 +212,19 @@ def _find_records(file: Path, layout: np.dtype, ids: list[bytes]) -> tuple[np.nd
     if damaged:
         print(f"{file}: {len(damaged)} images' features are damaged: computing them again", file=sys.stderr)
     return table, {image: row for image, row in found.items() if image not in set(damaged)}
+
+
+@torch.inference_mode()
+def most_similar(
+    model: TransferModel, queries: Tensor, features: Features, count: int
+) -> list[list[tuple[int, float]]]:
+    """For each of Q images, features (Q, width), the images whose features are most similar, and the cosines."""
+    scale = model.classifier.standardize if isinstance(model.classifier, Classifier) else nn.Identity()
+    queries, known = F.normalize(scale(queries)), features.readable
+    cosines = [F.normalize(scale(features.of(images).float())) @ queries.T for images in known.split(1024)]
+    cosines, best = torch.cat(cosines).T.topk(min(count, len(known)))
+    pairs = zip(known[best].tolist(), cosines.tolist(), strict=True)
+    return [list(zip(images, values, strict=True)) for images, values in pairs]
 
 
 # ------------------------------------------------------------------------------------------ batches and loops
@@ -619,6 +635,7 @@ def metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
         "test_loss": loss,
         "test_accuracy": accuracy,
         "test_interval": interval(accuracy, len(labels)),
+        "right": "".join(map(str, (predicted == labels).int().tolist())),  # a digit for each image
         "top2_accuracy": (logits.topk(min(2, classes)).indices == labels[:, None]).any(dim=1).float().mean().item(),
         "per_class": {name: score.tolist() for name, score in scores.items()},
         "macro": {name: score.mean().item() for name, score in scores.items()},
@@ -661,6 +678,18 @@ def interval(accuracy: float, count: int) -> tuple[float, float]:
     center = accuracy + z**2 / (2 * count)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / count + (z / (2 * count)) ** 2)
     return max(0.0, center - spread) / (1 + z**2 / count), min(1.0, (center + spread) / (1 + z**2 / count))
+
+
+def difference(right: Tensor, other: Tensor) -> tuple[float, float]:
+    """By how much one accuracy exceeds another one on the same N images, and the margin of its 95 % interval.
+
+    `right` and `other` say which images (N,) each model has right. A difference smaller than the margin may be chance.
+    Only images that one of them has right count, as in McNemar's test (interval: Bonett and Price 2012).
+    """
+    count = len(right) + 2
+    gains, losses = (int((one > two).sum()) + 1 for one, two in ((right, other), (other, right)))
+    margin = 1.96 * math.sqrt(gains + losses - (gains - losses) ** 2 / count) / count
+    return (gains - losses) / count, margin
 
 
 def cost(model: TransferModel, device: torch.device) -> dict:

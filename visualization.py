@@ -6,16 +6,20 @@ Every plot is drawn for a README at half width: few words, large type, colours t
 """
 
 import re
+from base64 import b64encode
 from collections.abc import Sequence
 from functools import cache
+from html import escape
 from pathlib import Path
+from string import Template
 
 import numpy as np
 from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
-from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data import whole_file
 
@@ -139,23 +143,36 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     return figure
 
 
-def plot_comparison(points: Sequence[tuple[str, float, float, str, str]]) -> Figure:
-    """Test accuracy against training time. A point is (label, seconds, accuracy from 0 to 1, color, marker)."""
-    figure = Figure(figsize=(7, 4 + 0.29 * len(points)), layout="constrained")
-    axes = figure.subplots()
-    for label, seconds, accuracy, color, marker in sorted(points, key=lambda point: -point[2]):
-        axes.plot(seconds, accuracy, marker, color=color, markersize=11, label=f"{accuracy:.1%}  {label}")
-    axes.set_xscale("log")
-    axes.set_xlim(min(point[1] for point in points) / 2, max(point[1] for point in points) * 2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
-    axes.margins(y=0.1)
-    axes.set_xlabel("training time, seconds", fontsize=13)
-    axes.set_ylabel("test accuracy", fontsize=13)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize=13, frameon=False)
+def plot_comparison(points: Sequence[tuple[str, float, float, tuple[float, float], str]]) -> Figure:
+    """Test accuracy and training time of models, the most accurate first.
+
+    A point is (label, seconds, accuracy, its 95 % interval, color), accuracies from 0 to 1.
+    """
+    figure = Figure(figsize=(9, 1.6 + 0.42 * len(points)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, (_, seconds, accuracy, (low, high), color) in enumerate(points := sorted(points, key=lambda p: p[2])):
+        left.plot((low, high), (y, y), color=color, linewidth=4, alpha=0.4)
+        left.plot(accuracy, y, "o", color=color, markersize=9)
+        left.annotate(f"{accuracy:.1%}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=12)
+        right.barh(y, seconds, color=color, height=0.6)
+        right.annotate(
+            f"{seconds:,.{0 if seconds >= 10 else 1}f} s",
+            (seconds, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=12,
+        )
+    left.set_yticks(range(len(points)), [point[0] for point in points], fontsize=12)
+    left.set_xlabel("test accuracy, 95 % interval", fontsize=12)
+    left.xaxis.set_major_formatter(PercentFormatter(1.0))
+    left.margins(x=0.25, y=0.1)
+    right.set_xlabel("training time", fontsize=12)
+    right.set_xscale("log")
+    right.set_xlim(min(point[1] for point in points) / 3, max(point[1] for point in points) * 6)
+    right.xaxis.set_major_formatter("{x:g} s")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="x")
     return figure
 
 
@@ -179,6 +196,92 @@ def plot_predictions(
         axes.imshow(image, interpolation="bicubic")
         axes.set_title(caption, fontsize=12, color=ink, y=-0.04, va="top", **font)
     return figure
+
+
+def plot_explanations(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    heat: Sequence[np.ndarray],
+    similar: Sequence[Sequence[tuple[np.ndarray, str]]],
+) -> Figure:
+    """A row for each image (H, W, 3): itself, its heat map (h, w) from 0 to 1, if any, and images like it."""
+    columns = 1 + bool(len(heat)) + max(map(len, similar), default=0)
+    texts = [caption for row in similar for _, caption in row]
+    texts, font = labels_and_font([*captions, *texts])
+    figure = Figure(figsize=(1.9 * columns, 2.5 * len(images)), layout="constrained")
+    rows, texts = figure.subplots(len(images), columns, squeeze=False), iter(texts)
+    for axes in rows.flat:
+        axes.axis("off")
+
+    def show(axes: Axes, image: np.ndarray, caption: str) -> None:
+        axes.imshow(image, interpolation="bicubic", extent=(0, 1, 0, 1))
+        axes.set_title(caption, fontsize=11, y=-0.04, va="top", **font)
+
+    for row, image in zip(rows, images, strict=True):
+        show(row[0], image, next(texts))
+    for row, image, parts in zip(rows, images, heat, strict=False):
+        show(row[1], image, "what decided")
+        row[1].imshow(parts, cmap="inferno", alpha=0.55, interpolation="bicubic", extent=(0, 1, 0, 1))
+    for row, its in zip(rows, similar, strict=False):
+        for axes, (image, _) in zip(row[columns - len(its) :], its, strict=True):
+            show(axes, image, next(texts))
+    return figure
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+body { font: 16px/1.5 sans-serif; max-width: 64rem; margin: auto; padding: 1rem; color: #222; background: #fff }
+div { overflow-x: auto }
+table { border-collapse: collapse }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
+th { cursor: pointer }
+th:first-child, td:first-child { text-align: left }
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); align-items: start }
+img { max-width: 100%; break-inside: avoid }
+dt { font-weight: 600 }
+dd { margin: 0 0 0.5rem; overflow-wrap: anywhere }
+</style>
+<h1>$title</h1>
+<div><table><thead>$header</thead><tbody>$rows</tbody></table></div>
+<p>A click on a heading sorts. A difference that is smaller than its ± may be chance.</p>
+$sections
+<h2>How it was made</h2>
+<dl>$facts</dl>
+<script>
+document.querySelectorAll("th").forEach((heading, i) => heading.onclick = () => {
+  const body = document.querySelector("tbody"), text = row => row.cells[i].textContent;
+  const order = (a, b) => parseFloat(text(b)) - parseFloat(text(a)) || text(a).localeCompare(text(b));
+  body.append(...[...body.rows].sort(order));
+});
+</script>
+""")
+
+
+def report_page(
+    title: str, table: Sequence[Sequence[str]], sections: dict[str, Sequence[Path]], facts: dict[str, str]
+) -> str:
+    """One HTML page that needs nothing else: a table, its first row the header, sections of PNG files, and facts."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    def image(file: Path) -> str:
+        return f'<img alt="{escape(file.stem)}" src="data:image/png;base64,{b64encode(file.read_bytes()).decode()}">'
+
+    return PAGE.substitute(
+        title=escape(title),
+        header=row(table[0], "th"),
+        rows="".join(row(cells, "td") for cells in table[1:]),
+        sections="".join(
+            f"<h2>{escape(name)}</h2><section>{''.join(map(image, files))}</section>"
+            for name, files in sections.items()
+        ),
+        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items()),
+    )
 
 
 def save(figure: Figure, path: Path) -> None:
