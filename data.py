@@ -46,6 +46,7 @@ except ImportError:  # Windows
     fcntl = None
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
     {root}/<class>/*.jpg          one folder per class, the folder's name is the label

@@ -32,6 +32,7 @@ import models
 import train_utils
 import visualization
 from data import (
+    CIFAR10_SIZE,
     Data,
     Item,
     first_line,
@@ -87,13 +88,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
     add("--lr", type=rate, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
     add("--class-weights", action="store_true", help="weigh images of rare classes more")
-    add("--views", type=int, choices=(1, 2), default=1, help="2: train on features of the mirror images as well")
+    add("--views", type=int, choices=(1, 2), default=2, help="2: features are the mean over an image and its mirror "
+        "image, which gains a point or two for twice the time")  # fmt: skip
     add("--seeds", type=positive, default=1, metavar="N", help="train N classifiers, report the mean, keep the first")
     add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
     add("--fine-tune-lr", type=rate, default=FINE_TUNING.lr, metavar="LR",
         help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
     add("--image-size", type=positive, metavar="PIXELS",
-        help="side to which images are resized (default: that of the weights, mostly 224; 64 in the demo)")  # fmt: skip
+        help="side to which images are resized (default: that of the weights, mostly 224; "
+        f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="use N training images and that share of the test images")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *models.DTYPES), default="fp32",
@@ -107,9 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.demo:
         args.data, args.output = "demo", (args.output or Path()) / "demo"
-        args.cache = args.output
+        args.cache, args.image_size = args.output, args.image_size or 64
     elif args.data == "cifar10":
-        args.output = args.output or Path()
+        args.output, args.image_size = args.output or Path(), args.image_size or CIFAR10_SIZE
     else:
         args.data = os.path.abspath(args.data)  # also without a trailing slash
         args.output = args.output or Path("runs", Path(args.data).name)
@@ -167,17 +170,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> models.TransferModel:
     """A model with a random classifier. A backbone that takes images of one size only gets that size."""
-    size = args.image_size or (64 if args.demo else None)
     torch.manual_seed(seed)
     try:
-        model = models.TransferModel(name, data.classes, size, pretrained=not args.demo)
+        model = models.TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
     except ValueError as error:
         print(error)
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
     if args.demo:
         models.set_statistics(model, data.train.items[:128])
-    model.precision = args.precision
+    model.precision, model.views = args.precision, args.views
     return model
 
 
@@ -199,36 +201,32 @@ def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data,
 
 def extract_features(
     model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device
-) -> tuple[Data, dict[str, list[Tensor]], dict]:
-    """The images that can be read, their features by part (for training one table for each view), and how they came.
+) -> tuple[Data, dict[str, Tensor], dict]:
+    """The images that can be read, their features for training, validation and testing, and how these came.
 
     Raises ValueError if too few images can be read.
     """
-    folder = args.cache / "features"
+    parts = {part: getattr(data, part) for part in ("train", "val", "test")}
     found = {
-        part: [train_utils.cached_features(model, getattr(data, part), folder, device)]
-        for part in ("train", "val", "test")
+        part: train_utils.cached_features(model, images, args.cache / "features", device)
+        for part, images in parts.items()
     }
-    if args.views == 2:
-        found["train"].append(train_utils.cached_features(model, data.train, folder, device, mirrored=True))
-    read = {part: torch.stack([each.rows for each in its]).amin(dim=0) >= 0 for part, its in found.items()}
-    read = {part: which.nonzero().flatten() for part, which in read.items()}
-    readable = replace(data, **{part: getattr(data, part).subset(indices) for part, indices in read.items()})
+    readable = replace(data, **{part: images.subset(found[part].readable) for part, images in parts.items()})
     if empty := without_images(data.classes, readable.train):
         raise ValueError(f"no training image of {empty} can be read")
     if not len(readable.val) or not len(readable.test):
         raise ValueError("no image for validation or testing can be read")
     if empty := without_images(data.classes, readable.test):
         print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
-    every, used = itertools.chain(*found.values()), found["train"] + found["val"]
+    used = found["train"], found["val"]
     about = {
         "computed": sum(features.computed for features in used),
         "cached": not any(features.computed for features in used),
         "seconds": sum(features.seconds for features in used),
         "batch_size": models.CPU_BATCH if device.type == "cpu" else models.GPU_BATCH,
-        "unreadable": sorted({str(error) for features in every for error in features.errors}),
+        "unreadable": sorted({str(error) for features in found.values() for error in features.errors}),
     }
-    return readable, {part: [each.of(read[part]) for each in its] for part, its in found.items()}, about
+    return readable, {part: features.of(features.readable) for part, features in found.items()}, about
 
 
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> Outcome:
@@ -258,12 +256,11 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
             )
             test_logits, _ = train_utils.predict(classifier, test)
         kept.append((val_logits, test_logits, training.history, train_utils.synchronized_time(device) - start))
-    known = len(data.classes), features["train"][0], readable.train.labels, features["val"][0]
+    known = len(data.classes), features["train"], readable.train.labels, features["val"]
     attempt("mark for unfamiliar images", lambda: setattr(model, "familiarity", train_utils.fit_familiarity(*known)))
     val_logits, test_logits, history, seconds = kept[0]
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
-        "views": args.views,
         "seed": args.seed,
         "recipe": asdict(recipe),
         "accuracy_by_seed": {
@@ -275,9 +272,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "seconds": {"features": about["seconds"], "classifier": seconds},
         "history": history,
     }
-    return Outcome(
-        model.to(device), readable, val_logits, test_logits, row, [tables[0] for tables in features.values()]
-    )
+    return Outcome(model.to(device), readable, val_logits, test_logits, row, list(features.values()))
 
 
 def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -> Outcome:
@@ -370,7 +365,7 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
         "temperature": model.temperature,
-        "test_views": model.test_views,
+        "views": model.views,
         **train_utils.metrics(outcome.test_logits, data.test.labels, model.temperature),
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
@@ -571,22 +566,27 @@ def comparison_table(rows: dict[str, dict]) -> list[list[str]]:
     def accuracy(row: dict, part: str) -> float:
         return mean(row["accuracy_by_seed"][part])
 
-    single = [row for row in rows.values() if row["backbone"] != "ensemble"]
-    best = max(single, key=lambda row: accuracy(row, "val"))
+    def right(row: dict) -> Tensor:
+        return torch.tensor(list(map(int, row["right"])))
+
+    best = max((row for row in rows.values() if row["backbone"] != "ensemble"), key=lambda row: accuracy(row, "val"))
     support = [sum(row) for row in best["confusion_matrix"]]
-    unequal = max(support) > 3 * min(support)  # accuracy alone would hide the rare classes
-    header = ["model", "val acc", "test acc", "95% interval", "difference", "seconds"]
-    table = [header + ["macro F1", "worst recall"] * unequal]
+    table = []
     for name, row in rows.items():
         test = accuracy(row, "test")
         low, high = train_utils.interval(test, row["test_images"])
-        _, margin = train_utils.difference(*(torch.tensor(list(map(int, one["right"]))) for one in (row, best)))
-        change = "best" if row is best else f"{100 * (test - accuracy(best, 'test')):+.1f} ± {100 * margin:.1f}"
-        cells = [name, f"{accuracy(row, 'val'):.2%}", f"{test:.2%}", f"{low:.1%}-{high:.1%}", change]
-        cells.append(f"{sum(row['seconds'].values()):.1f}")
-        rare = [f"{row['macro']['f1']:.3f}", f"{min(row['per_class']['recall']):.2%}"]
-        table.append(cells + rare * unequal)
-    return table
+        cells = {"model": name, "val acc": f"{accuracy(row, 'val'):.2%}", "test acc": f"{test:.2%}"}
+        cells["95% interval"] = f"{low:.1%}-{high:.1%}"
+        if len(rows) > 1:
+            _, margin = train_utils.difference(right(row), right(best))
+            change = f"{100 * (test - accuracy(best, 'test')):+.1f} ± {100 * margin:.1f}"
+            cells["difference"] = "best" if row is best else change
+        cells["seconds"] = f"{sum(row['seconds'].values()):.1f}"
+        if max(support) > 3 * min(support):  # accuracy alone would hide the rare classes
+            cells["macro F1"] = f"{row['macro']['f1']:.3f}"
+            cells["worst recall"] = f"{min(row['per_class']['recall']):.2%}"
+        table.append(cells)
+    return [list(table[0]), *(list(cells.values()) for cells in table)]
 
 
 def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None:
@@ -597,7 +597,8 @@ def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None
     for name, *cells in table:
         columns = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print("  ".join([name.ljust(widths[0]), *columns]))
-    print("difference: in points from the best on validation; one that is smaller than its ± may be chance")
+    if len(rows) > 1:
+        print("difference: in points from the best on validation; one that is smaller than its ± may be chance")
     points = []
     for row in rows.values():
         test, seconds = mean(row["accuracy_by_seed"]["test"]), sum(row["seconds"].values())
@@ -608,17 +609,16 @@ def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None
 
 def write_page(rows: dict[str, dict], trained: dict, output: Path) -> None:
     """Writes plots/report.html: the table, the plots of every model, and how they were made."""
-    folder, sections = output / "plots", {}
+    folder, sections = output / "plots", {"Comparison": [output / "plots" / "comparison.png"]}
     for row in (row for row in rows.values() if row["backbone"] != "ensemble"):
-        found = [folder / f"{stem(row)}{what}.png" for what in ("", "_confusion", "_reliability", "_mistakes", "_data")]
-        sections[row["label"]] = [file for file in found if file.exists()]
+        kinds = "", "_confusion", "_reliability", "_mistakes", "_data"
+        sections[row["label"]] = [folder / f"{stem(row)}{kind}.png" for kind in kinds]
+    sections = {title: [file for file in files if file.exists()] for title, files in sections.items()}
     facts = {name: str(trained[name]) for name in ("command", "date", "commit", "device", "data")}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
     facts["images"] = ", ".join(f"{trained[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
     title = f"{Path(trained['data']).name}: {len(rows)} models"
-    page = visualization.report_page(
-        title, comparison_table(rows), {"Comparison": [folder / "comparison.png"], **sections}, facts
-    )
+    page = visualization.report_page(title, comparison_table(rows), sections, facts)
     with whole_file(folder / "report.html") as file:
         file.write(page.encode(errors="backslashreplace"))
 

@@ -1,7 +1,7 @@
 """Features extracted once, classifiers trained on them: the recipe, the feature cache, the training loop, the metrics.
 
     features = cached_features(model, data.train, Path("data/features"), device)
-    train = Batches(feature_loader([features.table], device), data.train.labels, 512, device, seed=0)
+    train = Batches(feature_loader(features.table, device), data.train.labels, 512, device, seed=0)
     fit_classifier(model.classifier, train, val, RECIPE, "fp32", "classifier")
 
 The training loop takes any module and any batches of inputs and labels, so it fine-tunes on images as well.
@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -124,25 +124,19 @@ class Features:
         return self.table[rows]
 
 
-def mirrored_features(model: TransferModel, images: Tensor) -> Tensor:
-    """The features of the mirror images: (B, 3, H, W) -> (B, width)"""
-    return model.forward_features(images.flip(3))
-
-
 def cached_features(
     model: TransferModel,
     images: Images,
     folder: Path,
     device: torch.device,
-    mirrored: bool = False,
     compute: bool = True,
 ) -> Features:
-    """The features of all images, or of their mirror images. Only those that are not in `folder` yet are computed.
+    """The features of all images. Only those that are not in `folder` yet are computed.
 
     With `compute` off these are left out, as if they could not be read.
 
-    The file's name is a hash of everything else that shapes them: backbone, weights, preprocessing, precision, device
-    type, torch's version, the view. Its records hold the hash of the image, the seconds spent on it, the features and
+    The file's name is a hash of everything else that shapes them: backbone, weights, preprocessing, precision, views,
+    device type, torch's version. Its records hold the hash of the image, the seconds spent on it, the features and
     their checksum, so a stale or damaged row is never used. They are appended batch by batch: an interrupted run
     continues, and a data set that grows costs only what was added. An image that cannot be read leaves no record and
     is tried again in the next run.
@@ -156,7 +150,7 @@ def cached_features(
         "precision": model.precision,
         "device": device.type,
         "torch": torch.__version__,
-        "mirrored": mirrored,
+        "views": model.views,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     file = folder / f"{model.backbone}-{digest}.features"
@@ -170,9 +164,9 @@ def cached_features(
         if missing:
             if found:
                 print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
-            output = mirrored_features if mirrored else TransferModel.forward_features
-            outputs = run_images([fast_copy(model, device)], (images.items[i] for i in missing), output)
-            title, position, before = f"{model.backbone} features" + " (mirrored)" * mirrored, 0, time.perf_counter()
+            items = (images.items[i] for i in missing)
+            outputs = run_images([fast_copy(model, device)], items, TransferModel.forward_features)
+            title, position, before = f"{model.backbone} features", 0, time.perf_counter()
             with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
                 for items, [block], failed in outputs:
                     good = [i for i in range(len(items)) if i not in failed]
@@ -234,15 +228,13 @@ def most_similar(
 Loader = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
 
 
-def feature_loader(views: Sequence[Tensor], device: torch.device) -> Loader:
-    """Loads rows of features (N, width). Each training batch takes one of the views at random."""
+def feature_loader(features: Tensor, device: torch.device) -> Loader:
+    """Loads rows of features (N, width)."""
     with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
-        views = [view.to(device) for view in views]
+        features = features.to(device)
 
     def load(batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        chosen = 0 if generator is None or len(views) == 1 else int(torch.randint(len(views), (), generator=generator))
-        view = views[chosen]
-        return view[batch.to(view.device)].to(device, torch.float32, non_blocking=True), batch
+        return features[batch.to(features.device)].to(device, torch.float32, non_blocking=True), batch
 
     return load
 
@@ -698,7 +690,7 @@ def cost(model: TransferModel, device: torch.device) -> dict:
     The images are black arrays of the model's size. Many are as many as should take about a second.
     """
     with FlopCounterMode(display=False) as counter, one_thread(), torch.no_grad():  # inference_mode hides operators
-        model.eval().classifier(model.forward_features(model.example()).float())
+        model.eval().classifier(model.forward_view(model.example()))
     fast, size = fast_copy(model, device), model.preprocessing["image_size"]
     image = np.zeros((size, size, 3), np.uint8)
 

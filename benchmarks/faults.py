@@ -29,7 +29,9 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         planted = plant(args.data, Path(scratch, "images"))
-        code = main_train.main(["--data", f"{scratch}/images", "--models", args.model, "--output", scratch])
+        code = main_train.main(
+            ["--data", f"{scratch}/images", "--models", args.model, "--image-size", "160", "--output", scratch]
+        )
         report = json.loads(Path(scratch, "plots", "data.json").read_text())
     copies = {image["path"] for pair in report["copies"] for image in pair["images"]}
     doubtful = {image["path"] for image in report["doubtful_labels"]}

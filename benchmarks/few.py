@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import load_data, run_script
+from data import CIFAR10_SIZE, load_data, run_script
 from models import Classifier, TransferModel, one_thread, pick_device
 from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier, fit_linear
 
@@ -41,7 +41,7 @@ def main() -> int:
     args = parser.parse_args()
     device, data = pick_device(), load_data(args.data)
     for name in args.models:
-        model = TransferModel(name, data.classes)
+        model = TransferModel(name, data.classes, CIFAR10_SIZE)
         parts, folder = (data.train, data.val, data.test), Path("data/features")
         found = [cached_features(model, images, folder, device) for images in parts]
         train, val, test = ((f.of(f.readable), part.labels[f.readable]) for f, part in zip(found, parts, strict=True))
@@ -75,7 +75,7 @@ def accuracies(
         parts.append((features[drawn].float(), labels[drawn]))
 
     def batches(features: Tensor, labels: Tensor, seed: int | None = None) -> Batches:
-        return Batches(feature_loader([features], device), labels, RECIPE.batch_size, device, seed)
+        return Batches(feature_loader(features, device), labels, RECIPE.batch_size, device, seed)
 
     torch.manual_seed(seed)
     classifier = Classifier(model.width, classes, model.hidden).to(device)

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import load_data, run_script
+from data import CIFAR10_SIZE, load_data, run_script
 from models import BACKBONES, TransferModel, pick_device
 from train_utils import cached_features
 
@@ -33,7 +33,7 @@ def main() -> int:
     data = load_data(args.data)
     parts, folder = (data.train, data.val, data.test), Path("data/features")
     for name in args.models:
-        model = TransferModel(name, data.classes)
+        model = TransferModel(name, data.classes, CIFAR10_SIZE)
         features = [cached_features(model, images, folder, device) for images in parts]
         model.levels = []
         width = model.forward_features(model.example()).shape[1]  # of the last block alone, whose columns come last

@@ -25,9 +25,10 @@ from train_utils import RECIPE, Batches, Recipe, cached_features, feature_loader
 @dataclass(frozen=True)
 class Variant:
     recipe: Recipe = RECIPE
-    hidden: int = 256
+    hidden: int | None = None  # the model's own
     dropout: float = 0.0
-    views: int = 1
+    views: int = 2
+    image_size: int = 160
 
 
 VARIANTS = {
@@ -40,9 +41,11 @@ VARIANTS = {
     "twice the epochs": Variant(replace(RECIPE, epochs=RECIPE.epochs * 2)),
     "labels not smoothed": Variant(replace(RECIPE, label_smoothing=0.0)),
     "dropout 0.5": Variant(dropout=0.5),
-    "hidden layer of 512": Variant(hidden=512),
+    "hidden layer of 256": Variant(hidden=256),
     "hidden layer of 1024": Variant(hidden=1024),
-    "mirror images as well": Variant(views=2),
+    "the image alone, without its mirror image": Variant(views=1),
+    "images of 128x128": Variant(image_size=128),
+    "images of 224x224": Variant(image_size=224),
 }
 
 
@@ -69,21 +72,19 @@ def accuracies(name: str, data: Data, seeds: int, device: torch.device, precisio
 
     A pretrained classifier keeps its own hidden layer: "-" for the variants that change it.
     """
-    folder, frozen = Path("data/features"), TransferModel(name, data.classes)
-    views = [cached_features(frozen, data.train, folder, device, mirrored) for mirrored in (False, True)]
-    views = [view.of(view.readable) for view in views]
-    val = cached_features(frozen, data.val, folder, device)
-    load_val = feature_loader([val.of(val.readable)], device)
     cells = []
     for title, variant in VARIANTS.items():
-        if BACKBONES[name].keep_classifier and (variant.hidden, variant.dropout) != (256, 0.0):
+        if BACKBONES[name].keep_classifier and (variant.hidden or variant.dropout):
             cells.append("-")
             continue
-        recipe, found = variant.recipe, []
-        load_train = feature_loader(views[: variant.views], device)
+        recipe, found, options = variant.recipe, [], {"hidden": variant.hidden} if variant.hidden else {}
+        frozen = TransferModel(name, data.classes, variant.image_size)
+        frozen.views = variant.views
+        known = [cached_features(frozen, images, Path("data/features"), device) for images in (data.train, data.val)]
+        load_train, load_val = (feature_loader(features.of(features.readable), device) for features in known)
         for seed in range(seeds):
             torch.manual_seed(seed)
-            classifier = TransferModel(name, data.classes, hidden=variant.hidden).classifier.to(device)
+            classifier = TransferModel(name, data.classes, variant.image_size, **options).classifier.to(device)
             if variant.dropout:
                 classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
             train = Batches(load_train, data.train.labels, recipe.batch_size, device, seed)

@@ -81,6 +81,7 @@ def main() -> int:
         for name in args.models:
             torch.manual_seed(0)
             model = TransferModel(name, "0123456789", pretrained=False)
+            model.views = 1  # as in the obvious loop
             model.precision = precision
             rates[name] = {"a": obvious_loop(name, root, args.seconds, device)}
             rates[name] |= frozen_passes(model, files, Path(scratch), args.seconds / 5, device, precision)
@@ -192,7 +193,7 @@ def classifier_epoch(model: TransferModel, device: torch.device, precision: str)
     recipe, held_out = Recipe(epochs=2), EPOCH // 5  # the first epoch warms up
     parts = ((features[held_out:], labels[held_out:], 0), (features[:held_out], labels[:held_out], None))
     train, val = (
-        Batches(feature_loader([part], device), its_labels, recipe.batch_size, device, seed)
+        Batches(feature_loader(part, device), its_labels, recipe.batch_size, device, seed)
         for part, its_labels, seed in parts
     )
     training = Training(model.classifier.to(device), train, val, recipe, precision)

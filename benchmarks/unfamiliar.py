@@ -23,7 +23,7 @@ from sklearn.metrics import roc_auc_score
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Data, ImageError, find_images, load_data, read_image, run_script
+from data import CIFAR10_SIZE, Data, ImageError, find_images, load_data, read_image, run_script
 from models import TransferModel, fast_copy, one_thread, pick_device, run_images
 from train_utils import RECIPE, Batches, cached_features, feature_loader, fit_classifier, fit_familiarity
 
@@ -99,11 +99,11 @@ def train(name: str, data: Data) -> TransferModel:
     """The frozen backbone with a classifier for the data."""
     device, folder = pick_device(), Path("data/features")
     torch.manual_seed(0)
-    model = TransferModel(name, data.classes)
+    model = TransferModel(name, data.classes, CIFAR10_SIZE)
     features = [cached_features(model, images, folder, device) for images in (data.train, data.val)]
     features = [part.of(part.readable) for part in features]
     batches = [
-        Batches(feature_loader([table], device), images.labels, RECIPE.batch_size, device, seed)
+        Batches(feature_loader(table, device), images.labels, RECIPE.batch_size, device, seed)
         for table, images, seed in zip(features, (data.train, data.val), (0, None), strict=True)
     ]
     with one_thread():

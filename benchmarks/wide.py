@@ -19,7 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Data, Images, load_data, read_image, run_script
+from data import CIFAR10_SIZE, Data, Images, load_data, read_image, run_script
 from models import TransferModel, one_thread, pick_device
 from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier
 
@@ -59,11 +59,11 @@ def widened(images: Images, ratio: float, place: str, folder: Path) -> Images:
 
 def accuracy(name: str, data: Data, crop: bool, scratch: str) -> float:
     device, found = pick_device(), []
-    model = TransferModel(name, data.classes)
+    model = TransferModel(name, data.classes, CIFAR10_SIZE)
     model.preprocessing["crop"] = crop
     parts = [getattr(data, part) for part in PARTS]
     features = [cached_features(model, part, Path(scratch), device) for part in parts]
-    loads = [feature_loader([each.of(each.readable)], device) for each in features]
+    loads = [feature_loader(each.of(each.readable), device) for each in features]
     for seed in range(3):
         torch.manual_seed(seed)
         classifier = TransferModel(name, data.classes, pretrained=False).classifier.to(device)

@@ -60,7 +60,7 @@ def test_metrics_agree_with_sklearn(seed):
     loss = sklearn_metrics.log_loss(labels, softmax(logits.double().numpy(), axis=1), labels=every)
     assert ours["test_loss"] == pytest.approx(loss, rel=1e-5)
     assert ours["calibration"] == {"before": calibration(logits, labels), "after": calibration(logits / 2, labels)}
-    batches = Batches(feature_loader([logits], CPU), labels, 32, CPU)
+    batches = Batches(feature_loader(logits, CPU), labels, 32, CPU)
     assert evaluate(nn.Identity(), batches) == pytest.approx((loss, ours["test_accuracy"]), rel=1e-5)
 
 
@@ -109,7 +109,7 @@ def test_any_features_give_a_classifier_that_answers(case):
     classifier = Classifier(64, 2, 16)
     val = torch.arange(len(labels)) % 4 == 3 if len(labels) > 4 else torch.arange(len(labels)) == 3
     parts = [
-        Batches(feature_loader([features[part]], CPU), labels[part], 32, CPU, seed)
+        Batches(feature_loader(features[part], CPU), labels[part], 32, CPU, seed)
         for part, seed in ((~val, 0), (val, None))
     ]
     _, logits = fit_classifier(classifier, *parts, RECIPE, "fp32", case)

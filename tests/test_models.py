@@ -157,7 +157,7 @@ def test_pretrained_weights_give_torchvisions_logits(name, tmp_path, monkeypatch
     model = TransferModel(name, "ab", 96).eval()
     last = [module for module in stock.modules() if isinstance(module, torch.nn.Linear)][-1]
     images = noise(model)
-    features = model.forward_features(images)[:, -last.in_features :]
+    features = model.forward_view(images)[:, -last.in_features :]
     assert torch.allclose(last(features), stock(images), atol=1e-4)
 
 
