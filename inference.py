@@ -28,6 +28,7 @@ from data import (
     Item,
     Progress,
     find_images,
+    first_line,
     load_data,
     not_used,
     positive,
@@ -198,20 +199,22 @@ def explain(model: TransferModel, drawn: list[tuple[Item, str]], device: torch.d
         rows = torch.cat([rows for _, [rows], _ in run_images([model.to(device)], images, heat_map)])
         side = math.isqrt(rows.shape[1])
         heat = rows.reshape(-1, side, side).numpy()
-    data = load_data(model.metrics["data"], cache)
-    known = train_utils.cached_features(model, data.train, cache / "features", device, compute=False)
-    if len(known.readable):
+    try:
+        data = load_data(model.metrics.get("data", "cifar10"), cache)
+        known = train_utils.cached_features(model, data.train, cache / "features", device, compute=False)
+        if not len(known.readable):
+            raise FileNotFoundError(f"their features are not in {cache / 'features'}")
+    except (OSError, ValueError) as error:
+        print(f"{file} shows no training images that are alike: {first_line(error)}", file=sys.stderr)
+    else:
         fast = fast_copy(model, device)
         rows = torch.cat([rows for _, [rows], _ in run_images([fast], images, TransferModel.forward_features)])
         for found in train_utils.most_similar(model, rows, known, SIMILAR):
-            names = [
-                (data.train.items[i], f"{data.classes[data.train.labels[i]]}\n{cosine:.2f}") for i, cosine in found
-            ]
-            similar.append(list(zip(*read_shown(names, SIMILAR), strict=True)))
-    else:
-        print(
-            f"{cache / 'features'} has no features of {model.name}'s training images to compare with", file=sys.stderr
-        )
+            captioned = []
+            for i, cosine in found:
+                label = printable(data.classes[data.train.labels[i]])
+                captioned.append((data.train.items[i], f"{label}, {cosine:.2f}"))
+            similar.append(list(zip(*read_shown(captioned, SIMILAR), strict=True)))
     visualization.save(visualization.plot_explanations(images, captions, heat, similar), file)
 
 
@@ -255,7 +258,8 @@ def main(argv: list[str] | None = None) -> int:
         if len(models) > 1:
             raise ValueError("--export takes one model: name it with --checkpoint")
         export(models[0], args.export)
-        print(f"{args.export} takes uint8 images (B, 3, {models[0].preprocessing['image_size']}, ...) ")
+        size = models[0].preprocessing["image_size"]
+        print(f"{args.export}: images, uint8 (B, 3, {size}, {size}) in RGB -> probabilities (B, {len(classes)})")
         return 0
     unused: Counter[str] = Counter()
     items, truth, unnamed = choose_images(args, models[0], unused)

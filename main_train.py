@@ -18,6 +18,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -490,6 +491,11 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
+    place, found = {}, Counter()  # of a mistake among those of its class: the clearest of every class come first
+    for i in wrong:
+        place[i] = found[classes[test.labels[i]]]
+        found[classes[test.labels[i]]] += 1
+    wrong.sort(key=place.get)
     captioned = (
         (test.items[i], f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}, {confidence[i]:.0%}")
         for i in wrong

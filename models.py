@@ -458,33 +458,31 @@ def export(model: TransferModel, path: Path) -> None:
     """Writes a model that works without this project: for torch.export.load (.pt2), or for ONNX (.onnx).
 
     It takes any number of images of the model's size S, uint8 (B, 3, S, S) in RGB, and returns calibrated probabilities
-    (B, classes) in fp32. The file names the classes, in its extra file or its metadata "classes". It is compared with
-    the model on 16 images of noise before it is kept; an ONNX file only where onnxruntime is installed.
+    (B, classes) in fp32. Their order is in the file as JSON: the extra file or the metadata "classes". It is compared
+    with the model on 16 images of noise before it is kept; an ONNX file only where onnxruntime is installed.
     Raises OSError, or ValueError if the model cannot be exported.
     """
     size, classes = model.preprocessing["image_size"], json.dumps(model.classes)
     noise = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
-    answers, shapes = _Answers(model).eval().requires_grad_(False), {"images": {0: torch.export.Dim("batch")}}
+    answers = _Answers(copy.deepcopy(model)).eval().requires_grad_(False)
+    options, parts = {"dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}}, (images[:1], images[1:])
     try:
         if path.suffix == ".pt2":
             buffer = io.BytesIO()
             torch.export.save(
-                torch.export.export(answers, (images,), dynamic_shapes=shapes), buffer, extra_files={"classes": classes}
+                torch.export.export(answers, (images,), **options), buffer, extra_files={"classes": classes}
             )
             content = buffer.getvalue()
-            found = [torch.export.load(io.BytesIO(content)).module()(part) for part in (images[:1], images[1:])]
+            found = [torch.export.load(io.BytesIO(content)).module()(part) for part in parts]
         elif path.suffix == ".onnx":
-            names = {"input_names": ["images"], "output_names": ["probabilities"]}
-            program = torch.onnx.export(answers, (images,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+            options |= {"input_names": ["images"], "output_names": ["probabilities"], "verbose": False}
+            program = torch.onnx.export(answers, (images,), dynamo=True, **options)
             program.model.metadata_props["classes"] = classes
             content, found = program.model_proto.SerializeToString(), []
             with suppress(ImportError):
                 session = importlib.import_module("onnxruntime").InferenceSession(content)
-                found = [
-                    torch.from_numpy(session.run(None, {"images": part.numpy()})[0])
-                    for part in (images[:1], images[1:])
-                ]
+                found = [torch.from_numpy(session.run(None, {"images": part.numpy()})[0]) for part in parts]
         else:
             raise ValueError("its name must end in .pt2 or .onnx")
         if found and not torch.allclose(torch.cat(found), answers(images), atol=1e-4):

@@ -168,6 +168,7 @@ def cached_features(
             outputs = run_images([fast_copy(model, device)], items, TransferModel.forward_features)
             title, position, before = f"{model.backbone} features", 0, time.perf_counter()
             with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
+                stream.truncate(len(table) * layout.itemsize)
                 for items, [block], failed in outputs:
                     good = [i for i in range(len(items)) if i not in failed]
                     errors += failed.values()
@@ -193,13 +194,11 @@ def cached_features(
 
 
 def _find_records(file: Path, layout: np.dtype, ids: list[bytes]) -> tuple[np.ndarray, dict[bytes, int]]:
-    """The records of a file, mapped into memory, and those of the given images, by image. Drops a torn last one."""
-    with file.open("ab") as stream:
-        count = stream.tell() // layout.itemsize
-        stream.truncate(count * layout.itemsize)
+    """The whole records of a file, mapped into memory, and the rows of the given images."""
+    count = file.stat().st_size // layout.itemsize if file.exists() else 0
     if not count:
         return np.zeros(0, layout), {}
-    table = np.memmap(file, layout, mode="c")  # read only; torch wants to be able to write
+    table = np.memmap(file, layout, mode="c", shape=count)  # read only; torch wants to be able to write
     found = {image: row for row, image in enumerate(table["image"].tolist())}
     found = {image: found[image] for image in ids if image in found}
     damaged = [image for image, row in found.items() if zlib.crc32(table["features"][row]) != table["checksum"][row]]

@@ -209,8 +209,9 @@ def plot_speed(path: Path, rates: dict[str, dict[str, float]]) -> None:
     bars = (("the obvious loop", "a", "#999999"), ("ours, from files to features", "b", COLORS[0]))
     for i, (label, columns, color) in enumerate((*bars, ("bare forward pass", "cde", COLORS[5]))):
         values = [max(rate[column] for column in columns) for rate in rates.values()]
+        times = [f"  x{value / rate['a']:.0f}" if i else "" for value, rate in zip(values, rates.values(), strict=True)]
         drawn = axes.barh(position + 0.27 * i, values, 0.25, color=color, label=label)
-        axes.bar_label(drawn, [f"{value:.0f}" for value in values], padding=4, fontsize=12)
+        axes.bar_label(drawn, [f"{v:.0f}{t}" for v, t in zip(values, times, strict=True)], padding=4, fontsize=12)
     axes.set_yticks(position + 0.27, rates, fontsize=13)
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -19,6 +19,7 @@ from train_utils import (
     Batches,
     balanced_weights,
     calibration,
+    difference,
     evaluate,
     feature_loader,
     fit_classifier,
@@ -126,6 +127,23 @@ def test_the_interval_is_wilsons(right, count):
     for end in interval(right / count, count):
         assert 0 <= end <= 1
         assert abs(right / count - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / count), abs=1e-9)
+
+
+def test_differences_are_judged_on_the_same_images():
+    """Bonett and Price's interval, by hand: (b - c) / (n + 2), b and c with one image more each."""
+    right, other = torch.zeros(100, dtype=torch.int64), torch.zeros(100, dtype=torch.int64)
+    right[:70], other[10:75] = 1, 1  # both 60, one alone 10, the other alone 5
+    gain, margin = difference(right, other)
+    assert gain == pytest.approx(5 / 102) and margin == pytest.approx(1.96 * math.sqrt(17 - 25 / 102) / 102)
+    assert difference(other, right) == pytest.approx((-gain, margin))
+    assert difference(right, right) == pytest.approx((0, 1.96 * math.sqrt(2) / 102))  # never certain
+    random, misses = torch.Generator().manual_seed(0), 0
+    for _ in range(500):  # two models that are equally good: 95 % of the intervals hold the true difference, 0
+        hard, one, two = torch.rand(3, 300, generator=random)
+        answers = [((hard < 0.6) | (luck < 0.3)).long() for luck in (one, two)]
+        gain, margin = difference(*answers)
+        misses += abs(gain) > margin
+    assert 10 <= misses <= 45
 
 
 def test_calibration_by_hand():

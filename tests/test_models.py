@@ -11,7 +11,7 @@ from conftest import draw, randomize_statistics
 from PIL import Image
 
 import inference
-from models import BACKBONES, TransferModel, fast_copy, load_checkpoint, run_images, save_checkpoint
+from models import BACKBONES, TransferModel, export, fast_copy, heat_map, load_checkpoint, run_images, save_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,7 @@ def test_the_fast_copy_computes_the_same(name, image_size):
             random_model(name, image_size)
         return
     model = random_model(name, image_size)
+    model.views = 1
     images = noise(model)
     with torch.inference_mode():
         expected = model.forward_features(images)
@@ -118,7 +119,44 @@ def test_a_checkpoint_rebuilds_itself(name, tmp_path):
     assert again.classes == ("zebra", "ant", "car") and again.metrics == {"val_accuracy": 0.5}
     assert again.preprocessing == model.preprocessing and again.temperature == 1.5
     assert torch.equal(again(noise(model)), model(noise(model)))
-    assert torch.equal(model.classifier(model.forward_features(noise(model)).float()), model(noise(model)))
+    assert torch.equal(model.classifier(model.forward_features(noise(model))), model(noise(model)))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "swin_t", "vit_b_32"])
+def test_an_image_and_its_mirror_image_are_the_same(name):
+    model = random_model(name, ONE_SIZE.get(name, 96))
+    images = noise(model)
+    features = model.forward_features(images)
+    assert torch.allclose(features, model.forward_features(images.flip(3)), atol=1e-5)
+    one, other = model.forward_view(images), model.forward_view(images.flip(3))
+    assert torch.allclose(features, (one + other) / 2) and not torch.allclose(one, other, atol=1e-3)
+    model.views = 1
+    assert torch.equal(model.forward_features(images), one)
+
+
+def test_the_heat_map_is_grad_cam():
+    """Its textbook form: the last maps, weighted by the average of the gradient of the label's logit."""
+    model, maps = random_model("mobilenet_v2", 96), []
+    images = noise(model, 3)
+    heat = heat_map(model, images)
+    model.views = 1
+    model.features[-1].register_forward_hook(lambda module, inputs, output: maps.append(output.requires_grad_()))
+    [gradient] = torch.autograd.grad(model(images).max(dim=1).values.sum(), maps)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * maps[0]).sum(dim=1).relu()
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True)
+    assert torch.allclose(heat.reshape_as(expected), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
+def test_what_is_exported_answers_as_the_model(name, tmp_path):
+    model = random_model(name, 96)
+    model.temperature = 2.0
+    export(model, tmp_path / "x.pt2")
+    images = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    answers = torch.export.load(tmp_path / "x.pt2").module()(images)
+    for row, record in zip(answers, model.predict([image.permute(1, 2, 0).numpy() for image in images]), strict=True):
+        expected = {guess["label"]: guess["probability"] for guess in record["top"]}
+        assert dict(zip(model.classes, row.tolist(), strict=True)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path, monkeypatch):
@@ -138,6 +176,7 @@ def test_features_are_torchvisions(tmp_path, weights, monkeypatch):
         for key in (key for key in source if key.startswith("features.")):
             assert torch.equal(state[key], source[key])
         if name == "mobilenet_v3_large":
+            model.views = 1
             stock = torchvision.models.mobilenet_v3_large(num_classes=10)
             stock.load_state_dict(state)
             assert torch.allclose(stock.eval()(noise(model)), model(noise(model)), atol=1e-5)

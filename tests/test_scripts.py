@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.util
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ROOT, draw
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -516,6 +519,19 @@ def test_wrong_usage(run, script, args, expected):
     assert code == 2 and expected in err
 
 
+def test_the_report_page_is_whole(run, photos, tmp_path):
+    (photos / "train" / "red").rename(photos / "train" / "<b>&red")
+    (photos / "test" / "red").rename(photos / "test" / "<b>&red")
+    run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
+    page = (tmp_path / "plots" / "report.html").read_text()
+    for name, row in results(tmp_path).items():
+        assert f"<td>{name}</td>" in page and f"<td>{row['test_accuracy']:.2%}</td>" in page
+    drawn = list((tmp_path / "plots").glob("*.png"))
+    assert page.count("src=") == page.count("data:image/png;base64,") == len(drawn)  # nothing from elsewhere
+    assert "http" not in page and "$" not in page and str(photos) in page
+    assert HTMLParser().feed(page) is None
+
+
 def test_what_else_lies_in_checkpoints(run, photos, tmp_path):
     run(main_train, "--data", photos, *SMALL, *QUICK)
     (tmp_path / "checkpoints" / "foreign.pt").write_bytes(b"not ours")
@@ -557,6 +573,53 @@ def test_models_of_other_classes_answer_alone(run, photos, tmp_path):
         and err == ("the models do not have the same classes: each answers alone\n")
     )
     assert run(inference, photo, "--ensemble")[0] == 2
+
+
+def test_what_decided_and_which_training_images_are_alike(run, photos, tmp_path, monkeypatch):
+    texts, saved = [], Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        texts[:] = [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+        saved(figure, *args, **kwargs)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v3_large", *QUICK)
+    image = photos / "train" / "red" / "0.png"
+    command = (inference, image, photos / "test" / "red" / "0.png", "--explain", "why.png")
+    code, out, err = run(*command)
+    assert code == 0 and "why.png explains" in err and (tmp_path / "why.png").exists()
+    assert texts.count("what decided") == 2 and "red, 1.00" in texts  # the image itself is in the training set
+    assert len(texts) == 2 * (1 + 1 + 5)
+    shutil.rmtree(tmp_path / "data")
+    code, out, err = run(*command)
+    assert code == 0 and "features are not in data/features" in err and len(texts) == 2 * 2
+    photos.rename(tmp_path / "moved")
+    code, out, err = run(inference, tmp_path / "moved" / "test" / "red" / "0.png", "--explain", "moved.png")
+    assert code == 0 and str(photos) in err and (tmp_path / "moved.png").exists()
+
+
+def test_an_exported_model_answers_as_the_checkpoint(run, photos, tmp_path, monkeypatch):
+    run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = run(inference, "--export", "exported.pt2")
+    assert (code, err) == (0, "") and "(B, 3, 32, 32)" in out
+    extra = {"classes": ""}
+    exported = torch.export.load(tmp_path / "exported.pt2", extra_files=extra).module()
+    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    classes = json.loads(extra["classes"])
+    for count in (1, 5):
+        found = exported(torch.from_numpy(images[:count]).permute(0, 3, 1, 2))
+        for row, record in zip(found, model.predict(list(images[:count])), strict=True):
+            expected = {guess["label"]: guess["probability"] for guess in record["top"]}
+            assert dict(zip(classes, row.tolist(), strict=True)) == pytest.approx(expected, abs=1e-4)
+    for name in ("model.txt", "model.onnx"):
+        if name.endswith("onnx") and importlib.util.find_spec("onnxscript"):
+            continue
+        code, _, err = run(inference, "--export", name)
+        assert code == 2 and name in err and len(err.splitlines()) == 1 and not (tmp_path / name).exists()
+    monkeypatch.setattr("torch.allclose", lambda *args, **kwargs: False)
+    code, _, err = run(inference, "--export", "other.pt2")
+    assert code == 2 and "differ" in err and not (tmp_path / "other.pt2").exists()
 
 
 def test_foreign_and_doubtful_images_are_marked(run, photos, tmp_path):
@@ -663,6 +726,12 @@ def start(*args, cwd):
         return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_the_demos_deep_networks_beat_chance(run, tmp_path):
+    code, out, _ = run(main_train, "--demo", "--models", "mobilenet_v3_large", "efficientnet_b0")
+    assert code == 0 and "not the models" in out
+    assert all(row["test_accuracy"] > 0.5 for row in results(tmp_path / "demo").values())  # of three classes
 
 
 def test_the_demo_and_a_pipe_that_closes(tmp_path):
