@@ -19,12 +19,13 @@ from statistics import median
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images, find_images, run_script
 from models import load_checkpoint, pick_device
 from train_utils import cached_features
+
+ROOT = Path(__file__).parent.parent
 
 
 def main() -> int:

@@ -586,15 +586,15 @@ def test_what_decided_and_which_training_images_are_alike(run, photos, tmp_path,
     run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v3_large", *QUICK)
     image = photos / "train" / "red" / "0.png"
     command = (inference, image, photos / "test" / "red" / "0.png", "--explain", "why.png")
-    code, out, err = run(*command)
+    code, _, err = run(*command)
     assert code == 0 and "why.png explains" in err and (tmp_path / "why.png").exists()
     assert texts.count("what decided") == 2 and "red, 1.00" in texts  # the image itself is in the training set
     assert len(texts) == 2 * (1 + 1 + 5)
     shutil.rmtree(tmp_path / "data")
-    code, out, err = run(*command)
+    code, _, err = run(*command)
     assert code == 0 and "features are not in data/features" in err and len(texts) == 2 * 2
     photos.rename(tmp_path / "moved")
-    code, out, err = run(inference, tmp_path / "moved" / "test" / "red" / "0.png", "--explain", "moved.png")
+    code, _, err = run(inference, tmp_path / "moved" / "test" / "red" / "0.png", "--explain", "moved.png")
     assert code == 0 and str(photos) in err and (tmp_path / "moved.png").exists()
 
 
