@@ -5,6 +5,8 @@
     python inference.py photos/ --format json > labels.jsonl
     python inference.py pets/test --evaluate                a folder of class folders: how many are right
     find . -name '*.jpg' | python inference.py -            paths from standard input
+    python inference.py cat.jpg --explain why.png           what decided it, and the training images most like it
+    python inference.py --export model.pt2                  a model that works without this project
     python inference.py                                     a sample of the test images -> plots/predictions.png
 
 Several checkpoints with the same classes answer together: the mean of their log-probabilities is more accurate than the
@@ -61,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "paths", nargs="*", metavar="PATH", help="images, folders, patterns, or - for a list of paths on standard input"
     )
-    add("--checkpoint", nargs="+", metavar="FILE", help="default: every checkpoints/*.pt")
+    add("--checkpoint", nargs="+", metavar="FILE", help="models, or patterns (default: checkpoints/*.pt)")
     add("--evaluate", action="store_true", help="PATH is a folder of class folders: measure how many answers are right")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR",
         help="of --evaluate: confusion matrices, mistakes and wrong.csv (default: evaluation)")  # fmt: skip
@@ -75,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--explain", type=Path, metavar="FILE",
-        help="draw them with what decided their labels, and with the training images most like them")  # fmt: skip
+        help="draw them with what decided their labels and the training images most like them, by the best model")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR",
         help="where main_train.py keeps CIFAR-10 and the features (default: data)")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
@@ -84,7 +86,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
-        args.checkpoint = [path for path in args.checkpoint if path.endswith(".pt")]
+        patterns = [path for path in args.checkpoint if path.endswith(".pt")]
+        args.checkpoint = [file for pattern in patterns for file in sorted(glob(pattern)) or [pattern]]
     for path in args.paths:
         if "://" in path:
             parser.error(f"{path} is an address: download the image first, for example with curl -O")
