@@ -51,6 +51,7 @@ from models import (
     pick_precision,
     predictions,
     run_images,
+    shared,
 )
 
 SAMPLE = 12  # images in plots/predictions.png and of --explain
@@ -77,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--explain", type=Path, metavar="FILE",
-        help="draw them with what decided their labels and the training images most like them, by the best model")  # fmt: skip
+        help="draw them with what decided their labels, and the training images most like them")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR",
         help="where main_train.py keeps CIFAR-10 and the features (default: data)")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
@@ -326,4 +327,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(shared(main))

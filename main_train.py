@@ -630,4 +630,4 @@ def write_page(rows: dict[str, dict], trained: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, "interrupted: the same command continues from what is finished")
+    run_script(models.shared(main), "interrupted: the same command continues from what is finished")

@@ -17,6 +17,8 @@ import io
 import json
 import math
 import operator
+import os
+import platform
 import sys
 import threading
 import zipfile
@@ -25,10 +27,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
@@ -538,7 +542,71 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def shared(main: Callable[[], int]) -> Callable[[], int]:
+    """Under torchrun, a `main` that runs in the first process while the others take their share of its run_images."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return main
+
+    def first_or_helper() -> int:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # helpers wait while the first one trains
+        first = not dist.get_rank()
+        try:
+            return main() if first else help_out()
+        finally:
+            with suppress(RuntimeError):  # another process was killed
+                if first:
+                    dist.broadcast_object_list([None])
+                dist.destroy_process_group()
+
+    return first_or_helper
+
+
+def help_out() -> int:
+    """Runs the models that run_images of the first process sends on this process's share of the images."""
+    rank, models, how = dist.get_rank(), [], {}
+    while True:
+        job = [None]
+        dist.broadcast_object_list(job)
+        match job[0]:
+            case None:
+                return 0
+            case {"models": models, "device": device, **how}:
+                number = int(os.environ["LOCAL_RANK"]) if device == "cuda" else None
+                models = [model.to(torch.device(device, number)) for model in models]
+            case shares:
+                folders = {item.parent for item in shares[rank] if isinstance(item, Path)}
+                if folders and not any(folder.exists() for folder in folders):
+                    raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
+                dist.gather_object(list(run_images_here(models, shares[rank], **how)))
+
+
+SHARE = 1024  # images that a process takes at a time
+
+
 def run_images(
+    models: Sequence[TransferModel],
+    items: Iterable[Item],
+    output: Callable[[TransferModel, Tensor], Tensor] = TransferModel.forward,
+    batch_size: int | None = None,
+) -> Iterator[tuple[list[Item], list[Tensor], dict[int, ImageError]]]:
+    """As run_images_here, but under torchrun each process takes a share of the images."""
+    if not (dist.is_available() and dist.is_initialized()):
+        yield from run_images_here(models, items, output, batch_size)
+        return
+    device, how = next(models[0].parameters()).device.type, {"output": output, "batch_size": batch_size}
+    dist.broadcast_object_list([{"models": [copy.deepcopy(model).cpu() for model in models], "device": device, **how}])
+    items, count = iter(items), dist.get_world_size()
+    while taken := list(islice(items, SHARE * count)):
+        size = -(-len(taken) // count)
+        shares = [taken[i * size : (i + 1) * size] for i in range(count)]
+        dist.broadcast_object_list([shares])
+        done = [None] * count
+        dist.gather_object(list(run_images_here(models, shares[0], **how)), done)
+        for batches in done:
+            yield from batches
+
+
+def run_images_here(
     models: Sequence[TransferModel],
     items: Iterable[Item],
     output: Callable[[TransferModel, Tensor], Tensor] = TransferModel.forward,
@@ -769,6 +837,9 @@ class PackedConv(nn.Module):
         self.geometry = conv.padding, conv.stride, conv.dilation, conv.groups
         self.weight, self.bias, self.activation = conv.weight, conv.bias, ("none", [])
         self.packed = None, None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "packed": (None, None)}  # another process packs for itself
 
     def forward(self, images: Tensor, residual: Tensor | None = None) -> Tensor:
         known, weight = self.packed

@@ -40,6 +40,7 @@ from models import (
     fast_copy,
     one_thread,
     run_images,
+    run_images_here,
     write_tensors,
 )
 
@@ -695,7 +696,7 @@ def cost(model: TransferModel, device: torch.device) -> dict:
 
     def seconds(count: int, batch_size: int) -> float:
         start = time.perf_counter()
-        for _ in run_images([fast], [image] * count, batch_size=batch_size):
+        for _ in run_images_here([fast], [image] * count, batch_size=batch_size):
             pass
         return time.perf_counter() - start
 

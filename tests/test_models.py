@@ -147,9 +147,8 @@ def test_the_heat_map_is_grad_cam():
     assert torch.allclose(heat.reshape_as(expected), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_t"])
-def test_what_is_exported_answers_as_the_model(name, tmp_path):
-    model = random_model(name, 96)
+def test_what_is_exported_answers_as_the_model(tmp_path):
+    model = random_model("resnet18", 96)
     model.temperature = 2.0
     export(model, tmp_path / "x.pt2")
     images = torch.randint(0, 256, (3, 3, 96, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
