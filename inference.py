@@ -271,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     write = writer(args.format, len(models) > 1)
     answers: dict[str, list[dict]] = {}  # of --evaluate, by model
     drawn: list[tuple[Item, str]] = []  # images and their captions
+    explained: list[tuple[Item, str]] = []  # the same with the answer of the best model alone
+    best = max(models, key=lambda model: model.metrics.get("val_accuracy", 0))
     marks: list[bool] = []  # whether those are right
     good = bad = right = 0
     fast = [fast_copy(model, device, precision) for model in models]
@@ -299,7 +301,10 @@ def main(argv: list[str] | None = None) -> int:
         if (plot or args.explain) and len(drawn) < SAMPLE:
             lines = [printable(truth[i])] if truth else []
             for model, answer in zip(models, records[0].get("models", records), strict=True):
-                lines.append(f"{model.label}: {printable(answer['label'])} {answer['probability']:.0%}")
+                text = f"{printable(answer['label'])} {answer['probability']:.0%}"
+                lines.append(f"{model.label}: {text}")
+                if model is best:
+                    explained.append((item, text))
             drawn.append((item, "\n".join(lines)))
             marks.append(is_right)
     bar.close()
@@ -313,9 +318,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
     elif truth and args.format == "text":
         print(f"{right} of {good} right" + (f" ({models[0].name})" if len(models) > 1 and not ensemble else ""))
-    if drawn and args.explain:
-        best = max(models, key=lambda model: model.metrics.get("val_accuracy", 0))
-        explain(best, drawn, device, args.cache, args.explain)
+    if explained and args.explain:
+        explain(best, explained, device, args.cache, args.explain)
         print(f"{args.explain} explains what {best.name} says of {len(drawn)} of them", file=sys.stderr)
     if drawn and plot:
         import visualization  # here, because importing matplotlib takes longer than classifying an image
