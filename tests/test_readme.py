@@ -87,7 +87,12 @@ def home(run, photos, tmp_path):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
     folders = ("checkpoints", "runs/pets/checkpoints", "runs/cifar10-images/checkpoints")
-    for path in (*(f"{folder}/mobilenet_v2.pt" for folder in folders), "at128/checkpoints/mobilenet_v2_finetuned.pt"):
+    levels = "runs/cifar10-images/checkpoints/mobilenet_v3_large_levels.pt"
+    for path in (
+        levels,
+        *(f"{folder}/mobilenet_v2.pt" for folder in folders),
+        "at128/checkpoints/mobilenet_v2_finetuned.pt",
+    ):
         models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
     return tmp_path
 
