@@ -556,6 +556,7 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
             with suppress(RuntimeError):  # another process was killed
                 if first:
                     dist.broadcast_object_list([None])
+                dist.barrier()  # no process leaves while another one is still being told
                 dist.destroy_process_group()
 
     return first_or_helper
