@@ -118,15 +118,15 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
     Raises OSError or ValueError if the images cannot be had or are not a data set. The message says what to do.
     """
     unused: Counter[str] = Counter()
+    notes = []
     if source == "cifar10":
         classes, train, val, test = CIFAR10_CLASSES, *_cifar10(root)
     elif source == "demo":
         classes, train, val, test = _demo()
+        notes.append("drawn shapes and random backbones: this tests the installation, not the models")
     else:
         classes, train, val, test = _folder(Path(source), unused)
-    content, notes = _content(source, classes, train, val, test), []
-    if source == "demo":
-        notes.append("drawn shapes and random backbones: this tests the installation, not the models")
+    content = _content(source, classes, train, val, test)
     if unused.total():
         notes.append(not_used(unused))
     if test is None:

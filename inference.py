@@ -192,12 +192,38 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
         visualization.save(figure, output / f"{name}_{what}.png")
 
 
-def explain(model: TransferModel, drawn: list[tuple[Item, str]], device: torch.device, cache: Path, file: Path) -> None:
+def answers_of(records: list[dict]) -> list[dict]:
+    """Each model's answer to an image."""
+    return records[0].get("models", records)
+
+
+def guess(answer: dict) -> str:
+    return f"{printable(answer['label'])} {answer['probability']:.0%}"
+
+
+def draw(models: list[TransferModel], shown: list[tuple[Item, list[dict]]], file: Path) -> None:
+    """Draws images with their true labels, if these are known, and each model's answer."""
+    import visualization  # here, because importing matplotlib takes longer than classifying an image
+
+    captioned, marks = [], []
+    for item, records in shown:
+        answers = zip(models, answers_of(records), strict=True)
+        lines = [f"{model.label}: {guess(answer)}" for model, answer in answers]
+        if "true" in records[0]:
+            lines.insert(0, printable(records[0]["true"]))
+            marks.append(records[0]["label"] == records[0]["true"])
+        captioned.append((item, "\n".join(lines)))
+    visualization.save(visualization.plot_predictions(*read_shown(captioned, SAMPLE), marks or None), file)
+
+
+def explain(
+    model: TransferModel, captioned: list[tuple[Item, str]], device: torch.device, cache: Path, file: Path
+) -> None:
     """Draws what decided each image's label, and the training images whose features are most like its own."""
     import train_utils
     import visualization
 
-    images, captions = read_shown(drawn, SAMPLE)
+    images, captions = read_shown(captioned, SAMPLE)
     heat, similar = [], []
     if isinstance(model.features, torch.nn.Sequential):
         rows = torch.cat([rows for _, [rows], _ in run_images([model.to(device)], images, heat_map)])
@@ -214,11 +240,11 @@ def explain(model: TransferModel, drawn: list[tuple[Item, str]], device: torch.d
         fast = fast_copy(model, device)
         rows = torch.cat([rows for _, [rows], _ in run_images([fast], images, TransferModel.forward_features)])
         for found in train_utils.most_similar(model, rows, known, SIMILAR):
-            captioned = []
+            alike = []
             for i, cosine in found:
                 label = printable(data.classes[data.train.labels[i]])
-                captioned.append((data.train.items[i], f"{label}, {cosine:.2f}"))
-            similar.append(list(zip(*read_shown(captioned, SIMILAR), strict=True)))
+                alike.append((data.train.items[i], f"{label}, {cosine:.2f}"))
+            similar.append(list(zip(*read_shown(alike, SIMILAR), strict=True)))
     visualization.save(visualization.plot_explanations(images, captions, heat, similar), file)
 
 
@@ -270,10 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     plot = args.plot or (None if args.paths else Path("plots/predictions.png"))
     write = writer(args.format, len(models) > 1)
     answers: dict[str, list[dict]] = {}  # of --evaluate, by model
-    drawn: list[tuple[Item, str]] = []  # images and their captions
-    explained: list[tuple[Item, str]] = []  # the same with the answer of the best model alone
-    best = max(models, key=lambda model: model.metrics.get("val_accuracy", 0))
-    marks: list[bool] = []  # whether those are right
+    shown: list[tuple[Item, list[dict]]] = []  # the first images and their records, for the plots
     good = bad = right = 0
     fast = [fast_copy(model, device, precision) for model in models]
     bar = Progress(len(truth) if truth else None, "inference", disable=sys.stdout.isatty() and not args.evaluate)
@@ -288,8 +311,7 @@ def main(argv: list[str] | None = None) -> int:
             write(records[0])
             bad += 1
             continue
-        is_right = bool(truth) and records[0]["label"] == truth[i]
-        good, right = good + 1, right + is_right
+        good, right = good + 1, right + (bool(truth) and records[0]["label"] == truth[i])
         for record in records:
             if args.threshold:
                 record["unsure"] = record["probability"] < args.threshold
@@ -298,15 +320,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             for answer in (record, *record.get("models", ())):
                 answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
-        if (plot or args.explain) and len(drawn) < SAMPLE:
-            lines = [printable(truth[i])] if truth else []
-            for model, answer in zip(models, records[0].get("models", records), strict=True):
-                text = f"{printable(answer['label'])} {answer['probability']:.0%}"
-                lines.append(f"{model.label}: {text}")
-                if model is best:
-                    explained.append((item, text))
-            drawn.append((item, "\n".join(lines)))
-            marks.append(is_right)
+        if len(shown) < SAMPLE:
+            shown.append((item, records))
     bar.close()
     if unused.total():
         print(not_used(unused), file=sys.stderr)
@@ -318,15 +333,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
     elif truth and args.format == "text":
         print(f"{right} of {good} right" + (f" ({models[0].name})" if len(models) > 1 and not ensemble else ""))
-    if explained and args.explain:
-        explain(best, explained, device, args.cache, args.explain)
-        print(f"{args.explain} explains what {best.name} says of {len(drawn)} of them", file=sys.stderr)
-    if drawn and plot:
-        import visualization  # here, because importing matplotlib takes longer than classifying an image
-
-        figure = visualization.plot_predictions(*read_shown(drawn, SAMPLE), marks if truth else None)
-        visualization.save(figure, plot)
-        print(f"{plot} shows {len(drawn)} of them", file=sys.stderr)
+    if shown and args.explain:
+        best = max(range(len(models)), key=lambda i: models[i].metrics.get("val_accuracy", 0))
+        captioned = [(item, guess(answers_of(records)[best])) for item, records in shown]
+        explain(models[best], captioned, device, args.cache, args.explain)
+        print(f"{args.explain} explains what {models[best].name} says of {len(shown)} of them", file=sys.stderr)
+    if shown and plot:
+        draw(models, shown, plot)
+        print(f"{plot} shows {len(shown)} of them", file=sys.stderr)
     return 0 if not bad + skipped else 1 if good else 2
 
 

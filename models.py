@@ -318,7 +318,7 @@ def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
         norm.momentum = 1.0  # the statistics of this batch replace the others
         norm.train()
     with torch.no_grad():
-        model.forward_features(images)
+        model.forward_view(images)
     model.features.eval()
 
 

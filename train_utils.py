@@ -165,8 +165,8 @@ def cached_features(
         if missing:
             if found:
                 print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
-            items = (images.items[i] for i in missing)
-            outputs = run_images([fast_copy(model, device)], items, TransferModel.forward_features)
+            wanted = (images.items[i] for i in missing)
+            outputs = run_images([fast_copy(model, device)], wanted, TransferModel.forward_features)
             title, position, before = f"{model.backbone} features", 0, time.perf_counter()
             with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
                 stream.truncate(len(table) * layout.itemsize)

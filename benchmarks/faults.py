@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import main_train
-from data import run_script
+from data import CIFAR10_SIZE, run_script
 
 
 def main() -> int:
@@ -30,7 +30,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         planted = plant(args.data, Path(scratch, "images"))
         code = main_train.main(
-            ["--data", f"{scratch}/images", "--models", args.model, "--image-size", "160", "--output", scratch]
+            [
+                "--data",
+                f"{scratch}/images",
+                "--models",
+                args.model,
+                "--image-size",
+                str(CIFAR10_SIZE),
+                "--output",
+                scratch,
+            ]
         )
         report = json.loads(Path(scratch, "plots", "data.json").read_text())
     copies = {image["path"] for pair in report["copies"] for image in pair["images"]}

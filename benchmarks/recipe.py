@@ -17,7 +17,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Data, load_data, run_script
+from data import CIFAR10_SIZE, Data, load_data, run_script
 from models import BACKBONES, TransferModel, pick_device, pick_precision
 from train_utils import RECIPE, Batches, Recipe, cached_features, feature_loader, fit_classifier, loss_and_accuracy
 
@@ -28,7 +28,7 @@ class Variant:
     hidden: int | None = None  # the model's own
     dropout: float = 0.0
     views: int = 2
-    image_size: int = 160
+    image_size: int = CIFAR10_SIZE
 
 
 VARIANTS = {
