@@ -29,18 +29,8 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         planted = plant(args.data, Path(scratch, "images"))
-        code = main_train.main(
-            [
-                "--data",
-                f"{scratch}/images",
-                "--models",
-                args.model,
-                "--image-size",
-                str(CIFAR10_SIZE),
-                "--output",
-                scratch,
-            ]
-        )
+        where = ["--data", f"{scratch}/images", "--output", scratch]
+        code = main_train.main([*where, "--models", args.model, "--image-size", str(CIFAR10_SIZE)])
         report = json.loads(Path(scratch, "plots", "data.json").read_text())
     copies = {image["path"] for pair in report["copies"] for image in pair["images"]}
     doubtful = {image["path"] for image in report["doubtful_labels"]}
