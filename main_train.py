@@ -36,6 +36,7 @@ from data import (
     CIFAR10_SIZE,
     Data,
     Item,
+    available_cpus,
     first_line,
     load_data,
     locked,
@@ -49,7 +50,7 @@ from data import (
     whole_file,
     without_images,
 )
-from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, Training, loss_and_accuracy
+from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, loss_and_accuracy
 
 SCHEMA = 2  # of results.json
 SAME = ("content", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
@@ -147,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(data.test):,} for testing"
         )
         print(*data.notes, sep="\n", end="\n" if data.notes else "")
+        print(f"this takes about {guess_time(args, device, data)}, and less if features are in {args.cache}/ already")
         rows = read_results(args.output / "plots" / "results.json")
         outcomes, complete = [], True
         for name in args.models:
@@ -167,6 +169,30 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = args.output / "checkpoints" / f"{outcomes[-1].row['model']}.pt"
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
+
+
+def guess_time(args: argparse.Namespace, device: torch.device, data: Data) -> str:
+    """How long the backbones need, within a factor of two or three: "8 minutes".
+
+    A guess from the multiply-adds that torchvision states, the speed of a matrix product here, and the cores that read.
+    Its constants fit five backbones on a CPU: large networks compute more of their multiply-adds at full speed.
+    """
+    matrix = torch.randn(1024, 1024, device=device)
+
+    def seconds_of_product() -> float:
+        start = train_utils.synchronized_time(device)
+        torch.mm(matrix, matrix)
+        return train_utils.synchronized_time(device) - start
+
+    billion = min(seconds_of_product() for _ in range(5))  # multiply-adds
+    passes = args.views * (len(data.train) + len(data.val) + len(data.test))
+    passes += 8 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
+    seconds = 0.0
+    for weights in (models.find_backbone(name).weights for name in args.models):
+        size = weights.transforms().crop_size[0]
+        billions = weights.meta["_ops"] * ((args.image_size or size) / size) ** 2
+        seconds += passes * max(0.75 * billions**0.7 * billion, 2e-4 / available_cpus())
+    return f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{max(1, seconds):.0f} seconds"
 
 
 def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> models.TransferModel:
@@ -290,22 +316,15 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
         class_weights=args.class_weights,
     )
     model.unfreeze()
-    model.to(memory_format=torch.channels_last)
-    load_train, load_val = (
-        train_utils.image_loader(images, model.preprocessing, device) for images in (data.train, data.val)
-    )
-    groups = [
-        {"params": model.features.parameters(), "lr": recipe.lr},
-        {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
-    ]
-    train_batches = Batches(load_train, data.train.labels, batch_size, device, args.seed)
-    val_batches = Batches(load_val, data.val.labels, batch_size, device)
     key = models.content_hash(model.state_dict(), [asdict(recipe), precision, args.seed, len(data.train)])
-    training = Training(model, train_batches, val_batches, recipe, precision, groups)
-    progress = args.output / "checkpoints" / f"{model.name}.resume"
-    if train_utils.load_progress(progress, training, key):
-        print(f"{model.name}: continuing after {len(training.history)} of {recipe.epochs} epochs")
-    train_utils.fit(training, model.name, after_epoch=lambda: train_utils.save_progress(progress, training, key))
+    file = args.output / "checkpoints" / f"{model.name}.resume"
+    if progress := train_utils.load_progress(file, key):
+        print(f"{model.name}: continuing after {len(progress['history'])} of {recipe.epochs} epochs")
+    arguments = model.cpu(), data.train, data.val, recipe, precision, device, args.seed, progress
+    models.ask_others(train_utils.fine_tune, *arguments)
+    training = train_utils.fine_tune(
+        *arguments, model.name, lambda training: train_utils.save_progress(file, training, key)
+    )
 
     fast, accuracies, answers = models.fast_copy(model, device), {}, {}
     for part in ("val", "test"):

@@ -543,42 +543,71 @@ def one_thread() -> Iterator[None]:
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
-    """Under torchrun, a `main` that runs in the first process while the others take their share of its run_images."""
+    """Under torchrun, a `main` that runs in the first process, while the others do their part of what it asks for."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return main
 
     def first_or_helper() -> int:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # helpers wait while the first one trains
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while the first one trains
         first = not dist.get_rank()
+        if difference := _difference():
+            if first:
+                raise ValueError(difference)
+            return 2
+        if not first:
+            help_out()
         try:
-            return main() if first else help_out()
+            return main() if first else 0
         finally:
             with suppress(RuntimeError):  # another process was killed
                 if first:
-                    dist.broadcast_object_list([None])
+                    ask_others(None)
                 dist.barrier()  # no process leaves while another one is still being told
                 dist.destroy_process_group()
 
     return first_or_helper
 
 
-def help_out() -> int:
-    """Runs the models that run_images of the first process sends on this process's share of the images."""
-    rank, models, how = dist.get_rank(), [], {}
+def _difference() -> str:
+    """In what the processes of torchrun differ, though they should not. Empty if all is well."""
+    scripts = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    code = hashlib.sha256("".join(scripts).encode()).hexdigest()
+    own = {"arguments": sys.argv[1:], "code": code, "torch": torch.__version__, "machine": platform.node()}
+    every = [own] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    for other in every:
+        for what in ("arguments", "code", "torch"):
+            if other[what] != every[0][what]:
+                return f"{other['machine']} runs with another {what} than {every[0]['machine']}: make them the same"
+    return ""
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process's number and the number of processes: 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this kind that this process uses: with several GPUs, each process has one of its own."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def ask_others(work: Callable | None, *arguments: object) -> None:
+    """Makes the other processes of torchrun call work(*arguments), or leave. The first process goes on."""
+    if rank_and_count()[1] > 1:
+        dist.broadcast_object_list([(work, arguments)])
+
+
+def help_out() -> None:
+    """Does what the first process asks for."""
     while True:
         job = [None]
         dist.broadcast_object_list(job)
-        match job[0]:
-            case None:
-                return 0
-            case {"models": models, "device": device, **how}:
-                number = int(os.environ["LOCAL_RANK"]) if device == "cuda" else None
-                models = [model.to(torch.device(device, number)) for model in models]
-            case shares:
-                folders = {item.parent for item in shares[rank] if isinstance(item, Path)}
-                if folders and not any(folder.exists() for folder in folders):
-                    raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
-                dist.gather_object(list(run_images_here(models, shares[rank], **how)))
+        work, arguments = job[0]
+        if work is None:
+            return
+        work(*arguments)
 
 
 SHARE = 1024  # images that a process takes at a time
@@ -591,20 +620,42 @@ def run_images(
     batch_size: int | None = None,
 ) -> Iterator[tuple[list[Item], list[Tensor], dict[int, ImageError]]]:
     """As run_images_here, but under torchrun each process takes a share of the images."""
-    if not (dist.is_available() and dist.is_initialized()):
+    count = rank_and_count()[1]
+    if count == 1:
         yield from run_images_here(models, items, output, batch_size)
         return
-    device, how = next(models[0].parameters()).device.type, {"output": output, "batch_size": batch_size}
-    dist.broadcast_object_list([{"models": [copy.deepcopy(model).cpu() for model in models], "device": device, **how}])
-    items, count = iter(items), dist.get_world_size()
-    while taken := list(islice(items, SHARE * count)):
-        size = -(-len(taken) // count)
-        shares = [taken[i * size : (i + 1) * size] for i in range(count)]
-        dist.broadcast_object_list([shares])
-        done = [None] * count
-        dist.gather_object(list(run_images_here(models, shares[0], **how)), done)
-        for batches in done:
-            yield from batches
+    device = next(models[0].parameters()).device
+    ask_others(_run_shares, [copy.deepcopy(model).cpu() for model in models], device, output, batch_size)
+    items = iter(items)
+    try:
+        while taken := list(islice(items, SHARE * count)):
+            size = -(-len(taken) // count)
+            shares = [taken[i * size : (i + 1) * size] for i in range(count)]
+            dist.broadcast_object_list([shares])
+            own, every = [], [None] * count
+            try:
+                own += run_images_here(models, shares[0], output, batch_size)
+            finally:
+                dist.gather_object(own, every)  # the others wait for it
+            for batches in every:
+                yield from batches
+    finally:
+        dist.broadcast_object_list([None])
+
+
+def _run_shares(models: list[TransferModel], device: torch.device, output: Callable, batch_size: int | None) -> None:
+    """Runs the models on this process's share of the images that run_images deals."""
+    models = [model.to(own_device(device)) for model in models]
+    while True:
+        dealt = [None]
+        dist.broadcast_object_list(dealt)
+        if dealt[0] is None:
+            return
+        share = dealt[0][dist.get_rank()]
+        folders = {item.parent for item in share if isinstance(item, Path)}
+        if folders and not any(folder.exists() for folder in folders):
+            raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
+        dist.gather_object(list(run_images_here(models, share, output, batch_size)))
 
 
 def run_images_here(

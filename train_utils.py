@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +40,8 @@ from models import (
     content_hash,
     fast_copy,
     one_thread,
+    own_device,
+    rank_and_count,
     run_images,
     run_images_here,
     write_tensors,
@@ -223,9 +226,9 @@ def most_similar(
 
 # ------------------------------------------------------------------------------------------ batches and loops
 
-# (indices of a batch, a generator while training or None) -> the inputs, on the device, and the indices without those
-# of images that cannot be read
-Loader = Callable[[Tensor, torch.Generator | None], tuple[Tensor, Tensor]]
+# (indices (B,) of a batch, random numbers (B, 3) while training or None) -> the inputs, on the device, and the indices
+# without those of images that cannot be read
+Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def feature_loader(features: Tensor, device: torch.device) -> Loader:
@@ -233,7 +236,7 @@ def feature_loader(features: Tensor, device: torch.device) -> Loader:
     with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
         features = features.to(device)
 
-    def load(batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         return features[batch.to(features.device)].to(device, torch.float32, non_blocking=True), batch
 
     return load
@@ -250,10 +253,11 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
             print(f"left out: {error}", file=sys.stderr)
             return None
 
-    def load(batch: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         read_images = list(threads.map(read, batch.tolist()))
         there = [i for i, image in enumerate(read_images) if image is not None]
-        return preprocess([read_images[i] for i in there], preprocessing, device, augment=generator), batch[there]
+        draws = None if draws is None else draws[there]
+        return preprocess([read_images[i] for i in there], preprocessing, device, draws=draws), batch[there]
 
     return load
 
@@ -262,7 +266,8 @@ class Batches:
     """Inputs and labels in batches on the device. With a seed, every epoch has another order.
 
     A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
-    over all batches, which may make them a little larger than `batch_size`.
+    over all batches, which may make them a little larger than `batch_size`. If `shared`, each process of torchrun gets
+    its share of every batch. Raises ValueError if there are fewer images than processes.
     """
 
     def __init__(
@@ -272,10 +277,16 @@ class Batches:
         batch_size: int,
         device: torch.device,
         seed: int | None = None,
+        shared: bool = False,
     ):
         self.load, self.labels, self.device = load, labels.to(device), device
-        size = max(2, min(batch_size, max(8, len(labels) // 16)))
+        self.report: Callable[[int], object] = lambda images: None  # called with the size of each batch that is done
+        self.process, self.processes = rank_and_count() if shared else (0, 1)
+        if len(labels) < self.processes:
+            raise ValueError(f"{len(labels)} images cannot be shared by {self.processes} processes: start fewer")
+        size = max(2, self.processes, min(batch_size, max(8, len(labels) // 16)))
         self.steps = max(1, len(labels) // size)
+        self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -285,16 +296,27 @@ class Batches:
         size = len(self.labels)
         order = torch.arange(size) if self.generator is None else torch.randperm(size, generator=self.generator)
         for batch in order.tensor_split(self.steps):
-            inputs, batch = self.load(batch, self.generator)
-            yield inputs, self.labels[batch.to(self.device, non_blocking=True)]
+            draws = None if self.generator is None else torch.rand(len(batch), 3, generator=self.generator)
+            share = slice(self.process, None, self.processes)
+            inputs, there = self.load(batch[share], None if draws is None else draws[share])
+            yield inputs, self.labels[there.to(self.device, non_blocking=True)]
+            self.report(len(batch))
+
+    def means(self, loss: Tensor, right: Tensor, images: int) -> tuple[float, float]:
+        """The mean loss and the accuracy, from sums over all batches of this process. The processes' sums are added."""
+        sums = torch.tensor([float(loss), float(right), images], dtype=torch.float64)
+        if self.processes > 1:
+            dist.all_reduce(sums)
+        loss, right, images = sums.tolist()
+        return loss / images, right / images
 
 
 def train_one_epoch(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Batches,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
-    criterion: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
     autocast: torch.autocast,
 ) -> tuple[float, float]:
     """Trains on every batch once. Returns the mean cross-entropy and the accuracy, as the model was at each step."""
@@ -311,7 +333,7 @@ def train_one_epoch(
         total_loss += F.cross_entropy(logits.detach().float(), labels) * len(labels)  # stays on the device: no waiting
         correct += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
-    return float(total_loss) / seen, int(correct) / seen
+    return batches.means(total_loss, correct, seen)
 
 
 @torch.inference_mode()
@@ -329,7 +351,9 @@ def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 
 def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
     """Mean cross-entropy and accuracy."""
-    return loss_and_accuracy(*predict(model, batches))
+    logits, labels = predict(model, batches)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    return batches.means(loss, (logits.argmax(dim=1) == labels).sum(), len(labels))
 
 
 class Training:
@@ -348,6 +372,10 @@ class Training:
         groups: list[dict] | None = None,
     ):
         self.model, self.train, self.val, self.recipe = model, train, val, recipe
+        # what takes the steps: with shared batches every process has a copy, and their gradients are averaged
+        self.network = model
+        if train.processes > 1:
+            self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
             groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
@@ -397,13 +425,18 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     """
     model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
     weights = balanced_weights(train.labels) if training.recipe.class_weights else None
-    criterion = nn.CrossEntropyLoss(weights, label_smoothing=training.recipe.label_smoothing)
+    total_loss = nn.CrossEntropyLoss(weights, label_smoothing=training.recipe.label_smoothing, reduction="sum")
     size = len(train.labels)
-    bar = Progress(epochs * size, name, len(history) * size)
+    bar = Progress(epochs * size, name, len(history) * size, disable=not name)
+    train.report = bar.update
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        return total_loss(logits, labels) / train.mean_size  # of one size for all batches, which differ by an image
+
     for epoch in range(len(history) + 1, epochs + 1):
         start = synchronized_time(train.device)
         train_loss, train_accuracy = train_one_epoch(
-            model, counted(train, bar), training.optimizer, training.scheduler, criterion, training.autocast
+            training.network, train, training.optimizer, training.scheduler, criterion, training.autocast
         )
         val_loss, val_accuracy = evaluate(model, training.val)
         if not math.isfinite(train_loss + val_loss):
@@ -420,13 +453,6 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
         after_epoch()
     bar.close()
     model.load_state_dict(training.best)
-
-
-def counted(batches: Batches, bar: Progress) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches, each counted on the progress bar."""
-    for inputs, labels in batches:
-        yield inputs, labels
-        bar.update(len(labels))
 
 
 def balanced_weights(labels: Tensor) -> Tensor:
@@ -525,23 +551,56 @@ def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) ->
     return familiarity
 
 
+def fine_tune(
+    model: TransferModel,
+    train: Images,
+    val: Images,
+    recipe: Recipe,
+    precision: str,
+    device: torch.device,
+    seed: int,
+    progress: dict | None = None,
+    name: str = "",
+    after_epoch: Callable[[Training], None] = lambda training: None,
+) -> Training:
+    """Trains the whole model on images, from the start or from a training's `progress`.
+
+    Under torchrun all processes call this; each takes its share of every batch.
+    """
+    device = own_device(device)
+    model.to(device, memory_format=torch.channels_last)
+    groups = [
+        {"params": model.features.parameters(), "lr": recipe.lr},
+        {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
+    ]
+
+    def batches(images: Images, seed: int | None = None) -> Batches:
+        load = image_loader(images, model.preprocessing, device)
+        return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
+
+    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups)
+    if progress:
+        training.load_state_dict(progress)
+    fit(training, name, lambda: after_epoch(training))
+    return training
+
+
 def save_progress(file: Path, training: Training, key: str) -> None:
     """Saves a training after an epoch, for `load_progress`. `key` identifies it: a hash of all that shapes it."""
     write_tensors(file, {"key": key, **training.state_dict()})
 
 
-def load_progress(file: Path, training: Training, key: str) -> bool:
-    """Continues the training that was saved with the same `key`. Returns whether there was one."""
+def load_progress(file: Path, key: str) -> dict | None:
+    """What was saved with the same `key`, for `Training.load_state_dict`, or None."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["key"] == key:
-            training.load_state_dict(state)
-            return True
+            return state
     except FileNotFoundError:
         pass
     except Exception as error:  # whatever a damaged file makes torch raise
         print(f"{file} is unusable ({type(error).__name__}): training starts again", file=sys.stderr)
-    return False
+    return None
 
 
 # ------------------------------------------------------------------------ what the features know about the data

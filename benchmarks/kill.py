@@ -1,6 +1,7 @@
 """Kills main_train.py at random moments, runs it again, and compares with a run that was never killed.
 
     python benchmarks/kill.py --points 200          half an hour on two cores
+    python benchmarks/kill.py --processes 2         under torchrun, where one of the processes is killed
 
 The weights must be the same, bit for bit, and so must results.json, except for times. If they differ, it stops and says
 at which moment it had killed the run.
@@ -8,8 +9,10 @@ at which moment it had killed the run.
 
 import argparse
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,14 +27,22 @@ IMPORTS = 2  # seconds in which nothing happens yet
 COMMAND = "--demo --models mobilenet_v3_small --limit 200 --epochs 3 --fine-tune 2 --device cpu".split()
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, processes: int) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen([sys.executable, ROOT / "main_train.py", *COMMAND], cwd=folder, stdout=subprocess.DEVNULL)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *torchrun, ROOT / "main_train.py", *COMMAND]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
 
 
-def finish(folder: Path) -> tuple[dict, dict]:
+def kill(process: subprocess.Popen, moments: random.Random) -> None:
+    """Kills the process, or one of those that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(moments.choice(children)) if "torch.distributed.run" in process.args else process.pid, signal.SIGKILL)
+
+
+def finish(folder: Path, processes: int) -> tuple[dict, dict]:
     """Runs to the end. Returns the tensors of the checkpoints and the results without their times."""
-    if start(folder).wait() != 0:
+    if start(folder, processes).wait() != 0:
         sys.exit(f"the run in {folder} failed")
     leftovers = [str(path) for path in folder.rglob("*.part")]
     if leftovers:
@@ -53,20 +64,21 @@ def finish(folder: Path) -> tuple[dict, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     moments, killed = random.Random(args.seed), 0
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()
-        tensors, results = finish(Path(scratch, "reference"))
+        tensors, results = finish(Path(scratch, "reference"), args.processes)
         duration = time.monotonic() - started
         for point in trange(args.points, desc="killed", disable=None):
             folder, moment = Path(scratch, str(point)), moments.uniform(IMPORTS, duration)
-            process = start(folder)
+            process = start(folder, args.processes)
             time.sleep(moment)
-            process.kill()
+            kill(process, moments)
             killed += process.wait() != 0
-            tensors_again, results_again = finish(folder)
+            tensors_again, results_again = finish(folder, args.processes)
             same = tensors.keys() == tensors_again.keys()
             if not same or not all(torch.equal(tensors[key], tensors_again[key]) for key in tensors):
                 sys.exit(f"other weights after a kill at {moment:.2f} s (point {point})")

@@ -745,7 +745,7 @@ def test_the_demo_and_a_pipe_that_closes(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
 def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
-    """Extraction and inference under torchrun: the same features, results and answers, in order."""
+    """Under torchrun: the same features, results and answers, in order. Fine-tuning is the same up to rounding."""
     monkeypatch.setenv("TORCH_HOME", str(weights))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (photos / "train" / "red" / "broken.png").write_bytes(b"oops")
@@ -754,9 +754,9 @@ def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
     for number, runner in enumerate(((), two)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--output", ".")
+        command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--fine-tune", 3, "--output", ".")
         done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 1 and done.stdout.count("test accuracy") == 1, done.stderr
+        assert done.returncode == 1 and done.stdout.count("test accuracy") == 2, done.stderr
         assert done.stderr.count("left out: ") == 1
         [file] = (folder / "data" / "features").glob("*.features")
         content, size = file.read_bytes(), file.stat().st_size // 78
@@ -764,11 +764,18 @@ def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
         features.append({record[:32]: record[40:] for record in records})  # without seconds and checksum
         rows.append(results(folder))
         state.append(checkpoints(folder))
-        command = (ROOT / "inference.py", photos / "test", "--format", "csv")
+        frozen = "checkpoints/mobilenet_v3_small.pt"
+        command = (ROOT / "inference.py", photos / "test", "--format", "csv", "--checkpoint", frozen)
         done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         answers.append(done.stdout)
     assert len(features[0]) == 78 and features[0] == features[1]
+    one, two = (
+        [run.pop(f"mobilenet_v3_small_finetuned{end}") for run in runs] for runs, end in ((rows, ""), (state, ".pt"))
+    )
+    for a, b in zip(one[0]["history"], one[1]["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert all(torch.allclose(two[0][key], two[1][key], atol=1e-3) for key in two[0])
     assert rows[0] == rows[1] and same(*state) and answers[0] == answers[1]
 
 
