@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -550,7 +551,8 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
     def first_or_helper() -> int:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while the first one trains
-        first = not dist.get_rank()
+        first, leaving = not dist.get_rank(), threading.Event()
+        threading.Thread(target=_watch, args=[leaving], daemon=True).start()
         if difference := _difference():
             if first:
                 raise ValueError(difference)
@@ -560,6 +562,7 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
         try:
             return main() if first else 0
         finally:
+            leaving.set()
             with suppress(RuntimeError):  # another process was killed
                 if first:
                     ask_others(None)
@@ -567,6 +570,30 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
                 dist.destroy_process_group()
 
     return first_or_helper
+
+
+def _watch(leaving: threading.Event) -> None:
+    """Ends this process if another one is silent for a minute: its machine is down, or the network is cut.
+
+    (A process that is killed ends the others at once, since its connections are closed.)
+    """
+    store, rank, count = next(dist.rendezvous("env://"))  # torchrun's, through a connection of its own
+    store.set_timeout(timedelta(seconds=SILENCE))
+    heard: dict[int, tuple[bytes, float]] = {}
+    try:
+        while not leaving.wait(SILENCE / 10):
+            store.set(f"alive {rank}", str(time.monotonic()))
+            for other in range(count):
+                beat, now = store.get(f"alive {other}"), time.monotonic()
+                if heard.setdefault(other, (beat, now))[0] != beat:
+                    heard[other] = beat, now
+                if now - heard[other][1] > SILENCE:
+                    raise RuntimeError(f"process {other} is silent")
+    except RuntimeError as error:  # or torchrun's store cannot be reached
+        if not leaving.is_set():
+            where = f"process {rank} on {platform.node()}"
+            print(f"error: {where}: {first_line(error)}: the same command continues", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _difference() -> str:
@@ -611,6 +638,7 @@ def help_out() -> None:
 
 
 SHARE = 1024  # images that a process takes at a time
+SILENCE = 50  # seconds
 
 
 def run_images(

@@ -231,6 +231,9 @@ def most_similar(
 Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
+BLOCK, WINDOW = 64, 2**17  # images
+
+
 def feature_loader(features: Tensor, device: torch.device) -> Loader:
     """Loads rows of features (N, width)."""
     with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
@@ -294,7 +297,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.labels)
-        order = torch.arange(size) if self.generator is None else torch.randperm(size, generator=self.generator)
+        order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
         for batch in order.tensor_split(self.steps):
             draws = None if self.generator is None else torch.rand(len(batch), 3, generator=self.generator)
             share = slice(self.process, None, self.processes)
@@ -309,6 +312,16 @@ class Batches:
             dist.all_reduce(sums)
         loss, right, images = sums.tolist()
         return loss / images, right / images
+
+
+def shuffled(count: int, generator: torch.Generator) -> Tensor:
+    """The numbers below `count` in random order. Many are shuffled in blocks, and then one by one in each WINDOW.
+
+    So features that are larger than memory are read a block at a time, and not with a seek for every row.
+    """
+    order = BLOCK * torch.randperm(-(-count // BLOCK), generator=generator)[:, None] + torch.arange(BLOCK)
+    order = order[order < count]
+    return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in order.split(WINDOW)])
 
 
 def train_one_epoch(

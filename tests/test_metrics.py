@@ -202,6 +202,16 @@ def test_batches_hold_every_index_once(batch_size):
             assert all(labels.equal(3 * batch) for batch, labels in epoch)
 
 
+def test_many_images_are_shuffled_in_blocks():
+    """So a feature file that is larger than memory is not read by a seek for every row."""
+    count = 300_000
+    batches = Batches(lambda batch, _: (batch, batch), torch.zeros(count), 512, CPU, seed=0)
+    order = torch.cat([batch for batch, _ in batches])
+    assert order.sort().values.equal(torch.arange(count))
+    first = order[:100_000]
+    assert len((first // 64).unique()) < 2100 and first.diff().abs().median() > 10_000
+
+
 def test_a_seed_repeats_its_orders():
     def epochs(seed):
         batches = Batches(lambda batch, _: (batch, batch), torch.zeros(100), 8, CPU, seed)
