@@ -357,8 +357,10 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     thumbnails. `preprocess` resizes smaller ones, on the device.
     Raises ImageError, which names the file, whatever is wrong with it.
     """
-    if isinstance(item, np.ndarray) and item.shape[0] == item.shape[1] <= max_size:
-        return torch.from_numpy(item).permute(2, 0, 1)
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
+        if len(item) <= max_size:  # nothing to decode or to resize
+            return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
+    name = item if isinstance(item, Path) else "image"
     try:
         if not isinstance(item, Path):
             return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size, crop)
@@ -370,10 +372,10 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
         with Image.open(io.BytesIO(item.read_bytes()), formats=_formats()) as image:  # one read; Pillow makes forty
             return _decode(image, max_size, crop)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{item}: not an image") from error
+        raise ImageError(f"{name}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ImageError(f"{item}: {reason}") from error
+        raise ImageError(f"{name}: {reason}") from error
 
 
 def read_shown(captioned: Iterable[tuple[Item, str]], limit: int) -> tuple[list[np.ndarray], list[str]]:

@@ -155,15 +155,14 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
 def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> None:
     """Prints how many of one model's answers are right and draws where they are wrong.
 
-    A record has the true label as "true" and all classes in "top". Writes into `output`.
+    A record has the true label as "true". Writes into `output`.
     """
     import train_utils
     import visualization
 
     name, index = records[0]["model"], {label: i for i, label in enumerate(classes)}
-    logits = torch.tensor(
-        [[guess["probability"] for guess in sorted(r["top"], key=lambda g: index[g["label"]])] for r in records]
-    ).log()
+    predicted = torch.tensor([index[record["label"]] for record in records])
+    logits = torch.nn.functional.one_hot(predicted, len(classes)).float()
     labels = torch.tensor([index[record["true"]] for record in records])
     found = train_utils.metrics(logits, labels, temperature=1.0)
     low, high = found["test_interval"]
@@ -283,6 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         print("the models do not have the same classes: each answers alone", file=sys.stderr)
     if args.evaluate and not alike:
         raise ValueError("--evaluate takes models with the same classes: name them with --checkpoint")
+    if args.evaluate and len({model.name for model in models}) < len(models):
+        raise ValueError("--evaluate takes one checkpoint of each model: run it for one after the other")
 
     if args.export:
         if len(models) > 1:
@@ -300,8 +301,7 @@ def main(argv: list[str] | None = None) -> int:
     good = bad = right = 0
     fast = [fast_copy(model, device, precision) for model in models]
     bar = Progress(len(truth) if truth else None, "inference", disable=sys.stdout.isatty() and not args.evaluate)
-    top_k = len(classes) if args.evaluate else args.top_k
-    for i, (item, records) in enumerate(predictions(fast, items, top_k, ensemble)):
+    for i, (item, records) in enumerate(predictions(fast, items, args.top_k, ensemble)):
         bar.update()
         for record in records:
             record["path"] = record["path"] or f"{unnamed} {i}"

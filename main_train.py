@@ -53,7 +53,7 @@ from data import (
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, loss_and_accuracy
 
 SCHEMA = 2  # of results.json
-SAME = ("content", "classes", "train_images", "test_images")  # accuracies on other images compare nothing
+SAME = ("content", "classes", "train_images", "test_images")  # only models that agree in these can be compared
 KEYS = {
     *SAME,
     "backbone",
@@ -140,8 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     about = {"data": args.data, **provenance(sys.argv[1:] if argv is None else argv, device)}
     print(f"{args.data}: {', '.join(args.models)} on {about['device']} in {args.precision}, into {args.output}/")
     with locked(args.output / "checkpoints" / ".lock", wait=False):  # two runs would mix their files
-        for leftover in args.output.glob("*/.*.part"):  # of a killed run
-            leftover.unlink()
+        for folder in ("checkpoints", "plots"):
+            for leftover in args.output.glob(f"{folder}/.*.part"):  # of a killed run
+                leftover.unlink()
         data = load_data(args.data, args.cache, args.limit)
         print(
             f"{len(data.classes)} classes, {len(data.train):,} images for training, {len(data.val):,} for validation, "
@@ -187,6 +188,7 @@ def guess_time(args: argparse.Namespace, device: torch.device, data: Data) -> st
     billion = min(seconds_of_product() for _ in range(5))  # multiply-adds
     passes = args.views * (len(data.train) + len(data.val) + len(data.test))
     passes += 8 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
+    passes /= models.rank_and_count()[1]
     seconds = 0.0
     for weights in (models.find_backbone(name).weights for name in args.models):
         size = weights.transforms().crop_size[0]
@@ -283,9 +285,9 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
             )
             test_logits, _ = train_utils.predict(classifier, test)
         kept.append((val_logits, test_logits, training.history, train_utils.synchronized_time(device) - start))
-    known = len(data.classes), features["train"], readable.train.labels, features["val"]
-    attempt("mark for unfamiliar images", lambda: setattr(model, "familiarity", train_utils.fit_familiarity(*known)))
     val_logits, test_logits, history, seconds = kept[0]
+    known = features["train"], readable.train.labels, features["val"], val_logits
+    attempt("mark for unfamiliar images", lambda: setattr(model, "familiarity", train_utils.fit_familiarity(*known)))
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
         "seed": args.seed,
@@ -315,6 +317,8 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
         lr=args.fine_tune_lr,
         class_weights=args.class_weights,
     )
+    if min(len(data.train), len(data.val)) < (processes := models.rank_and_count()[1]):
+        raise ValueError(f"too few images to fine-tune with {processes} processes: start fewer")
     model.unfreeze()
     key = models.content_hash(model.state_dict(), [asdict(recipe), precision, args.seed, len(data.train)])
     file = args.output / "checkpoints" / f"{model.name}.resume"
@@ -323,7 +327,9 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
     arguments = model.cpu(), data.train, data.val, recipe, precision, device, args.seed, progress
     models.ask_others(train_utils.fine_tune, *arguments)
     training = train_utils.fine_tune(
-        *arguments, model.name, lambda training: train_utils.save_progress(file, training, key)
+        *arguments,
+        model.name,
+        lambda training: attempt(file, lambda: train_utils.save_progress(file, training, key)),
     )
 
     fast, accuracies, answers = models.fast_copy(model, device), {}, {}

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import operator
@@ -29,7 +30,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -53,8 +53,8 @@ class Backbone:
     label: str  # in plots and tables
     plot: str  # the name of its plots' files
     architecture: str  # torchvision's name of the model
-    # The classifier reads the output of every stage, averaged over each quarter of the image, besides the average of
-    # the last one alone. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
+    # The classifier reads the last maps, averaged over the image. With every_level it also reads those of each earlier
+    # stage, averaged over each quarter of the image. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
     keep_classifier: bool = False  # keep the pretrained classifier and replace only its last layer
 
@@ -202,7 +202,7 @@ class TransferModel(nn.Module):
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width), float32, in training of one view"""
+        """(B, 3, H, W) -> (B, width), float32. In training, those of the image alone."""
         features = self.forward_view(images).float()
         if self.views == 1 or self.training:
             return features
@@ -220,11 +220,11 @@ class TransferModel(nn.Module):
         return self.classifier(self.forward_features(images))
 
     def answer(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes + 1): logits and the distance of Familiarity, 0 without"""
-        if self.familiarity is None:
-            return F.pad(self(images), (0, 1))
+        """(B, 3, H, W) -> (B, classes + 1): logits and the score of Familiarity, 0 without"""
         features = self.forward_features(images)
-        return torch.cat([self.classifier(features), self.familiarity(features)[:, None]], dim=1)
+        logits = self.classifier(features)
+        score = logits.new_zeros(len(logits)) if self.familiarity is None else self.familiarity(features, logits)
+        return torch.cat([logits, score[:, None]], dim=1)
 
     def predict(self, images: str | Item | list[str | Item], top_k: int = 3) -> dict | list[dict]:
         """Classifies an image or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
@@ -282,11 +282,12 @@ class Classifier(nn.Module):
 
 
 class Familiarity(nn.Module):
-    """How far features are from those of the images for training, so that a model can say "none of these".
+    """How unlike the images for training an image is, so that a model can say "none of these".
 
-    The distance is Mahalanobis's, from the nearest class mean under a covariance that all classes share (Lee et al.
-    2018, arXiv 1807.03888), of a random projection to 512 numbers: each feature is added to one of them, or subtracted.
-    `train_utils.fit_familiarity` sets the buffers.
+    The score is a weighted sum of a distance and a doubt. The distance is Mahalanobis's, from the nearest class mean
+    under a covariance that all classes share (Lee et al. 2018, arXiv 1807.03888), of a random projection to 512
+    numbers: each feature is added to one of them, or subtracted. The doubt is 1 - the probability of the label, as it
+    comes out of the classifier. `train_utils.fit_familiarity` sets the buffers.
     """
 
     SIZE = 512
@@ -298,17 +299,22 @@ class Familiarity(nn.Module):
         self.register_buffer("sign", torch.ones(width))
         self.register_buffer("centers", torch.zeros(classes, self.SIZE))
         self.register_buffer("whitening", torch.eye(self.SIZE))
-        self.register_buffer("threshold", torch.tensor(math.inf))  # 95 % of the validation images are nearer
+        self.register_buffer("weights", torch.zeros(3))  # of the distance, of the doubt, and of 1
 
     def project(self, features: Tensor) -> Tensor:
         """(B, width) -> (B, 512)"""
         sums = features.new_zeros(len(features), self.SIZE)
         return sums.index_add(1, self.bucket, self.standardize(features) * self.sign)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, width) -> distances (B,), those above 1 unfamiliar"""
+    def distance_and_doubt(self, features: Tensor, logits: Tensor) -> Tensor:
+        """(B, width), (B, classes) -> (B, 2)"""
         projected = self.project(features) @ self.whitening
-        return torch.cdist(projected, self.centers @ self.whitening).amin(dim=1) / self.threshold
+        distance = torch.cdist(projected, self.centers @ self.whitening).amin(dim=1)
+        return torch.stack([distance, 1 - logits.softmax(dim=1).amax(dim=1)], dim=1)
+
+    def forward(self, features: Tensor, logits: Tensor) -> Tensor:
+        """(B, width), (B, classes) -> scores (B,), those above 0 unfamiliar"""
+        return F.pad(self.distance_and_doubt(features, logits), (0, 1), value=1.0) @ self.weights
 
 
 def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
@@ -544,12 +550,15 @@ def one_thread() -> Iterator[None]:
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
-    """Under torchrun, a `main` that runs in the first process, while the others do their part of what it asks for."""
+    """Under torchrun, a `main` that runs in the first process, while the others do the work that it gives them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return main
 
     def first_or_helper() -> int:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        backend = "gloo"
+        if torch.cuda.is_available():
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while the first one trains
         first, leaving = not dist.get_rank(), threading.Event()
         threading.Thread(target=_watch, args=[leaving], daemon=True).start()
@@ -573,26 +582,29 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
 
 
 def _watch(leaving: threading.Event) -> None:
-    """Ends this process if another one is silent for a minute: its machine is down, or the network is cut.
+    """Ends this process if another one gives no sign of life for SILENCE seconds: the network is cut, perhaps.
 
-    (A process that is killed ends the others at once, since its connections are closed.)
+    A process that is killed needs no such watch: its connections close, which ends the others at once.
     """
-    store, rank, count = next(dist.rendezvous("env://"))  # torchrun's, through a connection of its own
-    store.set_timeout(timedelta(seconds=SILENCE))
-    heard: dict[int, tuple[bytes, float]] = {}
-    try:
-        while not leaving.wait(SILENCE / 10):
-            store.set(f"alive {rank}", str(time.monotonic()))
-            for other in range(count):
-                beat, now = store.get(f"alive {other}"), time.monotonic()
-                if heard.setdefault(other, (beat, now))[0] != beat:
-                    heard[other] = beat, now
-                if now - heard[other][1] > SILENCE:
-                    raise RuntimeError(f"process {other} is silent")
-    except RuntimeError as error:  # or torchrun's store cannot be reached
-        if not leaving.is_set():
-            where = f"process {rank} on {platform.node()}"
-            print(f"error: {where}: {first_line(error)}: the same command continues", file=sys.stderr, flush=True)
+    heard, waited_for = time.monotonic(), 0
+
+    def exchange_signs() -> None:  # in a thread of its own: without a network, the store may never answer
+        nonlocal heard, waited_for
+        store, rank, count = next(dist.rendezvous("env://"))  # torchrun's, through a connection of its own
+        with suppress(RuntimeError):  # the store is gone
+            for number in itertools.count():
+                store.set(f"sign {number} of process {rank}", "")
+                for waited_for in range(count):
+                    store.get(f"sign {number} of process {waited_for}")
+                store.delete_key(f"sign {number - 1} of process {rank}")  # all have read it
+                heard = time.monotonic()
+                time.sleep(SILENCE / 10)
+
+    threading.Thread(target=exchange_signs, daemon=True).start()
+    while not leaving.wait(1):
+        if time.monotonic() - heard > SILENCE:
+            what = f"no sign of life from process {waited_for} for {SILENCE} seconds"
+            print(f"error: {platform.node()}: {what}: the same command continues", file=sys.stderr, flush=True)
             os._exit(1)
 
 
@@ -615,11 +627,6 @@ def rank_and_count() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def own_device(device: torch.device) -> torch.device:
-    """The device of this kind that this process uses: with several GPUs, each process has one of its own."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
-
-
 def ask_others(work: Callable | None, *arguments: object) -> None:
     """Makes the other processes of torchrun call work(*arguments), or leave. The first process goes on."""
     if rank_and_count()[1] > 1:
@@ -634,11 +641,24 @@ def help_out() -> None:
         work, arguments = job[0]
         if work is None:
             return
-        work(*arguments)
+        with suppress(FloatingPointError):  # which the first process raises as well, and reports
+            work(*arguments)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Ends this process if it alone fails in what all processes do: the others would wait for it forever."""
+    try:
+        yield
+    except Exception as error:
+        if rank_and_count()[1] == 1 or isinstance(error, FloatingPointError):  # which all processes raise
+            raise
+        print(f"error: {first_line(error)}: the same command continues", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 SHARE = 1024  # images that a process takes at a time
-SILENCE = 50  # seconds
+SILENCE = 50  # seconds without a sign of life after which a process counts as lost
 
 
 def run_images(
@@ -652,14 +672,14 @@ def run_images(
     if count == 1:
         yield from run_images_here(models, items, output, batch_size)
         return
-    device = next(models[0].parameters()).device
+    device = next(models[0].parameters()).device.type
     ask_others(_run_shares, [copy.deepcopy(model).cpu() for model in models], device, output, batch_size)
     items = iter(items)
     try:
-        while taken := list(islice(items, SHARE * count)):
+        while taken := list(itertools.islice(items, SHARE * count)):
             size = -(-len(taken) // count)
             shares = [taken[i * size : (i + 1) * size] for i in range(count)]
-            dist.broadcast_object_list([shares])
+            dist.scatter_object_list([None], shares)
             own, every = [], [None] * count
             try:
                 own += run_images_here(models, shares[0], output, batch_size)
@@ -668,18 +688,17 @@ def run_images(
             for batches in every:
                 yield from batches
     finally:
-        dist.broadcast_object_list([None])
+        dist.scatter_object_list([None], [None] * count)
 
 
-def _run_shares(models: list[TransferModel], device: torch.device, output: Callable, batch_size: int | None) -> None:
+def _run_shares(models: list[TransferModel], device: str, output: Callable, batch_size: int | None) -> None:
     """Runs the models on this process's share of the images that run_images deals."""
-    models = [model.to(own_device(device)) for model in models]
+    models, dealt = [model.to(device) for model in models], [None]
     while True:
-        dealt = [None]
-        dist.broadcast_object_list(dealt)
-        if dealt[0] is None:
+        dist.scatter_object_list(dealt)
+        [share] = dealt
+        if share is None:
             return
-        share = dealt[0][dist.get_rank()]
         folders = {item.parent for item in share if isinstance(item, Path)}
         if folders and not any(folder.exists() for folder in folders):
             raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
@@ -744,7 +763,7 @@ def run_images_here(
     pool, pending = ThreadPoolExecutor(workers), deque()
     with one_thread() if on_cpu else nullcontext():
         try:
-            while batch := list(islice(items, batch_size)):
+            while batch := list(itertools.islice(items, batch_size)):
                 pending.append(pool.submit(run, batch))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
@@ -776,7 +795,7 @@ def predictions(
             for model, answer, rows in zip(models, answers, outputs, strict=True):
                 records.append({**path, "model": model.name, **_best(answer[i], model.classes, top_k)})
                 if model.familiarity is not None:
-                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 1)
+                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 0)
             if ensemble:
                 best = _best(together[i], models[0].classes, top_k)
                 agreement = sum(record["label"] == best["label"] for record in records) / len(records)

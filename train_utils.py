@@ -40,10 +40,10 @@ from models import (
     content_hash,
     fast_copy,
     one_thread,
-    own_device,
     rank_and_count,
     run_images,
     run_images_here,
+    together,
     write_tensors,
 )
 
@@ -71,11 +71,11 @@ RECIPE = Recipe()
 FINE_TUNING = Recipe(epochs=6, batch_size=32, lr=2e-4, weight_decay=0.05)
 CLASSIFIER_LR_FACTOR = 2.0
 
-# The linear layer of a classifier comes from so many images at most: with more, the network has most of the weight.
+# The linear layer is fitted to at most so many images. With more, the network has most of the weight.
 RIDGE_IMAGES = 4096
-# What is familiar is learnt from so many images, with a covariance that is shrunk so much (benchmarks/unfamiliar.py).
+# Familiarity is fitted to at most so many images. This share of its covariance is a sphere's.
 FAMILIAR_IMAGES, SHRINKAGE = 20_000, 0.9
-# The standard deviation of the temperature's logarithm before any image is seen. A few images cannot move it far.
+# The prior of the temperature's logarithm: mean 0 and this standard deviation. A few images cannot move it far.
 TEMPERATURE_PRIOR = 0.1
 
 
@@ -169,11 +169,11 @@ def cached_features(
             if found:
                 print(f"{model.backbone}: {len(ids) - len(missing):,} of {len(ids):,} images have their features")
             wanted = (images.items[i] for i in missing)
-            outputs = run_images([fast_copy(model, device)], wanted, TransferModel.forward_features)
+            fast = fast_copy(model, device)
             title, position, before = f"{model.backbone} features", 0, time.perf_counter()
             with file.open("ab") as stream, Progress(len(ids), title, len(ids) - len(missing)) as bar:
                 stream.truncate(len(table) * layout.itemsize)
-                for items, [block], failed in outputs:
+                for items, [block], failed in run_images([fast], wanted, TransferModel.forward_features):
                     good = [i for i in range(len(items)) if i not in failed]
                     errors += failed.values()
                     records = np.zeros(len(good), layout)
@@ -205,10 +205,10 @@ def _find_records(file: Path, layout: np.dtype, ids: list[bytes]) -> tuple[np.nd
     table = np.memmap(file, layout, mode="c", shape=count)  # read only; torch wants to be able to write
     found = {image: row for row, image in enumerate(table["image"].tolist())}
     found = {image: found[image] for image in ids if image in found}
-    damaged = [image for image, row in found.items() if zlib.crc32(table["features"][row]) != table["checksum"][row]]
+    damaged = {image for image, row in found.items() if zlib.crc32(table["features"][row]) != table["checksum"][row]}
     if damaged:
         print(f"{file}: {len(damaged)} images' features are damaged: computing them again", file=sys.stderr)
-    return table, {image: row for image, row in found.items() if image not in set(damaged)}
+    return table, {image: row for image, row in found.items() if image not in damaged}
 
 
 @torch.inference_mode()
@@ -229,9 +229,6 @@ def most_similar(
 # (indices (B,) of a batch, random numbers (B, 3) while training or None) -> the inputs, on the device, and the indices
 # without those of images that cannot be read
 Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
-BLOCK, WINDOW = 64, 2**17  # images
 
 
 def feature_loader(features: Tensor, device: torch.device) -> Loader:
@@ -259,6 +256,8 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
     def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         read_images = list(threads.map(read, batch.tolist()))
         there = [i for i, image in enumerate(read_images) if image is not None]
+        if not there:
+            raise OSError("no image of a batch can be read: are the files still there?")
         draws = None if draws is None else draws[there]
         return preprocess([read_images[i] for i in there], preprocessing, device, draws=draws), batch[there]
 
@@ -270,7 +269,7 @@ class Batches:
 
     A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
     over all batches, which may make them a little larger than `batch_size`. If `shared`, each process of torchrun gets
-    its share of every batch. Raises ValueError if there are fewer images than processes.
+    its share of every batch. There must be as many images as processes.
     """
 
     def __init__(
@@ -285,8 +284,6 @@ class Batches:
         self.load, self.labels, self.device = load, labels.to(device), device
         self.report: Callable[[int], object] = lambda images: None  # called with the size of each batch that is done
         self.process, self.processes = rank_and_count() if shared else (0, 1)
-        if len(labels) < self.processes:
-            raise ValueError(f"{len(labels)} images cannot be shared by {self.processes} processes: start fewer")
         size = max(2, self.processes, min(batch_size, max(8, len(labels) // 16)))
         self.steps = max(1, len(labels) // size)
         self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
@@ -312,6 +309,9 @@ class Batches:
             dist.all_reduce(sums)
         loss, right, images = sums.tolist()
         return loss / images, right / images
+
+
+BLOCK, WINDOW = 64, 2**17  # images that stay together, and images among which they are then shuffled one by one
 
 
 def shuffled(count: int, generator: torch.Generator) -> Tensor:
@@ -388,7 +388,7 @@ class Training:
         # what takes the steps: with shared batches every process has a copy, and their gradients are averaged
         self.network = model
         if train.processes > 1:
-            self.network = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            self.network = nn.parallel.DistributedDataParallel(model)
         self.optimizer = torch.optim.AdamW(
             groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
@@ -444,7 +444,7 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     train.report = bar.update
 
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        return total_loss(logits, labels) / train.mean_size  # of one size for all batches, which differ by an image
+        return total_loss(logits, labels) / train.mean_size  # batches differ by an image, and all weigh the same
 
     for epoch in range(len(history) + 1, epochs + 1):
         start = synchronized_time(train.device)
@@ -453,7 +453,8 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
         )
         val_loss, val_accuracy = evaluate(model, training.val)
         if not math.isfinite(train_loss + val_loss):
-            where = f"the loss is {train_loss} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
+            losses = f"the loss is {train_loss:.3g} in training and {val_loss:.3g} in validation"
+            where = f"{losses} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
             if not history:
                 raise FloatingPointError(f"{where}: use a smaller learning rate")
             print(f"error: {name}: {where}: training stops here and keeps the best epoch", file=sys.stderr)
@@ -481,8 +482,8 @@ def fit_classifier(
 
     A Classifier is the weighted mean of two models of the same features. Its linear layer is fitted to the training and
     the validation images at once, by ridge regression; the logits that are returned are those of a fit that has left
-    out the image (stacking: Wolpert 1992). Its network is trained by `fit`, and weighs as much as the number of images
-    in the sum of images and features. Any other classifier, such as a pretrained one, is trained by `fit` alone.
+    out the image (stacking: Wolpert 1992). Its network is trained by `fit`, and its weight is images / (images +
+    features). Any other classifier, such as a pretrained one, is trained by `fit` alone.
     """
     if not isinstance(classifier, Classifier):
         training = Training(classifier, train, val, recipe, precision)
@@ -513,8 +514,8 @@ def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_w
     """Sets the standardisation and the linear layer from features (N, width) of images of every class.
 
     Ridge regression (Hoerl and Kennard 1970) on the labels as vectors of zeros and a one, in its dual form. Its
-    strength is the number of features. What it would have said of each image without that image follows from the same
-    matrix (Allen 1974). One factor turns its scores into logits: the one that fits those best (Platt 1999).
+    strength is the number of features. The same matrix gives each image's scores in a fit without that image (leave one
+    out: Allen 1974). One factor turns scores into logits: the best one for those left-out scores (Platt 1999).
     Returns those logits (N, classes).
     """
     count, width = features.shape
@@ -539,12 +540,16 @@ def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_w
 
 
 @torch.no_grad()
-def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) -> Familiarity:
-    """What the features (N, width) for training are like, and how far those for validation are from them.
+def fit_familiarity(train: Tensor, labels: Tensor, val: Tensor, logits: Tensor) -> Familiarity:
+    """What the features (N, width) for training are like, and how far those for validation (M, width) are from them.
 
-    The covariance is shrunk towards that of a sphere: a blank image is near in all directions that vary much.
+    `logits` (M, classes) are for validation, too. 95 % of its images are familiar. Distance and doubt are measured in
+    their standard deviations there; the doubt of a classifier that saw few images counts less.
+    The covariance is shrunk towards a sphere's. Without that, the directions in which images vary much would hardly
+    count, and a blank image would seem familiar.
     """
-    generator, width, size = torch.Generator().manual_seed(0), train.shape[1], Familiarity.SIZE
+    generator, size = torch.Generator().manual_seed(0), Familiarity.SIZE
+    (count, width), classes = train.shape, logits.shape[1]
     chosen = torch.randperm(len(train), generator=generator)[:FAMILIAR_IMAGES]
     train, labels = train[chosen].float(), labels[chosen]
     familiarity = Familiarity(width, classes)
@@ -559,8 +564,10 @@ def fit_familiarity(classes: int, train: Tensor, labels: Tensor, val: Tensor) ->
     sphere = (covariance.diagonal().mean() + 1e-6) * torch.eye(size)
     covariance = (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere
     familiarity.whitening.copy_(torch.linalg.cholesky(torch.linalg.inv(covariance)))
-    familiarity.threshold.fill_(1.0)
-    familiarity.threshold.copy_(torch.cat([familiarity(block.float()) for block in val.split(1024)]).quantile(0.95))
+    blocks = zip(val.split(1024), logits.split(1024), strict=True)
+    found = torch.cat([familiarity.distance_and_doubt(block.float(), its) for block, its in blocks])
+    weights = torch.tensor([1, count / (count + width)]) / (found.std(dim=0, correction=0) + 1e-6)
+    familiarity.weights.copy_(torch.cat([weights, -(found @ weights).quantile(0.95)[None]]))
     return familiarity
 
 
@@ -580,7 +587,6 @@ def fine_tune(
 
     Under torchrun all processes call this; each takes its share of every batch.
     """
-    device = own_device(device)
     model.to(device, memory_format=torch.channels_last)
     groups = [
         {"params": model.features.parameters(), "lr": recipe.lr},
@@ -594,7 +600,8 @@ def fine_tune(
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups)
     if progress:
         training.load_state_dict(progress)
-    fit(training, name, lambda: after_epoch(training))
+    with together():
+        fit(training, name, lambda: after_epoch(training))
     return training
 
 

@@ -155,14 +155,8 @@ def plot_comparison(points: Sequence[tuple[str, float, float, tuple[float, float
         left.plot(accuracy, y, "o", color=color, markersize=9)
         left.annotate(f"{accuracy:.1%}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=12)
         right.barh(y, seconds, color=color, height=0.6)
-        right.annotate(
-            f"{seconds:,.{0 if seconds >= 10 else 1}f} s",
-            (seconds, y),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=12,
-        )
+        time = f"{seconds:,.{0 if seconds >= 10 else 1}f} s"
+        right.annotate(time, (seconds, y), (4, 0), textcoords="offset points", va="center", fontsize=12)
     left.set_yticks(range(len(points)), [point[0] for point in points], fontsize=12)
     left.set_xlabel("test accuracy, 95 % interval", fontsize=12)
     left.xaxis.set_major_locator(MaxNLocator(4))

@@ -2,16 +2,17 @@
 
     python benchmarks/scale.py                      three minutes on two cores, a gigabyte of disk
 
-The files are generated: 32x32 JPEG, in ten class folders. MobileNetV3-Small with random weights reads every level
-at 32 pixels, so that everything but the forward pass has its full weight. Each size runs in its own process:
+The files are generated: 32x32 JPEG, in ten class folders. MobileNetV3-Small with random weights gets them at 32 pixels,
+so that the forward pass is cheap and the times show everything else. Each size runs in its own process:
 
     list        load_data: find the files, split them, fingerprint the data set
     features    compute the features and append them to their file
     open        find and check all features in that file, as a second run does
     train       one epoch of the classifier, and its ridge regression
-    memory      the most at the end of a stage, without the parts of the feature file that the system may drop
+    memory      the most at the end of any stage, without the mapped parts of the feature file
+    file        the features on disk
 
-The last column goes on from the last two sizes in a straight line.
+The last column extends the line through the last two sizes.
 """
 
 import argparse
@@ -43,6 +44,8 @@ def main() -> int:
     parser.add_argument("--images", nargs="+", type=int, default=[1000, 10_000, 100_000])
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what the processes for each size do
     args = parser.parse_args()
+    if len(args.images) < 2:
+        parser.error("--images takes two numbers or more")
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return 0

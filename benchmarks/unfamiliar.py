@@ -4,7 +4,7 @@
 
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
 more, so that neither resolution nor format gives them away. For each kind, the columns are the area under the curve of
-the distance (models.Familiarity) and of the largest probability, and the share of foreign images called unfamiliar,
+the score (models.Familiarity) and of the largest probability alone, and the share of foreign images called unfamiliar,
 where 95 % of the validation images are not. The last kind is a class that is left out of training.
 """
 
@@ -43,7 +43,7 @@ def main() -> int:
     sample = whole.test.subset(torch.arange(0, len(whole.test), max(1, len(whole.test) // COUNT)))
     own = [once_more(item, size) for item in sample.items]
     kinds = foreign(size, args.foreign)
-    print("| model, images of each class | foreign | distance | probability | called unfamiliar |")
+    print("| model, images of each class | foreign | score | probability | called unfamiliar |")
     print("| --- | --- | ---: | ---: | ---: |")
     for name in args.models:
         for count in args.images:
@@ -57,9 +57,9 @@ def main() -> int:
             known = [image for image, its in zip(own, sample.labels.tolist(), strict=True) if its != label]
             left_out = {f"{args.left_out}, left out": [once_more(item, size) for item in those.items]}
             rows |= measure(train(name, replace(data, **others)), known, left_out)
-            for kind, (distance, probability, caught) in rows.items():
+            for kind, (score, probability, caught) in rows.items():
                 print(
-                    f"| {name}, {count or 'all'} | {kind} | {distance:.2f} | {probability:.2f} | {caught:.0%} |",
+                    f"| {name}, {count or 'all'} | {kind} | {score:.2f} | {probability:.2f} | {caught:.0%} |",
                     flush=True,
                 )
     return 0
@@ -107,13 +107,13 @@ def train(name: str, data: Data) -> TransferModel:
         for table, images, seed in zip(features, (data.train, data.val), (0, None), strict=True)
     ]
     with one_thread():
-        fit_classifier(model.classifier, *batches, RECIPE, "fp32", name)
-        model.familiarity = fit_familiarity(len(data.classes), features[0], data.train.labels, features[1])
+        _, logits = fit_classifier(model.classifier, *batches, RECIPE, "fp32", name)
+        model.familiarity = fit_familiarity(features[0], data.train.labels, features[1], logits)
     return fast_copy(model, device)
 
 
 def measure(model: TransferModel, own: list[np.ndarray], kinds: dict[str, list[np.ndarray]]) -> dict[str, tuple]:
-    """For each kind the area under the curve of the distance and of the probability, and the share that is caught."""
+    """For each kind the area under the curve of the score and of the probability, and the share that is caught."""
 
     def answers(images: list[np.ndarray]) -> torch.Tensor:
         return torch.cat([rows for _, [rows], _ in run_images([model], images, TransferModel.answer)])
@@ -122,9 +122,9 @@ def measure(model: TransferModel, own: list[np.ndarray], kinds: dict[str, list[n
     for kind, images in kinds.items():
         both = torch.cat([own_answers, answers(images)])
         is_foreign = torch.arange(len(both)) >= len(own)
-        distance, probability = both[:, -1], both[:, :-1].softmax(dim=1).amax(dim=1)
-        areas = roc_auc_score(is_foreign, distance), roc_auc_score(is_foreign, -probability)
-        rows[kind] = (*areas, (distance[is_foreign] > 1).float().mean().item())
+        score, probability = both[:, -1], both[:, :-1].softmax(dim=1).amax(dim=1)
+        areas = roc_auc_score(is_foreign, score), roc_auc_score(is_foreign, -probability)
+        rows[kind] = (*areas, (score[is_foreign] > 0).float().mean().item())
     return rows
 
 
