@@ -408,3 +408,12 @@ def test_a_slow_download_is_not_cut_off(archive, tmp_path, monkeypatch):
         run_script(lambda: len(load_data("cifar10", root).test))
     server.shutdown()
     assert left.value.code == 12  # images
+
+
+def test_arrays_are_images_only_if_their_pixels_are_bytes():
+    random = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    for array in (random, random[..., 0], random[..., 2::-1]):  # with transparency, grey, BGR turned into RGB
+        assert read_image(array).shape == (3, 8, 8)
+    assert read_image(random[..., 2::-1]).equal(torch.from_numpy(random[..., 2::-1].copy()).permute(2, 0, 1))
+    with pytest.raises(ImageError, match="^image: "):
+        read_image(random[..., :3] / np.float32(255))

@@ -98,6 +98,8 @@ def test_the_whole_job(run, photos, tmp_path):
         wrong = list(csv.DictReader((tmp_path / "judged" / f"{name}_wrong.csv").read_text().splitlines()))
         assert len(wrong) == round(18 * (1 - row["test_accuracy"])) and all(w["true"] != w["label"] for w in wrong)
         assert (tmp_path / "judged" / f"{name}_confusion.png").exists()
+    one = "checkpoints/mobilenet_v2.pt"
+    assert run(inference, photos / "test", "--evaluate", "--checkpoint", one, one)[0] == 2  # their answers would mix
     (photos / "test" / "blue").rename(photos / "test" / "violet")
     code, out, err = run(inference, photos / "test", "--evaluate")
     assert code == 2 and "violet" in err
