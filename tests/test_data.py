@@ -415,5 +415,5 @@ def test_arrays_are_images_only_if_their_pixels_are_bytes():
     for array in (random, random[..., 0], random[..., 2::-1]):  # with transparency, grey, BGR turned into RGB
         assert read_image(array).shape == (3, 8, 8)
     assert read_image(random[..., 2::-1]).equal(torch.from_numpy(random[..., 2::-1].copy()).permute(2, 0, 1))
-    with pytest.raises(ImageError, match="^image: "):
+    with pytest.raises(ImageError, match=r"^image: "):
         read_image(random[..., :3] / np.float32(255))

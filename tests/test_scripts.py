@@ -792,6 +792,17 @@ def test_signals_leave_quietly(tmp_path, photos, signum, code):
     assert process.returncode == code and "Traceback" not in err
 
 
+def test_features_of_many_images_take_half_the_space(run, photos, tmp_path, monkeypatch):
+    sizes, losses = [], []
+    for large in (100, 10):
+        monkeypatch.setattr(train_utils, "LARGE", large)
+        command = ("--data", photos, *SMALL, *QUICK, "--output", str(large), "--cache", str(large))
+        assert run(main_train, *command)[0] == 0
+        sizes.append(sum(file.stat().st_size for file in tmp_path.glob(f"{large}/features/*.features")))
+        losses.append(results(tmp_path / str(large))["mobilenet_v3_small"]["test_loss"])
+    assert sizes[1] < 0.52 * sizes[0] and losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
 def test_two_runs_fill_the_same_cache(photos, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(weights))
     folders = [tmp_path / "a", tmp_path / "b"]
