@@ -667,17 +667,18 @@ def run_images(
     output: Callable[[TransferModel, Tensor], Tensor] = TransferModel.forward,
     batch_size: int | None = None,
 ) -> Iterator[tuple[list[Item], list[Tensor], dict[int, ImageError]]]:
-    """As run_images_here, but under torchrun each process takes a share of the images."""
+    """As run_images_here, but under torchrun each process takes a share of the batches."""
     count = rank_and_count()[1]
     if count == 1:
         yield from run_images_here(models, items, output, batch_size)
         return
     device = next(models[0].parameters()).device.type
+    batch_size = batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
     ask_others(_run_shares, [copy.deepcopy(model).cpu() for model in models], device, output, batch_size)
     items = iter(items)
     try:
         while taken := list(itertools.islice(items, SHARE * count)):
-            size = -(-len(taken) // count)
+            size = batch_size * -(-len(taken) // (batch_size * count))  # the batches are those of one process
             shares = [taken[i * size : (i + 1) * size] for i in range(count)]
             dist.scatter_object_list([None], shares)
             own, every = [], [None] * count

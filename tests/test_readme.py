@@ -87,13 +87,12 @@ def home(run, photos, tmp_path):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
     folders = ("checkpoints", "runs/pets/checkpoints", "runs/cifar10-images/checkpoints")
-    levels = "runs/cifar10-images/checkpoints/mobilenet_v3_large_levels.pt"
-    for path in (
-        levels,
-        *(f"{folder}/mobilenet_v2.pt" for folder in folders),
-        "at128/checkpoints/mobilenet_v2_finetuned.pt",
-    ):
+    paths = [f"{folder}/mobilenet_v2.pt" for folder in folders]
+    for path in (*paths, "at128/checkpoints/mobilenet_v2_finetuned.pt"):
         models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
+    model = models.TransferModel("mobilenet_v3_small", model.classes, 64, pretrained=False)
+    path = tmp_path / "runs" / "cifar10-images" / "checkpoints" / "mobilenet_v3_large_levels.pt"
+    models.save_checkpoint(path, model, {"data": str(photos)})
     return tmp_path
 
 
