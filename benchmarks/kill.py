@@ -35,9 +35,12 @@ def start(folder: Path, processes: int) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen, moments: random.Random) -> None:
-    """Kills the process, or one of those that torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(moments.choice(children)) if "torch.distributed.run" in process.args else process.pid, signal.SIGKILL)
+    """Kills the process, or one of those that torchrun has started. There may be none yet, or none any more."""
+    victims = [process.pid]
+    if "torch.distributed.run" in process.args:
+        victims = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    if victims:
+        os.kill(int(moments.choice(victims)), signal.SIGKILL)
 
 
 def finish(folder: Path, processes: int) -> tuple[dict, dict]:
