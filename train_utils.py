@@ -461,7 +461,8 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
             where = f"{losses} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
             if not history:
                 raise FloatingPointError(f"{where}: use a smaller learning rate")
-            print(f"error: {name}: {where}: training stops here and keeps the best epoch", file=sys.stderr)
+            if name:  # the other processes of torchrun have none, and say nothing
+                print(f"error: {name}: {where}: training stops here and keeps the best epoch", file=sys.stderr)
             break
         row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss}
         history.append({**row, "val_accuracy": val_accuracy, "seconds": synchronized_time(train.device) - start})
