@@ -618,7 +618,7 @@ def _difference() -> str:
     for other in every:
         for what in ("arguments", "code", "torch"):
             if other[what] != every[0][what]:
-                return f"{other['machine']} runs with another {what} than {every[0]['machine']}: make them the same"
+                return f"{every[0]['machine']} and {other['machine']} differ in their {what}: use the same everywhere"
     return ""
 
 
