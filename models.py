@@ -559,7 +559,9 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # the others wait while the first one trains
+        store, rank, count = _meet()
+        forever = timedelta(days=7)  # the others wait while the first one trains
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=forever)
         first, leaving = not dist.get_rank(), threading.Event()
         threading.Thread(target=_watch, args=[leaving], daemon=True).start()
         if difference := _difference():
@@ -581,6 +583,13 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
     return first_or_helper
 
 
+def _meet() -> tuple[dist.Store, int, int]:
+    """A new connection to torchrun's store, this process's number and the number of processes."""
+    store, rank, count = next(dist.rendezvous("env://"))
+    # after a restart, the store still holds what the killed processes wrote
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, count
+
+
 def _watch(leaving: threading.Event) -> None:
     """Ends this process if another one gives no sign of life for SILENCE seconds: the network is cut, perhaps.
 
@@ -590,7 +599,7 @@ def _watch(leaving: threading.Event) -> None:
 
     def exchange_signs() -> None:  # in a thread of its own: without a network, the store may never answer
         nonlocal heard, waited_for
-        store, rank, count = next(dist.rendezvous("env://"))  # torchrun's, through a connection of its own
+        store, rank, count = _meet()
         with suppress(RuntimeError):  # the store is gone
             for number in itertools.count():
                 store.set(f"sign {number} of process {rank}", "")
