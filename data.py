@@ -28,6 +28,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 import numpy as np
@@ -35,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 try:
@@ -44,6 +44,23 @@ except ImportError:  # Windows
     import msvcrt
 
     fcntl = None
+
+
+class _Later(ModuleType):
+    """A module that is imported when one of its functions is called."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments: getattr(importlib.import_module(self.__name__), name)(*arguments)
+
+
+# torchvision imports torch's compiler for an operator that nothing here uses. That is half of the time that a script
+# takes to start, and 150 MB.
+_compiler = _Later("torch._dynamo.utils")
+if sys.modules.setdefault(_compiler.__name__, _compiler) is _compiler:
+    importlib.import_module("torchvision")
+    del sys.modules[_compiler.__name__]
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
@@ -198,6 +215,8 @@ def _limit(images: Images, limit: int, seed: int) -> Images:
 
 
 def _cifar10(root: Path) -> tuple[Images, None, Images]:
+    from torchvision.datasets import CIFAR10
+
     try:
         parts = [CIFAR10(root, train) for train in (True, False)]  # checks every file's md5 before it opens one
     except RuntimeError:  # not there, or not complete

@@ -38,10 +38,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
-from torchvision import models
-from torchvision.ops import stochastic_depth
+from torch.overrides import TorchFunctionMode
 
 from data import ImageError, Item, available_cpus, first_line, preprocess, read_image, whole_file
+
+# isort: split
+# after data.py, which makes the import of torchvision fast
+from torchvision import models
+from torchvision.ops import stochastic_depth
 
 # --------------------------------------------------------------------------------------------- the backbones
 
@@ -434,10 +438,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
             raise ValueError("its contents are not what was saved")
         size = values["preprocessing"]["image_size"]
         arguments = values["name"], values["classes"], size, False, values["hidden"]
-        try:
-            with torch.device("meta"):  # no random weights
-                model = TransferModel(*arguments)
-        except RuntimeError:  # RegNet computes with tensors while it is built
+        with _NoRandomWeights():
             model = TransferModel(*arguments)
         if "familiarity.sign" in tensors:
             model.familiarity = Familiarity(model.width, len(model.classes))
@@ -450,6 +451,18 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     return model.eval()
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Leaves the memory of new weights as it is: they are about to be replaced."""
+
+    def __torch_function__(
+        self, function: Callable, types: object, arguments: Sequence = (), options: dict | None = None
+    ) -> object:
+        options = options or {}
+        if function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init":
+            return arguments[0] if arguments else options["tensor"]
+        return function(*arguments, **options)
 
 
 class _Answers(nn.Module):
