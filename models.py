@@ -460,8 +460,10 @@ class _NoRandomWeights(TorchFunctionMode):
         self, function: Callable, types: object, arguments: Sequence = (), options: dict | None = None
     ) -> object:
         options = options or {}
-        if function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init":
+        if getattr(function, "__module__", "") == "torch.nn.init":
             return arguments[0] if arguments else options["tensor"]
+        if function in (Tensor.normal_, Tensor.uniform_):  # trunc_normal_ calls them until all values are within bounds
+            return arguments[0].zero_()
         return function(*arguments, **options)
 
 
