@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             for leftover in args.output.glob(f"{folder}/.*.part"):  # of a killed run
                 leftover.unlink()
         data = load_data(args.data, args.cache, args.limit)
+        models.ask_others(models.need_images, data.train.items[:1])
         print(
             f"{len(data.classes)} classes, {len(data.train):,} images for training, {len(data.val):,} for validation, "
             f"{len(data.test):,} for testing"

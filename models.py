@@ -724,10 +724,15 @@ def _run_shares(models: list[TransferModel], device: str, output: Callable, batc
         [share] = dealt
         if share is None:
             return
-        folders = {item.parent for item in share if isinstance(item, Path)}
-        if folders and not any(folder.exists() for folder in folders):
-            raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
+        need_images(share)
         dist.gather_object(list(run_images_here(models, share, output, batch_size)))
+
+
+def need_images(items: Sequence[Item]) -> None:
+    """Raises FileNotFoundError if this machine has no folder of the images: storage that is not mounted, perhaps."""
+    folders = {item.parent for item in items if isinstance(item, Path)}
+    if folders and not any(folder.exists() for folder in folders):
+        raise FileNotFoundError(f"{platform.node()} has no {folders.pop()}: every machine needs the images")
 
 
 def run_images_here(

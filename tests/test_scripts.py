@@ -782,6 +782,18 @@ def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
     assert rows[0] == rows[1] and same(*state) and answers[0] == answers[1]
 
 
+def test_a_machine_without_the_images_is_noticed_at_the_start(photos, tmp_path):
+    script = tmp_path / "blind.py"  # main_train.py, whose second process sees no files
+    script.write_text(
+        f"import os, runpy, sys, pathlib\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "if os.environ['RANK'] == '1':\n    pathlib.Path.exists = lambda path: False\n"
+        f"runpy.run_path({str(ROOT / 'main_train.py')!r}, run_name='__main__')\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "--data", str(photos)]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode and "every machine needs the images" in done.stderr and "features" not in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_leave_quietly(tmp_path, photos, signum, code):
