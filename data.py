@@ -45,23 +45,6 @@ except ImportError:  # Windows
 
     fcntl = None
 
-
-class _Later(ModuleType):
-    """A module that is imported when one of its functions is called."""
-
-    def __getattr__(self, name: str) -> Callable:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *arguments: getattr(importlib.import_module(self.__name__), name)(*arguments)
-
-
-# torchvision imports torch's compiler for an operator that nothing here uses. That is half of the time that a script
-# takes to start, and 150 MB.
-_compiler = _Later("torch._dynamo.utils")
-if sys.modules.setdefault(_compiler.__name__, _compiler) is _compiler:
-    importlib.import_module("torchvision")
-    del sys.modules[_compiler.__name__]
-
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -706,3 +689,20 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
                     ) from error
             time.sleep(0.1)
         yield
+
+
+class _Later(ModuleType):
+    """A module that is imported when one of its functions is called."""
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *arguments: getattr(importlib.import_module(self.__name__), name)(*arguments)
+
+
+# torchvision imports torch's compiler for an operator that nothing here uses. That is half of the time that a script
+# takes to start, and 150 MB.
+_compiler = _Later("torch._dynamo.utils")
+if sys.modules.setdefault(_compiler.__name__, _compiler) is _compiler:
+    importlib.import_module("torchvision")
+    del sys.modules[_compiler.__name__]

@@ -1,6 +1,7 @@
 """The classifier and the metrics against scikit-learn, scipy, numpy and an example by hand, and the batches."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,14 +15,17 @@ from torch import nn
 
 from models import Classifier
 from train_utils import (
+    FINE_TUNING,
     RECIPE,
     TEMPERATURE_PRIOR,
     Batches,
+    Training,
     balanced_weights,
     calibration,
     difference,
     evaluate,
     feature_loader,
+    fit,
     fit_classifier,
     fit_linear,
     fit_temperature,
@@ -189,6 +193,17 @@ def test_a_few_images_never_sharpen_much():
     for seed in range(20):
         logits, _ = problem(seed, images=12)
         assert fit_temperature(logits, logits.argmax(dim=1)) > 0.7  # all of them right
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, FINE_TUNING])
+def test_training_takes_any_number_of_steps(recipe):
+    for steps in range(1, 13):
+        labels = torch.arange(8 * steps) % 2
+        load = feature_loader(torch.randn(len(labels), 4), CPU)
+        train, val = (Batches(load, labels, 8, CPU, seed) for seed in (0, None))
+        training = Training(nn.Linear(4, 2), train, val, replace(recipe, epochs=1))
+        fit(training)
+        assert len(train) == steps and len(training.history) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 512])
