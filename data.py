@@ -59,7 +59,6 @@ PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-p
 
 MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
 MAX_BYTES = 200_000_000  # of a file, which is read as a whole
-BYTES = {"JPEG2000": 25, "WEBP": 16, "TIFF": 16}  # that decoding takes for each pixel, at most; other formats 12
 _one_large_image = threading.Lock()  # only one thread at a time decodes a large image
 
 Item = Path | np.ndarray | Image.Image  # an image file, a uint8 array (H, W, 3), or an image that Pillow has opened
@@ -413,15 +412,16 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0  # such a JPEG keeps them all
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
     halvings = _halve(image, 2 * max_size) if image.format == "JPEG2000" else 0
-    memory = BYTES.get(image.format, 12) * (image.width * image.height >> 2 * halvings) + coefficients
+    memory = _bytes_a_pixel(image) * (image.width * image.height >> 2 * halvings) + coefficients
     if memory > MAX_MEMORY:
         raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
     with _one_large_image if memory > 32_000_000 else nullcontext():
+        if halvings:
+            image.load()
+            image.reduce = 0  # or `resize` would find a number where its method is
         with suppress(Exception):  # damaged metadata cost the metadata
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
-        if halvings:
-            image.reduce = 0  # or `resize` would find a number where its method is
         if crop:
             width, height = image.size
             left, top, side = max(0, width - height) // 2, max(0, height - width) // 2, min(width, height)
@@ -431,12 +431,19 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
     return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
+def _bytes_a_pixel(image: Image.Image) -> int:
+    """What decoding takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
+    if image.format in ("JPEG2000", "WEBP"):
+        return {"JPEG2000": 25, "WEBP": 16}[image.format]
+    return 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+
+
 def _halve(image: Image.Image, size: int) -> int:
     """Makes Pillow decode a JPEG 2000 at 1/2, 1/4... of its size, not below `size`. Returns how often it is halved."""
     if not isinstance(image.fp, io.BytesIO):
         return 0
     content = image.fp.getvalue()
-    levels = content[content.index(b"\xff\x52", content.index(b"\xff\x4f\xff\x51")) + 9]  # that the file can be read at
+    levels = content[content.index(b"\xff\x52", content.index(b"\xff\x4f\xff\x51")) + 9]  # how often it may be
     image.reduce = halvings = min(levels, max(0, int(math.log2(min(image.size) / size))))
     return halvings
 
