@@ -28,7 +28,6 @@ class Variant:
     hidden: int | None = None  # the model's own
     dropout: float = 0.0
     views: int = 2
-    image_size: int = CIFAR10_SIZE
 
 
 VARIANTS = {
@@ -44,8 +43,6 @@ VARIANTS = {
     "hidden layer of 256": Variant(hidden=256),
     "hidden layer of 1024": Variant(hidden=1024),
     "the image alone, without its mirror image": Variant(views=1),
-    "images of 128x128": Variant(image_size=128),
-    "images of 224x224": Variant(image_size=224),
 }
 
 
@@ -78,13 +75,13 @@ def accuracies(name: str, data: Data, seeds: int, device: torch.device, precisio
             cells.append("-")
             continue
         recipe, found, options = variant.recipe, [], {"hidden": variant.hidden} if variant.hidden else {}
-        frozen = TransferModel(name, data.classes, variant.image_size)
+        frozen = TransferModel(name, data.classes, CIFAR10_SIZE)
         frozen.views = variant.views
         known = [cached_features(frozen, images, Path("data/features"), device) for images in (data.train, data.val)]
         load_train, load_val = (feature_loader(features.of(features.readable), device) for features in known)
         for seed in range(seeds):
             torch.manual_seed(seed)
-            classifier = TransferModel(name, data.classes, variant.image_size, **options).classifier.to(device)
+            classifier = TransferModel(name, data.classes, CIFAR10_SIZE, **options).classifier.to(device)
             if variant.dropout:
                 classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
             train = Batches(load_train, data.train.labels, recipe.batch_size, device, seed)
