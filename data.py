@@ -599,9 +599,9 @@ class Progress(tqdm):
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
         self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
         style = {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
-        super().__init__(
-            total=total, desc=title, initial=done, unit="img", disable=disable, **({} if self.in_terminal else style)
-        )
+        style = {} if self.in_terminal else style
+        # smoothing off: validation is faster than training, and the time left follows from both
+        super().__init__(total=total, desc=title, initial=done, unit="img", disable=disable, smoothing=0, **style)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.in_terminal:

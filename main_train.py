@@ -36,6 +36,7 @@ from data import (
     CIFAR10_SIZE,
     Data,
     Item,
+    Progress,
     available_cpus,
     first_line,
     load_data,
@@ -335,8 +336,12 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
 
     fast, accuracies, answers = models.fast_copy(model, device), {}, {}
     for part in ("val", "test"):
-        images = getattr(data, part)
-        logits = torch.cat([logits for _, [logits], _ in models.run_images([fast], images.items)])
+        images, blocks = getattr(data, part), []
+        with Progress(len(images), f"{model.name} answers") as bar:
+            for items, [block], _ in models.run_images([fast], images.items):
+                blocks.append(block)
+                bar.update(len(items))
+        logits = torch.cat(blocks)
         there = (~logits[:, 0].isnan()).nonzero().flatten()  # a file may have vanished
         data, answers[part] = replace(data, **{part: images.subset(there)}), logits[there]
         accuracies[part] = [loss_and_accuracy(answers[part], getattr(data, part).labels)[1]]

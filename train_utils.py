@@ -445,9 +445,9 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
     weights = balanced_weights(train.labels) if training.recipe.class_weights else None
     total_loss = nn.CrossEntropyLoss(weights, label_smoothing=training.recipe.label_smoothing, reduction="sum")
-    size = len(train.labels)
+    size = len(train.labels) + len(training.val.labels)
     bar = Progress(epochs * size, name, len(history) * size, disable=not name)
-    train.report = bar.update
+    train.report = training.val.report = bar.update
 
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
         return total_loss(logits, labels) / train.mean_size  # batches differ by an image, and all weigh the same
