@@ -35,11 +35,11 @@ def right(run: dict) -> torch.Tensor:
 
 
 def rows(run: dict, best: dict) -> tuple[str, str]:
-    """Those of a run in the tables of the two pages. The fine-tuned models are older than the comparison in pairs."""
+    """Those of a run in the tables of the two pages."""
     label, seeds = run["label"], run["accuracy_by_seed"]["test"]
     low, high = interval(accuracy(run), run["test_images"])
-    margin = f" ± {100 * difference(right(run), right(best))[1]:.1f}" if "right" in run else ""
-    change = "best" if run is best else f"{100 * (accuracy(run) - accuracy(best)):+.1f}{margin}"
+    margin = 100 * difference(right(run), right(best))[1]
+    change = "best" if run is best else f"{100 * (accuracy(run) - accuracy(best)):+.1f} ± {margin:.1f}"
     trained, total = (run["parameters"][key] / 1e6 for key in ("trainable", "total"))
     ece, rate = run["calibration"], run["images_per_second"]
     return (
