@@ -654,11 +654,12 @@ def check_data(
     ridge = Classifier(width, classes, 1)
     left_out = fit_linear(ridge, parts[0][chosen].float(), labels[0][chosen])
     project = torch.randn(width, 256, generator=torch.Generator().manual_seed(0)) / 16  # changes cosines by hundredths
-    logits, sketches = [], []
+    logits, sketches, bar = [], [], Progress(2 * len(truth), "looking for copies")
     for block in (block for features in parts for block in features.split(1024)):
         block = ridge.standardize(block.float())
         logits.append(ridge.linear(block))
         sketches.append(F.normalize(block @ project))
+        bar.update(len(block))
     logits, sketches = torch.cat(logits), torch.cat(sketches)
     logits[chosen] = left_out
 
@@ -677,6 +678,8 @@ def check_data(
         for i, (cosine, j) in enumerate(zip(*(best.tolist() for best in cosines.max(dim=1)), strict=True), start):
             if cosine > ALIKE:
                 alike[min(i, j), max(i, j)] = cosine
+        bar.update(len(cosines))
+    bar.close()
     copies = []
     for i, j in sorted(alike, key=alike.get, reverse=True)[:CANDIDATES]:
         with suppress(ImageError):  # a file may have vanished
