@@ -433,9 +433,8 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
 
 def _bytes_a_pixel(image: Image.Image) -> int:
     """What decoding takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
-    if image.format in ("JPEG2000", "WEBP"):
-        return {"JPEG2000": 25, "WEBP": 16}[image.format]
-    return 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
 
 
 def _halve(image: Image.Image, size: int) -> int:
@@ -598,10 +597,10 @@ class Progress(tqdm):
 
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
         self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
-        style = {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
-        style = {} if self.in_terminal else style
-        # smoothing off: validation is faster than training, and the time left follows from both
-        super().__init__(total=total, desc=title, initial=done, unit="img", disable=disable, smoothing=0, **style)
+        style = {"smoothing": 0}  # validation is faster than training, and the time left follows from both
+        if not self.in_terminal:
+            style |= {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
+        super().__init__(total=total, desc=title, initial=done, unit="img", disable=disable, **style)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.in_terminal:

@@ -782,6 +782,20 @@ def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
     assert rows[0] == rows[1] and same(*state) and answers[0] == answers[1]
 
 
+def test_answers_do_not_import_the_compiler(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", TransferModel("mobilenet_v3_small", ("a", "b"), 64, pretrained=False), {})
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
+        "assert inference.main(['x.png', '--checkpoint', 'x.pt']) == 0 and 'torch._dynamo' not in sys.modules\n"
+        "from torchvision.ops.roi_align import is_compile_supported\n"
+        "import torch._dynamo\n"
+        "assert is_compile_supported('cpu') == torch._dynamo.utils.is_compile_supported('cpu')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_machine_without_the_images_is_noticed_at_the_start(photos, tmp_path):
     script = tmp_path / "blind.py"  # main_train.py, whose second process sees no files
     script.write_text(
