@@ -411,14 +411,10 @@ def _formats() -> tuple[str, ...]:
 def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0  # such a JPEG keeps them all
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    halvings = _halve(image, 2 * max_size) if image.format == "JPEG2000" else 0
-    memory = _bytes_a_pixel(image) * (image.width * image.height >> 2 * halvings) + coefficients
+    memory = _bytes_a_pixel(image) * image.width * image.height + coefficients
     if memory > MAX_MEMORY:
         raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
     with _one_large_image if memory > 32_000_000 else nullcontext():
-        if halvings:
-            image.load()
-            image.reduce = 0  # or `resize` would find a number where its method is
         with suppress(Exception):  # damaged metadata cost the metadata
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
@@ -435,16 +431,6 @@ def _bytes_a_pixel(image: Image.Image) -> int:
     """What decoding takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
     by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
     return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
-
-
-def _halve(image: Image.Image, size: int) -> int:
-    """Makes Pillow decode a JPEG 2000 at 1/2, 1/4... of its size, not below `size`. Returns how often it is halved."""
-    if not isinstance(image.fp, io.BytesIO):
-        return 0
-    content = image.fp.getvalue()
-    levels = content[content.index(b"\xff\x52", content.index(b"\xff\x4f\xff\x51")) + 9]  # how often it may be
-    image.reduce = halvings = min(levels, max(0, int(math.log2(min(image.size) / size))))
-    return halvings
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -621,13 +607,6 @@ def rate(text: str) -> float:
     """An argparse type for finite numbers above zero."""
     if not 0 < (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
-
-
-def seed_number(text: str) -> int:
-    """An argparse type for seeds, those that every generator takes."""
-    if not 0 <= (number := int(text)) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a seed: take one from 0 to {2**32 - 1}")
     return number
 
 

@@ -47,7 +47,6 @@ from data import (
     read_image,
     read_shown,
     run_script,
-    seed_number,
     whole_file,
     without_images,
 )
@@ -105,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", *models.DTYPES), default="fp32",
         help="of the features, in training and in answers; bf16 is up to twice as fast where the hardware computes in "
         "it, which auto finds out, but answers depend a little on the machine")  # fmt: skip
-    add("--seed", type=seed_number, default=0, help="of the classifier and the order of the batches")
+    add("--seed", type=int, default=0, help="of the classifier and the order of the batches")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")

@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.overrides import TorchFunctionMode
 
 from data import ImageError, Item, available_cpus, first_line, preprocess, read_image, whole_file
 
@@ -443,9 +442,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         if content_hash(tensors, values) != written:
             raise ValueError("its contents are not what was saved")
         size = values["preprocessing"]["image_size"]
-        arguments = values["name"], values["classes"], size, False, values["hidden"]
-        with _NoRandomWeights():
-            model = TransferModel(*arguments)
+        model = TransferModel(values["name"], values["classes"], size, pretrained=False, hidden=values["hidden"])
         if "familiarity.sign" in tensors:
             model.familiarity = Familiarity(model.width, len(model.classes))
         state = model.state_dict()  # keeps the versions of modules: MNASNet refuses tensors without
@@ -457,20 +454,6 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     return model.eval()
-
-
-class _NoRandomWeights(TorchFunctionMode):
-    """Leaves the memory of new weights as it is: they are about to be replaced."""
-
-    def __torch_function__(
-        self, function: Callable, types: object, arguments: Sequence = (), options: dict | None = None
-    ) -> object:
-        options = options or {}
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return arguments[0] if arguments else options["tensor"]
-        if function in (Tensor.normal_, Tensor.uniform_):  # trunc_normal_ calls them until all values are within bounds
-            return arguments[0].zero_()
-        return function(*arguments, **options)
 
 
 class _Answers(nn.Module):

@@ -117,25 +117,12 @@ def test_large_images_are_refused_by_the_memory_they_take(tmp_path):
     Image.new("RGB", (6000, 5000), (90, 90, 90)).save(tmp_path / "30_megapixels.png", compress_level=1)
     Image.new("L", (9000, 9000), 90).save(tmp_path / "progressive.jpg", progressive=True)
     Image.new("1", (10000, 10000)).save(tmp_path / "bomb.png")
-    for levels in (1, 6):
-        Image.new("L", (5000, 4000), 90).save(tmp_path / f"{levels}.jp2", num_resolutions=levels)
-    for name in ("baseline.jpg", "30_megapixels.png", "6.jp2"):
+    Image.new("L", (5000, 4000), 90).save(tmp_path / "20_megapixels.jp2")
+    for name in ("baseline.jpg", "30_megapixels.png"):
         assert pixel(tmp_path / name) == [90] * 3
-    for name in ("progressive.jpg", "bomb.png", "1.jp2"):
+    for name in ("progressive.jpg", "bomb.png", "20_megapixels.jp2"):
         with pytest.raises(ImageError, match="MB of memory"):
             read_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("mode", ["RGB", "LA"])
-@pytest.mark.parametrize("crop", [True, False])
-def test_a_jpeg_2000_decoded_at_a_fraction_of_its_size_shows_the_same(tmp_path, crop, mode):
-    draw(tmp_path / "small.png", (90, 120, 30), seed=0)
-    with Image.open(tmp_path / "small.png") as image:
-        for kind in ("jp2", "png"):
-            image.convert(mode).resize((601, 407)).save(tmp_path / f"x.{kind}")
-    small, whole = (read_image(tmp_path / f"x.{kind}", 90, crop).float() for kind in ("jp2", "png"))
-    assert small.shape == whole.shape == (3, 90, 90)
-    assert (small - whole).abs().mean() < 2
 
 
 def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):

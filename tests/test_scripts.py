@@ -509,7 +509,6 @@ def test_a_folder_that_is_no_data_set(run, photos, how):
         (main_train, ["--epochs", "0"], "positive"),
         (main_train, ["--lr", "nan"], "--lr"),
         (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
-        (main_train, ["--seed", "-1"], "--seed"),
         (main_train, ["--device", "cuda"], "--device auto"),
         (inference, ["x.png"], "main_train.py"),
         (inference, ["x.png", "--checkpoint", "none.pt"], "none.pt"),
