@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -144,7 +143,10 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
         if empty := without_images(classes, images):
             notes.append(f"no {part} image of {empty}")
     if len(train) < 2 or not len(val) or not len(test):
-        raise ValueError(f"too few images in {source}: training needs two, validation and test need one each")
+        raise ValueError(
+            f"too few images in {source}: training needs two, validation and test need one each; "
+            "add some, or raise --limit"
+        )
     return Data(classes, train, val, test, content, tuple(notes))
 
 
@@ -156,9 +158,7 @@ def _content(source: str, classes: tuple[str, ...], *parts: Images | None) -> st
             if isinstance(item, np.ndarray):
                 digest.update(np.ascontiguousarray(item))
             else:
-                size = 0
-                with suppress(OSError):  # the file is gone
-                    size = os.path.getsize(item)
+                size = os.path.getsize(item) if os.path.exists(item) else 0
                 digest.update(os.fsencode(str(item).removeprefix(source)) + f"\0{size}\0".encode())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
@@ -182,9 +182,9 @@ def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]
 def _ranks(labels: Tensor, seed: int) -> Tensor:
     """The place of each image in a random order of its class: 0, 1, 2..."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    ranks = torch.empty_like(labels)
+    ranks, shuffled = torch.empty_like(labels), labels[order]
     for label in labels.unique():
-        members = order[labels[order] == label]
+        members = order[shuffled == label]
         ranks[members] = torch.arange(len(members))
     return ranks
 
@@ -218,12 +218,13 @@ def _cifar10(root: Path) -> tuple[Images, None, Images]:
 
 
 def _folder(root: Path, unused: Counter[str]) -> tuple[tuple[str, ...], Images, Images | None, Images | None]:
+    expected = f"a data set looks like this:{EXPECTED_TREE.format(root=root)}"
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; --data expects{EXPECTED_TREE.format(root=root)}")
-    names = _folders(root, unused)
-    if len(names) == 1 and not _split(names[0]) and _folders(root / names[0], Counter()):  # an unpacked archive
+        raise FileNotFoundError(f"no folder {root}; {expected}")
+    names = class_folders(root, unused)
+    if len(names) == 1 and not _split(names[0]) and class_folders(root / names[0], Counter()):  # an unpacked archive
         root /= names[0]
-        names = _folders(root, unused)
+        names = class_folders(root, unused)
     parts = {}
     for name in names:
         split = _split(name)
@@ -231,26 +232,24 @@ def _folder(root: Path, unused: Counter[str]) -> tuple[tuple[str, ...], Images, 
             raise ValueError(f"{root} has both {parts[split].name}/ and {name}/: keep one of them")
         if split:
             parts[split] = root / name
-    inside: dict[str, list[str]] = {}  # the class folders of each part
     if not parts:
         classes, parts = tuple(names), {"train": root}
     elif "train" not in parts:
-        raise ValueError(f"no train/ in {root}; --data expects{EXPECTED_TREE.format(root=root)}")
+        raise ValueError(f"no train/ in {root}; {expected}")
     else:
         for name in set(names) - {folder.name for folder in parts.values()}:
             unused[f"in {printable(name)}/"] += _count_files(root / name)
-        inside = {split: _folders(folder, unused) for split, folder in parts.items()}
-        classes = tuple(inside["train"])
+        classes = tuple(class_folders(parts["train"], unused))
     if not classes:
-        raise ValueError(f"no class folders in {parts['train']}; --data expects{EXPECTED_TREE.format(root=root)}")
+        raise ValueError(f"no class folders in {parts['train']}; {expected}")
     if len(classes) == 1:
         raise ValueError(f"{parts['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
-    for split, found in inside.items():
-        if unknown := ", ".join(sorted(set(found) - set(classes))):
+    for split in parts.keys() - {"train"}:
+        if unknown := ", ".join(sorted(set(class_folders(parts[split], unused)) - set(classes))):
             raise ValueError(
                 f"{parts[split]} has a class that the training images lack: {unknown}; rename it, or add it there"
             )
-    train, val, test = (_labelled(parts[split], classes, unused) if split in parts else None for split in SPLITS)
+    train, val, test = (labelled(parts[split], classes, unused) if split in parts else None for split in SPLITS)
     return classes, train, val, test
 
 
@@ -259,8 +258,8 @@ def _split(name: str) -> str | None:
     return next((split for split, spellings in SPLITS.items() if name.lower() in spellings), None)
 
 
-def _folders(folder: Path, unused: Counter[str]) -> list[str]:
-    """The names of the folders in a folder, sorted."""
+def class_folders(folder: Path, unused: Counter[str]) -> list[str]:
+    """The names of the folders in a folder, sorted. Counts in `unused` the files beside them."""
     names = []
     for entry in os.scandir(folder):
         is_folder = os.path.isdir(entry.path)  # or a link to one
@@ -279,7 +278,7 @@ def _count_files(path: str | Path) -> int:
     return sum(len(names) for *_, names in os.walk(path)) if os.path.isdir(path) else 1
 
 
-def _labelled(folder: Path, classes: tuple[str, ...], unused: Counter[str]) -> Images:
+def labelled(folder: Path, classes: tuple[str, ...], unused: Counter[str]) -> Images:
     """The images below `folder`, labelled by the name of their class folder. A class may be missing."""
     items, labels = [], []
     for label, name in enumerate(classes):
@@ -291,6 +290,7 @@ def _labelled(folder: Path, classes: tuple[str, ...], unused: Counter[str]) -> I
 
 def find_images(folder: Path, unused: Counter[str]) -> Iterator[Path]:
     """Yields the images below `folder`, sorted. Counts in `unused`, by reason, the files that it leaves out."""
+    formats = _formats()
     try:
         with os.scandir(folder) as listing:
             entries = sorted(listing, key=lambda entry: entry.name)
@@ -310,7 +310,7 @@ def find_images(folder: Path, unused: Counter[str]) -> Iterator[Path]:
                 yield from find_images(Path(entry.path), unused)
         elif entry.name.startswith("."):
             unused["hidden"] += 1
-        elif Image.EXTENSION.get(extension) in _formats() or (entry.is_file() and _begins_as_image(entry.path)):
+        elif Image.EXTENSION.get(extension) in formats or (entry.is_file() and _begins_as_image(entry.path)):
             yield Path(entry.path)
         else:
             hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else ""
@@ -366,11 +366,11 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     try:
         if not isinstance(item, Path):
             return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size, crop)
-        status = item.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+        size = item.stat().st_size
+        if not item.is_file():  # opening a pipe would block
             raise OSError("not a file")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
         with Image.open(io.BytesIO(item.read_bytes()), formats=_formats()) as image:  # one read; Pillow makes forty
             return _decode(image, max_size, crop)
     except UnidentifiedImageError as error:
@@ -380,14 +380,16 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
         raise ImageError(f"{name}: {reason}") from error
 
 
-def read_shown(captioned: Iterable[tuple[Item, str]], limit: int) -> tuple[list[np.ndarray], list[str]]:
-    """The first images that can be read, (H, W, 3), and their captions, for a plot. A file may have vanished."""
+def read_shown(
+    captioned: Iterable[tuple[Item, str]], limit: int, size: int = 224
+) -> tuple[list[np.ndarray], list[str]]:
+    """The first images that can be read, (H, W, 3), at most `size` large, and their captions, for a plot."""
     images, captions = [], []
     for item, caption in captioned:
         if len(images) == limit:
             break
-        with suppress(ImageError):
-            images.append(read_image(item).permute(1, 2, 0).numpy())
+        with suppress(ImageError):  # a file may have vanished
+            images.append(read_image(item, size).permute(1, 2, 0).numpy())
             captions.append(caption)
     return images, captions
 
@@ -453,8 +455,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
         return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     if image.has_transparency_data and image.mode != "RGBA":
         return image.convert("RGBA")
-    if image.mode in ("1", "P", "PA"):
-        return image.convert("L" if image.mode == "1" else "RGB")
+    if image.mode in ("1", "P"):
+        return image.convert("RGB")
     image.load()
     return image
 
@@ -502,7 +504,7 @@ def preprocess(
     batch = torch.stack(images)
     if torch.device(device).type == "cuda":
         batch = batch.pin_memory()  # without it the copy would wait for the batch before
-    x = batch.to(device, non_blocking=True).permute(0, 2, 3, 1)  # (B, H, W, 3)
+    x = batch.to(device, non_blocking=batch.is_pinned()).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
     S = preprocessing["image_size"]
     if draws is not None:
@@ -510,14 +512,12 @@ def preprocess(
         columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
         rows, columns, which = (index.to(device) for index in (rows, columns, torch.arange(B)))
         x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    shift, scale = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
+    shift, scale = (torch.tensor(preprocessing[name], device=device) for name in ("mean", "std"))
     x = ((x / 255 - shift) / scale).to(dtype)
     if W != S:
-        columns = _resize_matrix(W, S, 3, device, dtype)  # (3 W, 3 S)
-        x = x.reshape(B * H, W * 3) @ columns
+        x = x.reshape(B * H, W * 3) @ _resize_matrix(W, S, 3, device, dtype)
     if H != S:
-        rows = _resize_matrix(H, S, 1, device, dtype).T  # (S, H)
-        x = rows @ x.reshape(B, H, S * 3)
+        x = _resize_matrix(H, S, 1, device, dtype).T @ x.reshape(B, H, S * 3)
     return x.reshape(B, S, S, 3).permute(0, 3, 1, 2)
 
 
@@ -526,11 +526,6 @@ def _moved(size: int, draws: Tensor) -> Tensor:
     reach = size // 8
     indices = torch.arange(size) + ((2 * reach + 1) * draws).long() - reach
     return size - 1 - (size - 1 - indices.abs()).abs()
-
-
-@lru_cache
-def _on_device(values: tuple[float, ...], device: torch.device | str) -> Tensor:
-    return torch.tensor(values, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -551,6 +546,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "interrupted") -
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdin.reconfigure(errors="surrogateescape")  # paths are bytes
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
@@ -596,23 +592,21 @@ class Progress(tqdm):
             self.due = time.monotonic() + 30
 
 
-def positive(text: str) -> int:
-    """An argparse type for whole numbers above zero."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def positive(kind: type = int, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type for positive numbers of one kind, int or float, below a bound."""
 
+    def number(text: str) -> float:
+        if not 0 < (value := kind(text)) < below:
+            bound = f" below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{bound}")
+        return value
 
-def rate(text: str) -> float:
-    """An argparse type for finite numbers above zero."""
-    if not 0 < (number := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def printable(text: str) -> str:
@@ -686,7 +680,7 @@ class _Later(ModuleType):
 
 
 # torchvision imports torch's compiler for an operator that nothing here uses. That is half of the time that a script
-# takes to start, and 150 MB.
+# takes to start, and 150 MB. While torchvision is imported, a stand-in takes the compiler's place.
 _compiler = _Later("torch._dynamo.utils")
 if sys.modules.setdefault(_compiler.__name__, _compiler) is _compiler:
     importlib.import_module("torchvision")

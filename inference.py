@@ -3,10 +3,10 @@
     python inference.py cat.jpg holiday/                    images, and all images below a folder
     python inference.py cat.jpg --checkpoint checkpoints/mobilenet_v2.pt
     python inference.py photos/ --format json > labels.jsonl
-    python inference.py pets/test --evaluate                a folder of class folders: how many are right
+    python inference.py more_pets/ --evaluate               a folder of class folders: how many are right
     find . -name '*.jpg' | python inference.py -            paths from standard input
     python inference.py cat.jpg --explain why.png           what decided it, and the training images most like it
-    python inference.py --export model.pt2                  a model that works without this project
+    python inference.py --export model.pt2 --checkpoint checkpoints/mobilenet_v2.pt      for use without this project
     python inference.py                                     a sample of the test images -> plots/predictions.png
 
 Several checkpoints with the same classes answer together: the mean of their log-probabilities is more accurate than the
@@ -15,13 +15,13 @@ best of them.
 
 import argparse
 import csv
+import glob
 import io
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from glob import glob
 from pathlib import Path
 
 import torch
@@ -29,13 +29,14 @@ import torch
 from data import (
     Item,
     Progress,
+    class_folders,
     find_images,
     first_line,
+    labelled,
     load_data,
     not_used,
     positive,
     printable,
-    rate,
     read_shown,
     run_script,
     whole_file,
@@ -54,6 +55,7 @@ from models import (
     shared,
 )
 
+COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # of --format csv
 SAMPLE = 12  # images in plots/predictions.png and of --explain
 SIMILAR = 5  # training images beside each image of --explain
 
@@ -67,13 +69,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", nargs="+", metavar="FILE", help="models, or patterns (default: checkpoints/*.pt)")
     add("--evaluate", action="store_true", help="PATH is a folder of class folders: measure how many answers are right")
     add("--output", type=Path, default=Path("evaluation"), metavar="DIR",
-        help="of --evaluate: confusion matrices, mistakes and wrong.csv (default: evaluation)")  # fmt: skip
+        help="of --evaluate: confusion matrices, mistakes, and MODEL_wrong.csv (default: evaluation)")  # fmt: skip
     add("--ensemble", action=argparse.BooleanOptionalAction,
         help="one answer of all models (default: if all have the same classes)")  # fmt: skip
-    add("--top-k", type=positive, default=3, metavar="K", help="labels for each image (default: 3)")
-    add("--threshold", type=rate, metavar="P", help="mark answers whose probability is below P as unsure")
+    add("--top-k", type=positive(int), default=3, metavar="K", help="labels for each image (default: 3)")
+    add("--threshold", type=positive(float, below=1), metavar="P", help="mark answers below this probability as unsure")
     add("--format", choices=("text", "json", "csv"), default="text",
-        help="json: one object a line; csv: path, model, label, probability, error (default: text)")  # fmt: skip
+        help=f"json: one object a line; csv: {', '.join(COLUMNS)} (default: text)")  # fmt: skip
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
@@ -88,7 +90,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
         patterns = [path for path in args.checkpoint if path.endswith(".pt")]
-        args.checkpoint = [file for pattern in patterns for file in sorted(glob(pattern)) or [pattern]]
+        args.checkpoint = [file for pattern in patterns for file in matches(pattern)]
+        if not args.checkpoint:
+            parser.error("--checkpoint takes files that end in .pt")
     for path in args.paths:
         if "://" in path:
             parser.error(f"{path} is an address: download the image first, for example with curl -O")
@@ -97,15 +101,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def matches(pattern: str) -> list[str]:
+    """The paths that match a pattern, or the pattern itself if it is a path or matches none."""
+    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True)) or [pattern]
+
+
 def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
     """The models of the given files, or of those in checkpoints/, where foreign files are named and skipped."""
-    if files:
-        return [load_checkpoint(file) for file in files], 0
     models, skipped = [], 0
-    for file in sorted(Path("checkpoints").glob("*.pt")):
+    for file in files or sorted(Path("checkpoints").glob("*.pt")):
         try:
             models.append(load_checkpoint(file))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
+            if files:
+                raise
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
     if not models:
@@ -120,12 +129,13 @@ def expand(paths: Iterable[str], separator: str, unused: Counter[str]) -> Iterat
     for path in paths:
         if path == "-":
             yield from expand((line for line in sys.stdin.read().split(separator) if line), separator, unused)
-        elif Path(path).is_dir():
-            yield from find_images(Path(path), unused)
-        elif not Path(path).exists() and (matches := sorted(glob(path, recursive=True))):
-            yield from expand(matches, separator, unused)
-        else:
-            yield Path(path)
+            continue
+        found = (
+            file
+            for match in matches(path)
+            for file in (find_images(Path(match), unused) if Path(match).is_dir() else [Path(match)])
+        )
+        yield from dict.fromkeys(found) if glob.has_magic(path) else found  # ** matches folders and their files
 
 
 def writer(format: str, several_models: bool) -> Callable[[dict], None]:
@@ -133,7 +143,7 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
     if format == "json":
         return lambda record: print(json.dumps(record))
     if format == "csv":
-        table = csv.DictWriter(sys.stdout, ("path", "model", "label", "probability", "error"), extrasaction="ignore")
+        table = csv.DictWriter(sys.stdout, COLUMNS, extrasaction="ignore")
         table.writeheader()
         return table.writerow
 
@@ -204,15 +214,15 @@ def draw(models: list[TransferModel], shown: list[tuple[Item, list[dict]]], file
     """Draws images with their true labels, if these are known, and each model's answer."""
     import visualization  # here, because importing matplotlib takes longer than classifying an image
 
-    captioned, marks = [], []
+    captioned = []
     for item, records in shown:
         answers = zip(models, answers_of(records), strict=True)
         lines = [f"{model.label}: {guess(answer)}" for model, answer in answers]
         if "true" in records[0]:
-            lines.insert(0, printable(records[0]["true"]))
-            marks.append(records[0]["label"] == records[0]["true"])
+            mark = "✓" if records[0]["label"] == records[0]["true"] else "✗"
+            lines.insert(0, f"{mark} {printable(records[0]['true'])}")
         captioned.append((item, "\n".join(lines)))
-    visualization.save(visualization.plot_predictions(*read_shown(captioned, SAMPLE), marks or None), file)
+    visualization.save(visualization.plot_predictions(*read_shown(captioned, SAMPLE)), file)
 
 
 def explain(
@@ -222,7 +232,7 @@ def explain(
     import train_utils
     import visualization
 
-    images, captions = read_shown(captioned, SAMPLE)
+    images, captions = read_shown(captioned, SAMPLE, model.preprocessing["image_size"])  # the pixels that it answered
     heat, similar = [], []
     if isinstance(model.features, torch.nn.Sequential):
         rows = torch.cat([rows for _, [rows], _ in run_images([model.to(device)], images, heat_map)])
@@ -238,7 +248,7 @@ def explain(
     else:
         fast = fast_copy(model, device)
         rows = torch.cat([rows for _, [rows], _ in run_images([fast], images, TransferModel.forward_features)])
-        for found in train_utils.most_similar(model, rows, known, SIMILAR):
+        for found in train_utils.most_similar(model.cpu(), rows, known, SIMILAR):
             alike = []
             for i, cosine in found:
                 label = printable(data.classes[data.train.labels[i]])
@@ -249,22 +259,21 @@ def explain(
 
 def choose_images(
     args: argparse.Namespace, model: TransferModel, unused: Counter[str]
-) -> tuple[Iterable[Item], list[str] | None, str]:
-    """The images, their true labels if these are known, and what an image without a path is called."""
+) -> tuple[Iterable[Item], list[str] | None, list[str]]:
+    """The images, their true labels if these are known, and the names of images that are no files."""
     if not args.paths:
         source = model.metrics.get("data", "cifar10")
         data = load_data(source, args.cache)
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))
-        sample = data.test.subset(order[:SAMPLE])
-        return sample.items, [data.classes[label] for label in sample.labels], f"{source} test image"
-    items = expand(args.paths, args.separator, unused)
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+        sample, names = data.test.subset(order), [f"{source} test image {i}" for i in order.tolist()]
+        return sample.items, [data.classes[label] for label in sample.labels], names
     if not args.evaluate:
-        return items, None, "image"
-    items = list(items)
-    truth = [path.relative_to(args.paths[0]).parts[0] for path in items]
-    if unknown := sorted(set(truth) - set(model.classes)):
-        raise ValueError(f"{args.paths[0]} has folders that are no classes of the model: {', '.join(unknown[:5])}")
-    return items, truth, "image"
+        return expand(args.paths, args.separator, unused), None, []
+    folder = Path(args.paths[0])
+    if unknown := sorted(set(class_folders(folder, unused)) - set(model.classes)):
+        raise ValueError(f"{folder} has folders that are no classes of the model: {', '.join(unknown[:5])}")
+    images = labelled(folder, model.classes, unused)
+    return images.items, [model.classes[label] for label in images.labels], []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -273,15 +282,11 @@ def main(argv: list[str] | None = None) -> int:
     precision = args.precision and pick_precision(args.precision, device)
     models, skipped = load_models(args.checkpoint)
     classes, alike = models[0].classes, all(model.classes == models[0].classes for model in models)
-    ensemble = len(models) > 1 and (alike if args.ensemble is None else args.ensemble)
-    if ensemble and not alike:
-        raise ValueError(
-            "the models do not have the same classes: leave out --ensemble, or name some with --checkpoint"
-        )
-    if len(models) > 1 and not alike:
+    ensemble = len(models) > 1 and alike and args.ensemble is not False
+    if not alike and (args.evaluate or args.ensemble):
+        raise ValueError("--evaluate and --ensemble take models with the same classes: name them with --checkpoint")
+    if not alike:
         print("the models do not have the same classes: each answers alone", file=sys.stderr)
-    if args.evaluate and not alike:
-        raise ValueError("--evaluate takes models with the same classes: name them with --checkpoint")
     if args.evaluate and len({model.name for model in models}) < len(models):
         raise ValueError("--evaluate takes one checkpoint of each model: run it for one after the other")
 
@@ -293,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.export}: images, uint8 (B, 3, {size}, {size}) in RGB -> probabilities (B, {len(classes)})")
         return 0
     unused: Counter[str] = Counter()
-    items, truth, unnamed = choose_images(args, models[0], unused)
+    items, truth, names = choose_images(args, models[0], unused)
     plot = args.plot or (None if args.paths else Path("plots/predictions.png"))
     write = writer(args.format, len(models) > 1)
     answers: dict[str, list[dict]] = {}  # of --evaluate, by model
@@ -304,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
     for i, (item, records) in enumerate(predictions(fast, items, args.top_k, ensemble)):
         bar.update()
         for record in records:
-            record["path"] = record["path"] or f"{unnamed} {i}"
+            record["path"] = record["path"] or names[i]
             if truth:
                 record["true"] = truth[i]
         if "error" in records[0]:
@@ -337,10 +342,10 @@ def main(argv: list[str] | None = None) -> int:
         best = max(range(len(models)), key=lambda i: models[i].metrics.get("val_accuracy", 0))
         captioned = [(item, guess(answers_of(records)[best])) for item, records in shown]
         explain(models[best], captioned, device, args.cache, args.explain)
-        print(f"{args.explain} explains what {models[best].name} says of {len(shown)} of them", file=sys.stderr)
+        print(f"{args.explain} explains the first {len(shown)} labels of {models[best].name}", file=sys.stderr)
     if shown and plot:
         draw(models, shown, plot)
-        print(f"{plot} shows {len(shown)} of them", file=sys.stderr)
+        print(f"{plot} shows the first {len(shown)}", file=sys.stderr)
     return 0 if not bad + skipped else 1 if good else 2
 
 

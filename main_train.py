@@ -18,9 +18,10 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean
 
@@ -35,7 +36,6 @@ import visualization
 from data import (
     CIFAR10_SIZE,
     Data,
-    Item,
     Progress,
     available_cpus,
     first_line,
@@ -43,7 +43,6 @@ from data import (
     locked,
     positive,
     printable,
-    rate,
     read_image,
     read_shown,
     run_script,
@@ -54,18 +53,8 @@ from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches, loss
 
 SCHEMA = 2  # of results.json
 SAME = ("content", "classes", "train_images", "test_images")  # only models that agree in these can be compared
-KEYS = {
-    *SAME,
-    "backbone",
-    "label",
-    "fine_tuned",
-    "accuracy_by_seed",
-    "seconds",
-    "confusion_matrix",
-    "macro",
-    "per_class",
-    "right",
-}
+KEYS = {*SAME, *"backbone label fine_tuned accuracy_by_seed seconds confusion_matrix macro per_class right".split()}
+KINDS = ("", "_confusion", "_reliability", "_mistakes", "_data")  # of a model's plots
 MISTAKES = 12  # images in plots/*_mistakes.png
 
 
@@ -85,31 +74,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
     add("--models", nargs="+", type=backbone, metavar="NAME", default=three,
         help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
-    add("--data", default="cifar10", help="cifar10, a folder of class folders, or one of train/ and test/ with such")
-    add("--epochs", type=positive, default=RECIPE.epochs, help="epochs of classifier training")
-    add("--batch-size", type=positive, default=RECIPE.batch_size, help="images a step; fewer in small data sets")
-    add("--lr", type=rate, default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
+    add("--data", default="cifar10", help="cifar10, or a folder of class folders, maybe in train/, val/ and test/")
+    add("--epochs", type=positive(int), default=RECIPE.epochs, help="epochs of classifier training")
+    add("--batch-size", type=positive(int), default=RECIPE.batch_size, help="images a step; fewer in small data sets, "
+        f"at most {FINE_TUNING.batch_size} in fine-tuning")  # fmt: skip
+    add("--lr", type=positive(float), default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
     add("--class-weights", action="store_true", help="weigh images of rare classes more")
     add("--views", type=int, choices=(1, 2), default=2, help="2: features are the mean over an image and its mirror "
         "image, which gains a point or two for twice the time")  # fmt: skip
-    add("--seeds", type=positive, default=1, metavar="N", help="train N classifiers, report the mean, keep the first")
-    add("--fine-tune", type=positive, metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
-    add("--fine-tune-lr", type=rate, default=FINE_TUNING.lr, metavar="LR",
+    add("--seeds", type=positive(int), default=1, metavar="N", help="train N classifiers, report the mean, keep one")
+    add("--fine-tune", type=positive(int), metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
+    add("--fine-tune-lr", type=positive(float), default=FINE_TUNING.lr, metavar="LR",
         help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
-    add("--image-size", type=positive, metavar="PIXELS",
+    add("--image-size", type=positive(int), metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
-    add("--limit", type=positive, metavar="N", help="use N training images and that share of the test images")
+    add("--limit", type=positive(int), metavar="N", help="use N training images and that share of the test images")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *models.DTYPES), default="fp32",
         help="of the features, in training and in answers; bf16 is up to twice as fast where the hardware computes in "
         "it, which auto finds out, but answers depend a little on the machine")  # fmt: skip
-    add("--seed", type=int, default=0, help="of the classifier and the order of the batches")
+    add("--seed", type=int, default=0, help="random seed of the classifier and the order of the batches")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
     args = parser.parse_args(argv)
+    args.models = list(dict.fromkeys(args.models))
     if args.demo:
         args.data, args.output = "demo", (args.output or Path()) / "demo"
         args.cache, args.image_size = args.output, args.image_size or 64
@@ -163,8 +154,12 @@ def main(argv: list[str] | None = None) -> int:
                     complete &= finish(outcome, about, rows, device, args.output)
                     outcomes.append(outcome)
             except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-                print(f"error: {name} is left out: {error}", file=sys.stderr)
+                what = f"fine-tuning {name}" if outcomes and outcomes[-1].model.backbone == name else f"training {name}"
+                print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
                 complete = False
+        if len(outcomes) == len(args.models) * (2 if args.fine_tune else 1):  # else the same command needs them
+            for outcome in outcomes:
+                (args.output / "checkpoints" / f"{outcome.row['model']}.resume").unlink(missing_ok=True)
         if not outcomes:
             return 2
         complete &= summarize(outcomes, rows, args.output)
@@ -188,7 +183,7 @@ def guess_time(args: argparse.Namespace, device: torch.device, data: Data) -> st
 
     billion = min(seconds_of_product() for _ in range(5))  # multiply-adds
     passes = args.views * (len(data.train) + len(data.val) + len(data.test))
-    passes += 8 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
+    passes += 5 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
     passes /= models.rank_and_count()[1]
     seconds = 0.0
     for weights in (models.find_backbone(name).weights for name in args.models):
@@ -204,7 +199,7 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     try:
         model = models.TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
     except ValueError as error:
-        print(error)
+        print(f"{error}, which it gets")
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
     if args.demo:
@@ -310,13 +305,9 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
     model, data = frozen.model, frozen.data
     # on a CPU the backward pass is slower in bf16
     precision = "fp32" if device.type == "cpu" else models.pick_precision("auto", device)
-    batch_size = min(args.batch_size, FINE_TUNING.batch_size)
+    size = min(args.batch_size, FINE_TUNING.batch_size)
     recipe = replace(
-        FINE_TUNING,
-        epochs=args.fine_tune,
-        batch_size=batch_size,
-        lr=args.fine_tune_lr,
-        class_weights=args.class_weights,
+        FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr, class_weights=args.class_weights
     )
     if min(len(data.train), len(data.val)) < (processes := models.rank_and_count()[1]):
         raise ValueError(f"too few images to fine-tune with {processes} processes: start fewer")
@@ -327,11 +318,11 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
         print(f"{model.name}: continuing after {len(progress['history'])} of {recipe.epochs} epochs")
     arguments = model.cpu(), data.train, data.val, recipe, precision, device, args.seed, progress
     models.ask_others(train_utils.fine_tune, *arguments)
-    training = train_utils.fine_tune(
-        *arguments,
-        model.name,
-        lambda training: attempt(file, lambda: train_utils.save_progress(file, training, key)),
-    )
+
+    def save(training: train_utils.Training) -> None:
+        attempt(file, lambda: models.write_tensors(file, {"key": key, **training.state_dict()}))
+
+    training = train_utils.fine_tune(*arguments, model.name, save)
 
     fast, accuracies, answers = models.fast_copy(model, device), {}, {}
     for part in ("val", "test"):
@@ -349,7 +340,7 @@ def fine_tune(frozen: Outcome, args: argparse.Namespace, device: torch.device) -
         "recipe": asdict(recipe),
         "accuracy_by_seed": accuracies,
         "precision": {"features": model.precision, "training": precision},
-        "seconds": {**frozen.row["seconds"], "fine_tuning": training.seconds},
+        "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
         "history": training.history,
     }
     return Outcome(model, data, answers["val"], answers["test"], row, frozen.features)
@@ -364,7 +355,7 @@ def provenance(argv: list[str], device: torch.device) -> dict:
         commit = None
     libraries = {library.__name__: str(library.__version__) for library in (torch, torchvision, np)}
     return {
-        "date": train_utils.now(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
         "versions": {"python": platform.python_version(), **libraries},
@@ -413,7 +404,6 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
     saved = attempt(results, lambda: write_results(results, rows))
-    checkpoint.with_suffix(".resume").unlink(missing_ok=True)
     measured = attempt("measurement of speed", lambda: row.update(train_utils.cost(model, device)))
     completed = attempt(results, lambda: write_results(results, rows))
     drawn = attempt(f"plots of {model.name}", lambda: draw_plots(outcome, colors(rows), output / "plots"))
@@ -450,7 +440,7 @@ def combine(outcomes: list[Outcome]) -> dict:
         answers = [(getattr(o, f"{part}_logits") / o.row["temperature"]).log_softmax(dim=1) for o in outcomes]
         logits[part] = torch.stack(answers).mean(dim=0)
         found[part] = [loss_and_accuracy(logits[part], getattr(first.data, part).labels)[1]]
-    seconds = {row["model"]: sum(row["seconds"].values()) for row in (outcome.row for outcome in outcomes)}
+    seconds = {f"{o.model.backbone} {stage}": s for o in outcomes for stage, s in o.row["seconds"].items()}
     return {
         **{key: first.row[key] for key in (*SAME, "val_images", "date", "command", "versions", "device", "data")},
         "model": "ensemble",
@@ -469,7 +459,7 @@ def attempt(what: object, action: Callable[[], object]) -> bool:
         action()
         return True
     except Exception as error:  # whatever goes wrong, the model is on disk
-        print(f"error: no {what}: {first_line(error)}", file=sys.stderr)
+        print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
         return False
 
 
@@ -510,6 +500,8 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     """A model's history, confusion matrix, calibration and most confident mistakes."""
     model, row, test = outcome.model, outcome.row, outcome.data.test
     name = stem(row)
+    for kind in KINDS:
+        (folder / f"{name}{kind}.png").unlink(missing_ok=True)  # of an earlier run
     color, classes = colors[model.backbone], [printable(name) for name in model.classes]
     only = ", the hidden layer" if isinstance(model.classifier, models.Classifier) and not model.fine_tuned else ""
     figure = visualization.plot_history(model.label + only, row["history"], color)
@@ -521,11 +513,8 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
     confidence, predicted = (outcome.test_logits / model.temperature).softmax(dim=1).max(dim=1)
     wrong = (predicted != test.labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
-    place, found = {}, Counter()  # of a mistake among those of its class: the clearest of every class come first
-    for i in wrong:
-        place[i] = found[classes[test.labels[i]]]
-        found[classes[test.labels[i]]] += 1
-    wrong.sort(key=place.get)
+    nth = defaultdict(itertools.count)  # mistake of its class: the clearest of every class come first
+    wrong.sort(key=lambda i: next(nth[int(test.labels[i])]))
     captioned = (
         (test.items[i], f"{classes[test.labels[i]]}\ntaken for {classes[predicted[i]]}, {confidence[i]:.0%}")
         for i in wrong
@@ -539,57 +528,53 @@ def check_data(outcome: Outcome, folder: Path) -> None:
     """Says which images are copies of each other and which labels may be wrong: in a line, in data.json, in a plot."""
     model, data = outcome.model, outcome.data
     parts = {"train": data.train, "val": data.val, "test": data.test}
-    place = [(part, i) for part, images in parts.items() for i in range(len(images))]
-    labels = [int(label) for images in parts.values() for label in images.labels]
-
-    def item(index: int) -> Item:
-        part, i = place[index]
-        return parts[part].items[i]
-
+    place = [(part, i, item) for part, images in parts.items() for i, item in enumerate(images.items)]
+    labels = torch.cat([images.labels for images in parts.values()]).tolist()
     print("\nlooking for copies among the images and for doubtful labels")
     with models.one_thread():
         copies, doubtful = train_utils.check_data(
             outcome.features,
             [images.labels for images in parts.values()],
             len(model.classes),
-            lambda i: read_image(item(i), 32),
+            lambda i: read_image(place[i][2], 32),
         )
 
     def about(index: int) -> dict:
-        part, i = place[index]
-        name = str(item(index)) if isinstance(item(index), Path) else f"{part} image {i}"
+        part, i, item = place[index]
+        name = str(item) if isinstance(item, Path) else f"{part} image {i}"
         return {"path": name, "part": part, "label": model.classes[labels[index]]}
 
-    leaked = sorted({place[i][1] for pair in copies for i in pair["images"] if place[i][0] == "test"})
-    right = outcome.test_logits.argmax(dim=1) == data.test.labels
-    others = torch.ones(len(right), dtype=torch.bool)
-    others[leaked] = False
-    accuracy = right[others].float().mean().item()
     report = {
         "model": outcome.row["model"],
-        "test_images_with_copies": len(leaked),
-        "test_accuracy_without_them": accuracy,
-        "copies": [{**pair, "images": [about(i) for i in pair["images"]]} for pair in copies],
+        "copies": copies and [{**pair, "images": [about(i) for i in pair["images"]]} for pair in copies],
         "doubtful_labels": [
             {**about(image["image"]), "rather": model.classes[image["label"]], "probability": image["probability"]}
             for image in doubtful
         ],
     }
+    found, two = "too many images to look for copies", []
+    if copies is not None:
+        leaked = sorted({place[i][1] for pair in copies for i in pair["images"] if place[i][0] == "test"})
+        right = outcome.test_logits.argmax(dim=1) == data.test.labels
+        others = torch.ones(len(right), dtype=torch.bool)
+        others[leaked] = False
+        accuracy = right[others].float().mean().item() if others.any() else None
+        report |= {"test_images_with_copies": len(leaked), "test_accuracy_without_them": accuracy}
+        two = [pair for pair in copies if len({labels[i] for i in pair["images"]}) == 2]
+        without = f" (test accuracy without them: {accuracy:.2%})" if leaked and accuracy is not None else ""
+        found = f"{len(leaked)} test images look like copies of others{without}, {len(two)} copies have two labels"
     with whole_file(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
-    two = [pair for pair in copies if len({labels[i] for i in pair["images"]}) == 2]
-    without = f" (test accuracy without them: {accuracy:.2%})" if leaked else ""
-    print(f"{len(leaked)} test images are copies of others{without}, {len(two)} copies have two labels, ", end="")
-    print(f"{len(doubtful)} labels look doubtful: see {folder / 'data.json'}")
+    print(f"{found}, {len(doubtful)} labels look doubtful: see {folder / 'data.json'}")
     names = [printable(name) for name in model.classes]
     shown = [
-        (item(i), f"{place[i][0]}: {names[labels[i]]}\ncopy, {pair['correlation']:.0%}")
-        for pair in (two + copies)[:4]
+        (place[i][2], f"{place[i][0]}: {names[labels[i]]}\ncopy, {pair['correlation']:.0%}")
+        for pair in sorted(copies or [], key=lambda pair: pair not in two)[:4]
         for i in pair["images"]
     ]
     for image in doubtful[: MISTAKES - len(shown)]:
         i, rather = image["image"], names[image["label"]]
-        shown.append((item(i), f"{names[labels[i]]}?\nrather {rather}, {image['probability']:.0%}"))
+        shown.append((place[i][2], f"{names[labels[i]]}?\nrather {rather}, {image['probability']:.0%}"))
     images, captions = read_shown(shown, MISTAKES)
     if images:
         figure = visualization.plot_predictions(images, captions)
@@ -647,13 +632,12 @@ def write_page(rows: dict[str, dict], trained: dict, output: Path) -> None:
     """Writes plots/report.html: the table, the plots of every model, and how they were made."""
     folder, sections = output / "plots", {"Comparison": [output / "plots" / "comparison.png"]}
     for row in (row for row in rows.values() if row["backbone"] != "ensemble"):
-        kinds = "", "_confusion", "_reliability", "_mistakes", "_data"
-        sections[row["label"]] = [folder / f"{stem(row)}{kind}.png" for kind in kinds]
+        sections[row["label"]] = [folder / f"{stem(row)}{kind}.png" for kind in KINDS]
     sections = {title: [file for file in files if file.exists()] for title, files in sections.items()}
     facts = {name: str(trained[name]) for name in ("command", "date", "commit", "device", "data")}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
     facts["images"] = ", ".join(f"{trained[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
-    title = f"{Path(trained['data']).name}: {len(rows)} models"
+    title = f"{Path(trained['data']).name}: {', '.join(row['label'] for row in rows.values())}"
     page = visualization.report_page(title, comparison_table(rows), sections, facts)
     with whole_file(folder / "report.html") as file:
         file.write(page.encode(errors="backslashreplace"))

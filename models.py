@@ -99,6 +99,8 @@ def _build(row: Backbone, pretrained: bool) -> nn.Module:
     """Torchvision's model. Raises OSError if its weights are not in torchvision's cache and cannot be downloaded."""
     has_auxiliary = row.architecture in ("googlenet", "inception_v3")  # classifiers for their training from scratch
     options = {"init_weights": False} if has_auxiliary else {}
+    if row.architecture.startswith("vit_"):  # without weights, torchvision would build it for 224 pixels
+        options["image_size"] = row.weights.transforms().crop_size[0]
     if not pretrained:
         network = models.get_model(row.architecture, weights=None, **options)
     else:
@@ -110,8 +112,7 @@ def _build(row: Backbone, pretrained: bool) -> nn.Module:
             file = Path(torch.hub.get_dir()) / "checkpoints" / Path(row.weights.url).name
             what = "are damaged, delete" if file.exists() else "cannot be downloaded, put them at"
             raise OSError(
-                f"the weights of {row.architecture} {what} {file} ({first_line(error)}); --demo needs no weights, "
-                "and --data FOLDER no CIFAR-10"
+                f"the weights of {row.architecture} {what} {file} ({first_line(error)}); --demo needs none"
             ) from error
     if has_auxiliary:
         network.aux1 = network.aux2 = network.AuxLogits = None
@@ -177,12 +178,13 @@ class TransferModel(nn.Module):
             with torch.inference_mode():
                 self.width = self.forward_features(self.example()).shape[1]
         except Exception as error:  # whatever a network raises for images that it was not built for
-            raise ValueError(f"{backbone} takes no images of size {size}, only of {own_size}") from error
+            raise ValueError(f"{backbone} takes no images of {size} pixels; its weights are for {own_size}") from error
         if row.keep_classifier:
             *kept, last = network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
         else:
             self.classifier = Classifier(self.width, len(classes), hidden)
+        self.eval()
 
     @property
     def name(self) -> str:
@@ -240,7 +242,7 @@ class TransferModel(nn.Module):
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
-        read. An unfamiliar image is unlike those for training; its label is a guess.
+        read. An unfamiliar image is unlike those for training; its label is a guess. Fine-tuned models do not say it.
         """
         several = images if isinstance(images, list) else [images]
         items = [Path(image) if isinstance(image, str) else image for image in several]
@@ -339,7 +341,7 @@ def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
 
 
 def heat_map(model: TransferModel, images: Tensor) -> Tensor:
-    """Where an image speaks for its label, from 0 to 1, in the grid of the last maps: (B, 3, H, W) -> (B, h * w)
+    """How much each place of the last maps supports the label, from 0 to 1: (B, 3, H, W) -> (B, h * w)
 
     Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
     """
@@ -371,18 +373,20 @@ def run_layers(layers: Iterable[nn.Module], levels: list[int], maps: Tensor, fir
 
 
 def _stage_ends(features: nn.Module) -> list[int]:
-    """The layers of a sequence at which a stage ends: blocks of several layers, poolings, and the last one."""
+    """The layers at which a stage of a sequence ends: blocks of several layers, poolings, and the last one."""
     if not isinstance(features, nn.Sequential):
         return []
-    last = len(features) - 1
+    *layers, _ = features
     return [
-        i for i, layer in enumerate(features) if i == last or any(layer.children()) or "Pool" in type(layer).__name__
+        *(i for i, layer in enumerate(layers) if any(layer.children()) or "Pool" in type(layer).__name__),
+        len(layers),
     ]
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 SCHEMA = 3
+SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views")  # attributes of the model
 
 
 def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
@@ -396,18 +400,8 @@ def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
 
 def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
     """Saves all that rebuilds the model without a download, as plain types and tensors."""
-    values = {
-        "schema": SCHEMA,
-        "name": model.backbone,
-        "classes": list(model.classes),
-        "preprocessing": model.preprocessing,
-        "hidden": model.hidden,
-        "precision": model.precision,
-        "temperature": model.temperature,
-        "fine_tuned": model.fine_tuned,
-        "views": model.views,
-        "metrics": metrics,
-    }
+    values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "metrics": metrics}
+    values |= {name: getattr(model, name) for name in SAVED}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {**values, "sha256": content_hash(tensors, values)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("familiarity.")}
@@ -436,9 +430,9 @@ def load_checkpoint(path: str | Path) -> TransferModel:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed")
         values = torch.load(path, map_location="cpu", weights_only=True)
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
         tensors, written = values.pop("state_dict") | values.pop("familiarity"), values.pop("sha256")
-        if values["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {values['schema']}, this version reads {SCHEMA}: train it again")
         if content_hash(tensors, values) != written:
             raise ValueError("its contents are not what was saved")
         size = values["preprocessing"]["image_size"]
@@ -449,11 +443,11 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         state.clear()
         state.update(tensors)
         model.load_state_dict(state, assign=True)
-        for name in ("preprocessing", "metrics", "views", "fine_tuned", "temperature", "precision"):
+        for name in ("metrics", *SAVED):
             setattr(model, name, values[name])
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
-    return model.eval()
+    return model
 
 
 class _Answers(nn.Module):
@@ -518,28 +512,26 @@ CPU_BATCH, GPU_BATCH = 32, 256  # images at a time; on the CPU on each core
 
 def pick_device(name: str = "auto") -> torch.device:
     """The named device; for "auto" CUDA, else Apple's MPS, else the CPU. Raises ValueError if it is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and torch.__version__ >= "2.11"  # earlier ones lack operators
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise ValueError(f"no {name} device here: use --device auto, which takes what there is")
+    torch.backends.cudnn.allow_tf32 = False  # or fp32 would mean ten bits on some GPUs
     return torch.device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
     """The named precision; for "auto" bf16 if the hardware computes in it, else fp32."""
-    return name if name != "auto" else "bf16" if _computes_in_bf16(device) else "fp32"
-
-
-def _computes_in_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):  # from torch 2.11 on
-        able = torch.cpu.get_capabilities()
-        return able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-    return torch.cpu._is_avx512_bf16_supported()
+    if name != "auto":
+        return name
+    computes_in_bf16 = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": torch.cpu._is_avx512_bf16_supported,
+        "mps": lambda: False,
+    }
+    return "bf16" if computes_in_bf16[device.type]() else "fp32"
 
 
 @contextmanager
@@ -554,7 +546,7 @@ def one_thread() -> Iterator[None]:
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
-    """Under torchrun, a `main` that runs in the first process, while the others do the work that it gives them."""
+    """Wraps `main` for torchrun: the first process runs it, the others wait for work from `ask_others`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return main
 
@@ -623,21 +615,17 @@ def _watch(leaving: threading.Event) -> None:
 
 def _difference() -> str:
     """In what the processes of torchrun differ, though they should not. Empty if all is well."""
-    scripts = [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))]
-    code = hashlib.sha256("".join(scripts).encode()).hexdigest()
-    own = {"arguments": sys.argv[1:], "code": code, "torch": torch.__version__, "machine": platform.node()}
+    scripts = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+    own = {"arguments": sys.argv[1:], "code": hashlib.sha256(scripts).hexdigest(), "torch": str(torch.__version__)}
     every = [own] * dist.get_world_size()
     dist.all_gather_object(every, own)
-    for other in every:
-        for what in ("arguments", "code", "torch"):
-            if other[what] != every[0][what]:
-                return f"{every[0]['machine']} and {other['machine']} differ in their {what}: use the same everywhere"
-    return ""
+    what = [name for name in own if any(other[name] != own[name] for other in every)]
+    return f"the processes differ in their {' and '.join(what)}: use the same everywhere" if what else ""
 
 
 def rank_and_count() -> tuple[int, int]:
     """This process's number and the number of processes: 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def ask_others(work: Callable | None, *arguments: object) -> None:
@@ -863,7 +851,7 @@ def fast_copy(
     precision = precision or model.precision
     fast = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     packed = packed and device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packed = packed and (precision == "fp32" or _computes_in_bf16(device))
+    packed = packed and precision in ("fp32", pick_precision("auto", device))
     with torch.inference_mode(), one_thread():
         noise = torch.randn(fast.example().shape, generator=torch.Generator().manual_seed(0))
         images = noise.to(device, DTYPES[precision])
@@ -885,22 +873,19 @@ def fast_copy(
 
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
     """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
-    try:
-        fast = fuse(stage, inplace=True)  # fast_copy has made a copy already
-    except Exception:  # torch.fx cannot follow it
-        stage = stage.to(dtype=images.dtype, memory_format=torch.channels_last)
+    with suppress(Exception):  # torch.fx cannot follow every network
+        stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
+    stage.to(dtype=images.dtype, memory_format=torch.channels_last)
+    if not isinstance(stage, fx.GraphModule):
         return stage, (outputs := stage(images)), outputs.numel()
-    fast.to(dtype=images.dtype, memory_format=torch.channels_last)
-    outputs = ShapeProp(fast).propagate(images)
-    shapes = [getattr(node.meta.get("tensor_meta"), "shape", torch.Size()) for node in fast.graph.nodes]
+    outputs = ShapeProp(stage).propagate(images)
+    shapes = [getattr(node.meta.get("tensor_meta"), "shape", torch.Size()) for node in stage.graph.nodes]
     if packed:
-        try:
-            candidate = _pack(copy.deepcopy(fast))
-            if (candidate(images) - outputs).abs().max() < 0.1 * outputs.abs().max():  # wrong operators are far off
-                fast = candidate
-        except Exception:  # an operator that is missing, or that does not take this shape or run on this processor
-            pass
-    return fast, outputs, max(shape.numel() for shape in shapes)
+        with suppress(Exception):  # an operator is missing, or does not take this shape or run on this processor
+            fast = _pack(copy.deepcopy(stage))
+            if (fast(images) - outputs).abs().max() < 0.1 * outputs.abs().max():  # wrong operators are far off
+                stage = fast
+    return stage, outputs, max(shape.numel() for shape in shapes)
 
 
 def _pack(graph: fx.GraphModule) -> fx.GraphModule:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +43,6 @@ from models import (
     run_images,
     run_images_here,
     together,
-    write_tensors,
 )
 
 
@@ -74,7 +72,7 @@ CLASSIFIER_LR_FACTOR = 2.0
 
 # The linear layer is fitted to at most so many images. With more, the network has most of the weight.
 RIDGE_IMAGES = 4096
-# Familiarity is fitted to at most so many images. This share of its covariance is a sphere's.
+# Familiarity is fitted to at most so many images. Its covariance is shrunk so far towards a multiple of the identity.
 FAMILIAR_IMAGES, SHRINKAGE = 20_000, 0.9
 # The prior of the temperature's logarithm: mean 0 and this standard deviation. A few images cannot move it far.
 TEMPERATURE_PRIOR = 0.1
@@ -85,11 +83,6 @@ def synchronized_time(device: torch.device) -> float:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
-
-
-def now() -> str:
-    """The date and time, UTC, in ISO format."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def device_name(device: torch.device) -> str:
@@ -185,9 +178,10 @@ def cached_features(
                     records["image"] = [ids[missing[position + i]] for i in good]
                     with np.errstate(over="ignore"):  # see below
                         records["features"] = block[good].numpy()
-                    records["checksum"] = [zlib.crc32(row) for row in records["features"]]
-                    if not np.isfinite(records["features"]).all():
-                        raise FloatingPointError(f"features of {model.backbone} overflow in {model.precision}")
+                    rows = records["features"]
+                    if not np.isfinite(rows).all():
+                        raise FloatingPointError(f"features of {model.backbone} overflow in {rows.dtype}")
+                    records["checksum"] = [zlib.crc32(row) for row in rows]
                     after = synchronized_time(device)
                     records["seconds"] = (after - before) / max(1, len(good))
                     stream.write(records.tobytes())
@@ -274,7 +268,7 @@ class Batches:
 
     A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
     over all batches, which may make them a little larger than `batch_size`. If `shared`, each process of torchrun gets
-    its share of every batch. There must be as many images as processes.
+    its share of every batch. There must be at least as many images as processes.
     """
 
     def __init__(
@@ -294,16 +288,13 @@ class Batches:
         self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
-    def __len__(self) -> int:
-        return self.steps
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.labels)
         order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
+        share = slice(self.process, None, self.processes)
         for batch in order.tensor_split(self.steps):
-            draws = None if self.generator is None else torch.rand(len(batch), 3, generator=self.generator)
-            share = slice(self.process, None, self.processes)
-            inputs, there = self.load(batch[share], None if draws is None else draws[share])
+            draws = torch.rand(len(batch), 3, generator=self.generator)[share] if self.generator else None
+            inputs, there = self.load(batch[share], draws)
             yield inputs, self.labels[there.to(self.device, non_blocking=True)]
             self.report(len(batch))
 
@@ -391,30 +382,19 @@ class Training:
     ):
         self.model, self.train, self.val, self.recipe = model, train, val, recipe
         # what takes the steps: with shared batches every process has a copy, and their gradients are averaged
-        self.network = model
-        if train.processes > 1:
-            self.network = nn.parallel.DistributedDataParallel(model)
+        self.network = nn.parallel.DistributedDataParallel(model) if train.processes > 1 else model
         self.optimizer = torch.optim.AdamW(
             groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             [group["lr"] for group in self.optimizer.param_groups],
-            total_steps=recipe.epochs * len(train),
+            total_steps=recipe.epochs * train.steps,
             pct_start=recipe.warm_up + 1e-9,  # it divides by zero if the rise takes exactly one step
         )
         self.autocast = torch.autocast(train.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.history: list[dict] = []
         self.best = copy.deepcopy(model.state_dict())
-
-    @property
-    def best_epoch(self) -> dict:
-        """The row of the epoch with the best validation loss, whose weights `fit` leaves in the model."""
-        return min(self.history, key=lambda row: row["val_loss"])
-
-    @property
-    def seconds(self) -> float:
-        return sum(row["seconds"] for row in self.history)
 
     def state_dict(self) -> dict:
         """All that changes from epoch to epoch."""
@@ -468,7 +448,7 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
             break
         row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss}
         history.append({**row, "val_accuracy": val_accuracy, "seconds": synchronized_time(train.device) - start})
-        if training.best_epoch is history[-1]:
+        if min(history, key=lambda row: row["val_loss"]) is history[-1]:
             training.best = copy.deepcopy(model.state_dict())
         bar.set_postfix_str(f"val {val_accuracy:.3f}", refresh=False)
         after_epoch()
@@ -497,10 +477,10 @@ def fit_classifier(
         fit(training, name)
         return training, predict(classifier, val)[0]
     split, images = len(train.labels), len(train.labels) + len(val.labels)
-    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(0))[:RIDGE_IMAGES].sort().values
+    labels = torch.cat([train.labels, val.labels])
+    chosen = _sample(labels.cpu(), RIDGE_IMAGES)
     of_train, of_val = chosen[chosen < split], chosen[chosen >= split] - split
-    features = torch.cat([train.load(of_train, None)[0], val.load(of_val, None)[0]])
-    labels = torch.cat([train.labels[of_train], val.labels[of_val]])
+    features, labels = torch.cat([train.load(of_train, None)[0], val.load(of_val, None)[0]]), labels[chosen]
     left_out = fit_linear(classifier, features, labels, recipe.class_weights)
     training = Training(nn.Sequential(classifier.standardize, classifier.network), train, val, recipe, precision)
     fit(training, name)
@@ -514,6 +494,13 @@ def fit_classifier(
             layer.weight.mul_(weight)
             layer.bias.mul_(weight)
     return training, logits
+
+
+def _sample(labels: Tensor, count: int) -> Tensor:
+    """`count` images at random, in their order, and at least one of each class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    _, first_of_each_class = np.unique(labels[order].numpy(), return_index=True)
+    return torch.cat([order[:count], order[first_of_each_class]]).unique()
 
 
 @torch.no_grad()
@@ -594,39 +581,36 @@ def fine_tune(
 
     Under torchrun all processes call this; each takes its share of every batch.
     """
-    model.to(device, memory_format=torch.channels_last)
-    groups = [
-        {"params": model.features.parameters(), "lr": recipe.lr},
-        {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
-    ]
 
     def batches(images: Images, seed: int | None = None) -> Batches:
         load = image_loader(images, model.preprocessing, device)
         return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
 
-    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups)
-    if progress:
-        training.load_state_dict(progress)
     with together():
+        model.to(device, memory_format=torch.channels_last)
+        groups = [
+            {"params": model.features.parameters(), "lr": recipe.lr},
+            {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
+        ]
+        training = Training(model, batches(train, seed), batches(val), recipe, precision, groups)
+        if progress:
+            training.load_state_dict(progress)
         fit(training, name, lambda: after_epoch(training))
     return training
 
 
-def save_progress(file: Path, training: Training, key: str) -> None:
-    """Saves a training after an epoch, for `load_progress`. `key` identifies it: a hash of all that shapes it."""
-    write_tensors(file, {"key": key, **training.state_dict()})
-
-
 def load_progress(file: Path, key: str) -> dict | None:
-    """What was saved with the same `key`, for `Training.load_state_dict`, or None."""
+    """What Training.state_dict() held when it was saved with the same "key", a hash of all that shapes the training."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["key"] == key:
             return state
+        reason = "of another training"
     except FileNotFoundError:
-        pass
+        return None
     except Exception as error:  # whatever a damaged file makes torch raise
-        print(f"{file} is unusable ({type(error).__name__}): training starts again", file=sys.stderr)
+        reason = f"unusable ({type(error).__name__})"
+    print(f"{file} is {reason}: training starts again", file=sys.stderr)
     return None
 
 
@@ -641,38 +625,46 @@ DOUBTFUL = 0.9  # by how much another label must be more probable than an image'
 @torch.no_grad()
 def check_data(
     parts: list[Tensor], labels: list[Tensor], classes: int, read: Callable[[int], Tensor]
-) -> tuple[list[dict], list[dict]]:
+) -> tuple[list[dict] | None, list[dict]]:
     """Finds copies among images, and labels that may be wrong, from their features for training, validation, testing.
 
     Images are counted from the first for training to the last for testing; `read` returns one, uint8 (3, H, W).
     Returns pairs of images, {"images": (i, j), "correlation"}: an image and, of those not for testing, the one with the
-    most similar features, if their 16x16 pixels are alike. And {"image": i, "label", "probability"}: images that ridge
-    regression, fitted without them, gives another label. Both with the clearest cases first.
+    most similar features, if their 16x16 pixels are alike; None for more than COMPARED images. And images that ridge
+    regression, fitted without them, gives another label, {"image": i, "label", "probability"}. The clearest come first.
     """
-    (count, width), truth = parts[0].shape, torch.cat(labels)
-    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:RIDGE_IMAGES]
-    ridge = Classifier(width, classes, 1)
+
+    def judge(logits: Tensor, labels: Tensor) -> Tensor:
+        """(B, classes), (B,) -> (B, 3): the best label, its probability, by how much it is the more probable one"""
+        probabilities = logits.softmax(dim=1)
+        best, label = probabilities.max(dim=1)
+        return torch.stack([label, best, best - probabilities.gather(1, labels[:, None])[:, 0]], dim=1)
+
+    width, count = parts[0].shape[1], sum(map(len, parts))
+    chosen, ridge = _sample(labels[0], RIDGE_IMAGES), Classifier(width, classes, 1)
     left_out = fit_linear(ridge, parts[0][chosen].float(), labels[0][chosen])
     project = torch.randn(width, 256, generator=torch.Generator().manual_seed(0)) / 16  # changes cosines by hundredths
-    logits, sketches, bar = [], [], Progress(2 * len(truth), "looking for copies")
-    for block in (block for features in parts for block in features.split(1024)):
-        block = ridge.standardize(block.float())
-        logits.append(ridge.linear(block))
-        sketches.append(F.normalize(block @ project))
-        bar.update(len(block))
-    logits, sketches = torch.cat(logits), torch.cat(sketches)
-    logits[chosen] = left_out
-
-    probabilities = logits.softmax(dim=1)
-    probability, label = probabilities.max(dim=1)
-    doubt = probability - probabilities.gather(1, truth[:, None])[:, 0]
+    judged, sketches = [], []
+    bar = Progress(count if count > COMPARED else 2 * count, "looking for copies")
+    for features, its in zip(parts, labels, strict=True):
+        for block, truth in zip(features.split(1024), its.split(1024), strict=True):
+            block = ridge.standardize(block.float())
+            judged.append(judge(ridge.linear(block), truth))
+            sketches.append(F.normalize(block @ project))
+            bar.update(len(block))
+    judged, sketches = torch.cat(judged), torch.cat(sketches)
+    judged[chosen] = judge(left_out, labels[0][chosen])
+    label, probability, doubt = judged.T
     doubtful = [
         {"image": i, "label": int(label[i]), "probability": float(probability[i])}
         for i in doubt.argsort(descending=True)[: int((doubt > DOUBTFUL).sum())].tolist()
     ]
+    if count > COMPARED:
+        bar.close()
+        return None, doubtful
 
-    alike, seen = {}, sketches[: len(sketches) - len(parts[-1])]
-    for start in range(0, len(sketches) if len(sketches) <= COMPARED else 0, 1024):
+    alike, seen = {}, sketches[: count - len(parts[-1])]
+    for start in range(0, count, 1024):
         cosines = sketches[start : start + 1024] @ seen.T
         cosines.diagonal(start).fill_(-1)  # of an image with itself
         for i, (cosine, j) in enumerate(zip(*(best.tolist() for best in cosines.max(dim=1)), strict=True), start):
@@ -684,7 +676,7 @@ def check_data(
     for i, j in sorted(alike, key=alike.get, reverse=True)[:CANDIDATES]:
         with suppress(ImageError):  # a file may have vanished
             one, other = (_thumbnails(read(k)) for k in (i, j))
-            correlation = float((one @ other.T).flatten()[:3].max())  # all but the middle of both
+            correlation = float((one @ other.T).flatten()[:3].max())  # the two middles agree too easily
             if correlation > COPIES:
                 copies.append({"images": (i, j), "correlation": correlation})
     return sorted(copies, key=lambda pair: -pair["correlation"]), doubtful
@@ -729,8 +721,8 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
     """The expected calibration error, and for each bin of confidence its count, mean confidence and accuracy."""
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     which = (confidence * bins).long().clamp(max=bins - 1)
-    count = which.bincount(minlength=bins)
-    sums = [torch.zeros(bins).index_add_(0, which, value) for value in (confidence, (predicted == labels).float())]
+    right = (predicted == labels).float()
+    count, *sums = (which.bincount(values, minlength=bins) for values in (None, confidence, right))
     confidences, accuracies = (total / count.clamp(1) for total in sums)
     error = ((confidences - accuracies).abs() * count).sum() / len(labels)
     rows = {"count": count.tolist(), "confidence": confidences.tolist(), "accuracy": accuracies.tolist()}
@@ -793,11 +785,6 @@ def cost(model: TransferModel, device: torch.device) -> dict:
     workers, batch_size = (torch.get_num_threads(), CPU_BATCH) if device.type == "cpu" else (1, GPU_BATCH)
     batch_size = max(1, min(batch_size, int(1 / one)))
     count = workers * batch_size * max(1, int(1 / one / batch_size))
-    return {
-        "multiply_adds": counter.get_total_flops() // 2,
-        "images_per_second": {
-            "one": 1 / one,
-            "best": count / seconds(count, batch_size),
-            "best_batch_size": batch_size,
-        },
-    }
+    best = count / min(seconds(count, batch_size) for _ in range(2))
+    speed = {"one": 1 / one, "best": best, "best_batch_size": batch_size}
+    return {"multiply_adds": counter.get_total_flops() // 2, "images_per_second": speed}

@@ -16,7 +16,7 @@ from string import Template
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -25,18 +25,16 @@ from data import whole_file
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
-
-
 MANY = 20  # classes whose names and numbers a confusion matrix has no room for
 
 
 def labels_and_font(labels: Sequence[str]) -> tuple[list[str], dict]:
-    """The labels as they can be drawn, and the arguments of a text that draws them as they are.
+    """The labels as they can be drawn, and text options: fonts that have their characters, and no TeX.
 
-    Long ones lose their middle. A character that no font here has is spelled out, so labels stay distinct.
+    Long labels lose their middle. A character that no font here has is spelled out.
     """
-    fonts = {character: _font_with(character) for label in labels for character in label}
-    drawn = ["".join(c if fonts[c] or c == "\n" else ascii(c)[1:-1] for c in label) for label in labels]
+    fonts = {character: _font_with(character) for label in labels for character in label if character != "\n"}
+    drawn = ["".join(c if fonts.get(c, c) else ascii(c)[1:-1] for c in label) for label in labels]
     drawn = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in drawn]
     family = dict.fromkeys(["DejaVu Sans", *filter(None, fonts.values())])
     return drawn, {"family": list(family), "parse_math": False}
@@ -78,10 +76,10 @@ def plot_history(title: str, history: list[dict], color: str) -> Figure:
 
 
 def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Rows are the true classes, with their recall. A number is a count of test images.
+    """Rows are the true classes, with their recall. A number is a count of images.
 
-    Right answers are blue, by recall. Wrong ones are orange, on a scale of their own: shares of the row up to the
-    largest. More classes than MANY go without names and numbers; the pairs that are confused most are listed below.
+    The diagonal is blue, darker for a higher recall. Mistakes are orange, on their own scale: the darkest one is the
+    most frequent in its class. More than MANY classes go without names and numbers; the worst pairs are listed below.
     """
     counts, (names, font) = np.asarray(matrix), labels_and_font(classes)
     shares, right = counts / counts.sum(axis=1, keepdims=True).clip(1), np.eye(len(counts), dtype=bool)
@@ -94,18 +92,17 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
     axes.imshow(np.ma.masked_where(right, shares), cmap="Oranges", vmin=0, vmax=largest)
     axes.set_title(f"{title}\n{counts[right].sum() / counts.sum():.1%} of {counts.sum():,} right", fontsize=15)
     axes.set_xlabel("predicted", fontsize=12)
-    axes.set_ylabel("true, recall", fontsize=12)
+    axes.set_ylabel("true class, recall", fontsize=12)
     if lower:
         axes.set(xticks=[], yticks=[])
-        errors = np.where(right, 0, counts)
-        worst = [divmod(int(i), len(names)) for i in np.argsort(-errors, axis=None, kind="stable")[:15]]
-        pairs = {f"{names[true]} taken for {names[taken]}": errors[true, taken] for true, taken in worst}
+        worst = sorted(np.argwhere(counts * ~right).tolist(), key=lambda pair: -counts[tuple(pair)])[:15]
+        pairs = [f"{names[true]} taken for {names[taken]}" for true, taken in worst]
         bars = lower[0].subplots()
-        bars.barh(range(len(pairs)), list(pairs.values()), color=COLORS[0])
-        bars.set_yticks(range(len(pairs)), list(pairs), fontsize=11, **font)
+        bars.barh(range(len(worst)), [counts[true, taken] for true, taken in worst], color=COLORS[0])
+        bars.set_yticks(range(len(worst)), pairs, fontsize=11, **font)
         bars.invert_yaxis()
         bars.xaxis.set_major_locator(MaxNLocator(integer=True))
-        bars.set_xlabel("test images", fontsize=12)
+        bars.set_xlabel("images", fontsize=12)
         return figure
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11, **font)
     recalls = [f"{name}  {recall:.0%}" for name, recall in zip(names, shares[right], strict=True)]
@@ -124,22 +121,19 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     axes.text(0.03, 0.06, "confidence = accuracy", color="#777777", fontsize=11, rotation=45, rotation_mode="anchor")
     for when, shade in (("before", "#999999"), ("after", color)):
         bins = calibration[when]
-        count, confidence, accuracy = (np.array(bins[key]) for key in ("count", "confidence", "accuracy"))
-        there = count > 0
-        axes.plot(confidence[count >= 10], accuracy[count >= 10], color=shade, linewidth=2)
-        area = 20 + 600 * count[there] / count.sum()
-        label = f"{when} scaling: error {bins['ece']:.1%}"
-        fade = 0.7 * (count[there] / 20).clip(0.15, 1)  # an accuracy of few images means little
-        inks = [to_rgba(shade, alpha) for alpha in fade]
-        axes.scatter(confidence[there], accuracy[there], area, color=inks, label=label)
+        rows = np.array([bins[key] for key in ("count", "confidence", "accuracy")])
+        count, confidence, accuracy = rows[:, rows[0] > 0]
+        many, label = count >= 10, f"{when} scaling: error {bins['ece']:.1%}"
+        axes.plot(confidence[many], accuracy[many], color=shade, linewidth=2, label=label)
+        fade = 0.7 * (count / 20).clip(0.15, 1)  # an accuracy of few images means little
+        axes.scatter(confidence, accuracy, 20 + 600 * count / count.sum(), color=to_rgba_array(shade, fade))
     figure.suptitle(title, fontsize=14)
     axes.set_xlabel("confidence", fontsize=12)
     axes.set_ylabel("test accuracy", fontsize=12)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
-    for handle, ink in zip(axes.legend(fontsize=12, loc="lower right").legend_handles, ("#999999", color), strict=True):
-        handle.set(sizes=[60], color=ink)
+    axes.legend(fontsize=12, loc="lower right")
     return figure
 
 
@@ -171,13 +165,9 @@ def plot_comparison(points: Sequence[tuple[str, float, float, tuple[float, float
     return figure
 
 
-def plot_predictions(
-    images: Sequence[np.ndarray], captions: Sequence[str], right: Sequence[bool] | None = None
-) -> Figure:
-    """Images (H, W, 3), each with its caption below it: blue and checked if `right`, orange and crossed if not."""
-    if right is not None:
-        captions = [f"{'✓' if is_right else '✗'} {text}" for text, is_right in zip(captions, right, strict=True)]
-    inks = ["black"] * len(images) if right is None else [COLORS[0] if is_right else COLORS[4] for is_right in right]
+def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
+    """Images (H, W, 3), each with its caption below it: blue if it begins with a ✓, orange with a ✗."""
+    inks = [{"✓": COLORS[0], "✗": COLORS[4]}.get(caption[:1], "black") for caption in captions]
     captions, font = labels_and_font(captions)
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
@@ -280,6 +270,6 @@ def report_page(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all. Raises OSError."""
+    """Writes an image in the format that the file's name says. Raises OSError, or ValueError for an unknown format."""
     with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=DPI)
+        figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=DPI)

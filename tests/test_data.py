@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import tarfile
 import threading
@@ -14,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import ROOT, draw
 from PIL import Image, ImageCms
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -289,6 +290,13 @@ def test_no_file_starts_another_program(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     unused = Counter()
     assert [path.name for path in find_images(tmp_path, unused)] == ["x.jpg"] and unused == {".eps": 1}
+
+
+def test_the_first_image_is_named_even_if_it_is_empty(tmp_path):
+    (tmp_path / "0.jpg").touch()
+    found = f"from data import find_images, Path, Counter; print(*find_images(Path({str(tmp_path)!r}), Counter()))"
+    done = subprocess.run([sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "0.jpg"), done.stderr
 
 
 def test_a_log_gets_a_line_now_and_then_and_a_short_run_none(capsys):

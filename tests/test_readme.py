@@ -81,14 +81,14 @@ def test_links_and_files_are_there():
 @pytest.fixture
 def home(run, photos, tmp_path):
     """A folder with all that the README's lines speak of, and a trained model."""
-    for name in ("pets", "cifar10-images"):
+    for name in ("pets", "more_pets", "cifar10-images"):
         shutil.copytree(photos, tmp_path / name)
     for path in ("cat.jpg", "holiday/a.jpg", "photos/b.jpg"):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
     folders = ("checkpoints", "runs/pets/checkpoints", "runs/cifar10-images/checkpoints")
     paths = [f"{folder}/mobilenet_v2.pt" for folder in folders]
-    for path in (*paths, "at128/checkpoints/mobilenet_v2_finetuned.pt"):
+    for path in (*paths, "at160/checkpoints/mobilenet_v2_finetuned.pt"):
         models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
     model = models.TransferModel("mobilenet_v3_small", model.classes, 64, pretrained=False)
     path = tmp_path / "runs" / "cifar10-images" / "checkpoints" / "mobilenet_v3_large_levels.pt"
@@ -97,15 +97,11 @@ def home(run, photos, tmp_path):
 
 
 def test_every_snippet_runs(home, capsys):
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 2
     for snippet in SNIPPETS:
-        if snippet.startswith('"'):  # a row of a table
-            name, row = next(iter(eval(f"{{{snippet}}}", {"Backbone": models.Backbone}).items()))
-            assert models.find_backbone(name).weights is row.weights
-        else:
-            exec(snippet, {})
-            out = capsys.readouterr().out
-            assert "'label': " in out or "tensor([[" in out
+        exec(snippet, {})
+        out = capsys.readouterr().out
+        assert "'label': " in out or "tensor([[" in out
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))

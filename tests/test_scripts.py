@@ -91,6 +91,8 @@ def test_the_whole_job(run, photos, tmp_path):
     assert out.splitlines()[-1] == f"{out.count(' - right')} of 12 right"
 
     # a labelled folder: the same figures
+    (photos / "test" / "blue").rename(tmp_path / "elsewhere")
+    (photos / "test" / "blue").symlink_to(tmp_path / "elsewhere")  # which training reads, too
     code, out, err = run(inference, photos / "test", "--evaluate", "--output", "judged")
     assert (code, err) == (0, "") and "blue" in out
     for name, row in rows.items():
@@ -191,17 +193,19 @@ def test_images_that_are_added_are_the_only_ones_computed(run, photos, tmp_path,
 
 def test_fine_tuning_goes_on_where_it_was(run, photos, tmp_path, monkeypatch):
     (photos / "train" / "red" / "3.png").write_bytes(b"oops")
-    command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 3, "--views", 2, "--seeds", 2)
+    names = ["mobilenet_v3_small", "mobilenet_v3_large"]
+    command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 2, "--views", 2, "--seeds", 2, "--models", *names)
     code, out, _ = run(main_train, *command)
     assert code == 1 and "mobilenet_v3_small_finetuned: test accuracy" in out
     expected, state = results(tmp_path), checkpoints(tmp_path)
-    assert list(expected) == ["mobilenet_v3_small", "mobilenet_v3_small_finetuned"]
+    assert list(expected) == [f"{name}{tuned}" for name in names for tuned in ("", "_finetuned")]
     assert len(expected["mobilenet_v3_small"]["accuracy_by_seed"]["test"]) == 2
 
     frozen, tuned = state["mobilenet_v3_small.pt"], state["mobilenet_v3_small_finetuned.pt"]
-    for key in frozen:  # weights move, statistics don't
-        statistics = "running" in key or "num_batches" in key or "standardize" in key
-        assert torch.equal(frozen[key], tuned[key]) == statistics, key
+    weights = [key for key in frozen if key.startswith("features.") and key.endswith(("weight", "bias"))]
+    for key in frozen:  # weights move, but for those of the first layers; statistics don't
+        stays = "running" in key or "num_batches" in key or "standardize" in key
+        assert torch.equal(frozen[key], tuned[key]) == (stays or key in weights[: len(weights) // 5]), key
     out = run(
         inference, photos / "test", "--checkpoint", "checkpoints/mobilenet_v3_small_finetuned.pt", "--format", "json"
     )[1]
@@ -213,18 +217,21 @@ def test_fine_tuning_goes_on_where_it_was(run, photos, tmp_path, monkeypatch):
 
     (tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt").unlink()
     whole, epochs = train_utils.train_one_epoch, []
+    first, second = 2 * 3 + 2, 2 * 3 + 1  # two classifiers and two epochs of fine-tuning, of the second model only one
 
     def interrupted(*args):
         epochs.append(0)
-        if len(epochs) == 2 * 3 + 2 + 1:  # two heads, two epochs of fine-tuning
+        if len(epochs) == first + second + 1:
             raise KeyboardInterrupt
         return whole(*args)
 
     monkeypatch.setattr(train_utils, "train_one_epoch", interrupted)
     assert run(main_train, *command)[0] == 130
-    monkeypatch.setattr(train_utils, "train_one_epoch", whole)
+    epochs.clear()
     code, out, _ = run(main_train, *command)
-    assert code == 1 and "continuing after 2 of 3 epochs" in out
+    assert code == 1 and "continuing after 2 of 2 epochs" in out and "continuing after 1 of 2 epochs" in out
+    assert len(epochs) == 2 * (2 * 3) + 1
+    monkeypatch.setattr(train_utils, "train_one_epoch", whole)
     assert results(tmp_path) == expected and same(checkpoints(tmp_path), state)
     assert not list(tmp_path.rglob("*.resume"))
 
@@ -427,7 +434,7 @@ def test_a_class_of_which_nothing_can_be_read(run, photos):
     assert code == 2 and "no training image of 'red' can be read" in err
 
 
-def test_copies_and_doubtful_labels_are_found(run, photos, tmp_path):
+def test_copies_and_doubtful_labels_are_found(run, photos, tmp_path, monkeypatch):
     """In a folder with planted ones."""
     red, blue = photos / "train" / "red", photos / "train" / "blue"
     for i in (1, 2, 3):
@@ -436,7 +443,7 @@ def test_copies_and_doubtful_labels_are_found(run, photos, tmp_path):
     (red / "7.png").rename(blue / "red7.png")
     command = ("--data", photos, "--models", "mobilenet_v2", *QUICK, "--precision", "fp32")
     code, out, err = run(main_train, *command)  # random weights, whose bf16 features are too coarse
-    assert (code, err) == (0, "") and "3 test images are copies of others (test accuracy without them: " in out
+    assert (code, err) == (0, "") and "3 test images look like copies of others (test accuracy without them: " in out
     report = json.loads((tmp_path / "plots" / "data.json").read_text())
     copies = {tuple(sorted(Path(image["path"]).name for image in pair["images"])) for pair in report["copies"]}
     assert copies == {("1.png", "copy1.png"), ("2.png", "copy2.png"), ("3.png", "copy3.png"), ("5.png", "blue5.png")}
@@ -444,6 +451,10 @@ def test_copies_and_doubtful_labels_are_found(run, photos, tmp_path):
     doubtful = {(Path(image["path"]).name, image["label"], image["rather"]) for image in report["doubtful_labels"]}
     assert ("red7.png", "blue", "red") in doubtful and len(doubtful) < 12
     assert (tmp_path / "plots" / "mobilenet_data.png").exists()
+    monkeypatch.setattr(train_utils, "COMPARED", 50)
+    out = run(main_train, *command)[1]
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    assert "too many images to look for copies" in out and report["copies"] is None
 
 
 def test_files_that_vanish_cost_themselves(run, photos, tmp_path, monkeypatch):
@@ -510,6 +521,7 @@ def test_a_folder_that_is_no_data_set(run, photos, how):
         (main_train, ["--lr", "nan"], "--lr"),
         (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
         (main_train, ["--device", "cuda"], "--device auto"),
+        (inference, ["x.png", "--threshold", "80"], "below 1"),
         (inference, ["x.png"], "main_train.py"),
         (inference, ["x.png", "--checkpoint", "none.pt"], "none.pt"),
     ],
@@ -559,6 +571,12 @@ def test_the_ways_to_name_images(run, photos, tmp_path, monkeypatch):
     assert paths("-") == files
     monkeypatch.setattr(sys, "stdin", io.StringIO("\0".join(files)))
     assert paths("-", "-0") == files
+    assert sorted(paths(f"{photos}/test/**")) == sorted(files)  # each once
+    (photos / "test" / "red" / "gone.png").symlink_to("nowhere.png")
+    code, _, err = run(inference, photos / "test" / "red" / "gone.png")
+    assert code == 2 and "No such file" in err
+    code, _, err = run(inference, files[0], "--checkpoint", "checkpoints")
+    assert code == 2 and ".pt" in err
     code, _, err = run(inference, "https://example.org/cat.jpg")
     assert code == 2 and "download" in err
     assert run(inference, files[0], "--evaluate")[0] == 2
