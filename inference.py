@@ -210,6 +210,14 @@ def guess(answer: dict) -> str:
     return f"{printable(answer['label'])} {answer['probability']:.0%}"
 
 
+def caption(answer: dict, lines: list[str]) -> str:
+    """Lines below an image. If its true label is known, that comes first, with a mark for right or wrong."""
+    if "true" in answer:
+        mark = "✓" if answer["label"] == answer["true"] else "✗"
+        lines = [f"{mark} {printable(answer['true'])}", *lines]
+    return "\n".join(lines)
+
+
 def draw(models: list[TransferModel], shown: list[tuple[Item, list[dict]]], file: Path) -> None:
     """Draws images with their true labels, if these are known, and each model's answer."""
     import visualization  # here, because importing matplotlib takes longer than classifying an image
@@ -218,10 +226,7 @@ def draw(models: list[TransferModel], shown: list[tuple[Item, list[dict]]], file
     for item, records in shown:
         answers = zip(models, answers_of(records), strict=True)
         lines = [f"{model.label}: {guess(answer)}" for model, answer in answers]
-        if "true" in records[0]:
-            mark = "✓" if records[0]["label"] == records[0]["true"] else "✗"
-            lines.insert(0, f"{mark} {printable(records[0]['true'])}")
-        captioned.append((item, "\n".join(lines)))
+        captioned.append((item, caption(records[0], lines)))
     visualization.save(visualization.plot_predictions(*read_shown(captioned, SAMPLE)), file)
 
 
@@ -308,10 +313,10 @@ def main(argv: list[str] | None = None) -> int:
     bar = Progress(len(truth) if truth else None, "inference", disable=sys.stdout.isatty() and not args.evaluate)
     for i, (item, records) in enumerate(predictions(fast, items, args.top_k, ensemble)):
         bar.update()
-        for record in records:
-            record["path"] = record["path"] or names[i]
+        for answer in [answer for record in records for answer in (record, *record.get("models", ()))]:
+            answer["path"] = answer["path"] or names[i]
             if truth:
-                record["true"] = truth[i]
+                answer["true"] = truth[i]
         if "error" in records[0]:
             write(records[0])
             bad += 1
@@ -324,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
                 write(record)
                 continue
             for answer in (record, *record.get("models", ())):
-                answers.setdefault(answer["model"], []).append({**answer, "true": truth[i]})
+                answers.setdefault(answer["model"], []).append(answer)
         if len(shown) < SAMPLE:
             shown.append((item, records))
     bar.close()
@@ -340,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{right} of {good} right" + (f" ({models[0].name})" if len(models) > 1 and not ensemble else ""))
     if shown and args.explain:
         best = max(range(len(models)), key=lambda i: models[i].metrics.get("val_accuracy", 0))
-        captioned = [(item, guess(answers_of(records)[best])) for item, records in shown]
+        its = [(item, answers_of(records)[best]) for item, records in shown]
+        captioned = [(item, caption(answer, [guess(answer)])) for item, answer in its]
         explain(models[best], captioned, device, args.cache, args.explain)
         print(f"{args.explain} explains the first {len(shown)} labels of {models[best].name}", file=sys.stderr)
     if shown and plot:

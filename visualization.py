@@ -25,6 +25,7 @@ from data import whole_file
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+INKS = {"✓": COLORS[0], "✗": COLORS[4]}  # of captions, by their first character
 MANY = 20  # classes whose names and numbers a confusion matrix has no room for
 
 
@@ -167,7 +168,6 @@ def plot_comparison(points: Sequence[tuple[str, float, float, tuple[float, float
 
 def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> Figure:
     """Images (H, W, 3), each with its caption below it: blue if it begins with a ✓, orange with a ✗."""
-    inks = [{"✓": COLORS[0], "✗": COLORS[4]}.get(caption[:1], "black") for caption in captions]
     captions, font = labels_and_font(captions)
     columns = min(4, len(images))
     rows = -(-len(images) // columns)
@@ -177,9 +177,9 @@ def plot_predictions(images: Sequence[np.ndarray], captions: Sequence[str]) -> F
     figure = Figure(figsize=size, layout="constrained")
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
         axes.axis("off")
-    for axes, image, caption, ink in zip(figure.axes, images, captions, inks, strict=False):
+    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
         axes.imshow(image, interpolation="bicubic")
-        axes.set_title(caption, fontsize=12, color=ink, y=-0.04, va="top", **font)
+        axes.set_title(caption, fontsize=12, color=INKS.get(caption[:1], "black"), y=-0.04, va="top", **font)
     return figure
 
 
@@ -200,7 +200,7 @@ def plot_explanations(
 
     def show(axes: Axes, image: np.ndarray, caption: str) -> None:
         axes.imshow(image, interpolation="bicubic", extent=(0, 1, 0, 1))
-        axes.set_title(caption, fontsize=11, y=-0.04, va="top", **font)
+        axes.set_title(caption, fontsize=11, color=INKS.get(caption[:1], "black"), y=-0.04, va="top", **font)
 
     for row, image in zip(rows, images, strict=True):
         show(row[0], image, next(texts))

@@ -3,9 +3,9 @@
     python benchmarks/unfamiliar.py --data cifar10-images --foreign folder/with/other/images
 
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
-more, so that neither resolution nor format gives them away. For each kind, the columns are the area under the curve of
-the score (models.Familiarity) and of the largest probability alone, and the share of foreign images called unfamiliar,
-where 95 % of the validation images are not. The last kind is a class that is left out of training.
+more, so that neither resolution nor format gives them away. A cell holds the area under the curve of the score
+(models.Familiarity), in parentheses that of the largest probability alone, and the share of the images called
+unfamiliar, where 95 % of the validation images are not. The last kind is a class that is left out of training.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COUNT = 300  # images of each kind
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0"])
+    parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "mobilenet_v3_large_levels"])
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--foreign", type=Path, help="a folder of images of other things")
     parser.add_argument("--left-out", default="truck", metavar="CLASS")
@@ -43,8 +43,8 @@ def main() -> int:
     sample = whole.test.subset(torch.arange(0, len(whole.test), max(1, len(whole.test) // COUNT)))
     own = [once_more(item, size) for item in sample.items]
     kinds = foreign(size, args.foreign)
-    print("| model, images of each class | foreign | score | probability | called unfamiliar |")
-    print("| --- | --- | ---: | ---: | ---: |")
+    print(f"| model | images of each class | {' | '.join(kinds)} | {args.left_out}, left out |")
+    print("| --- |" + " ---: |" * (len(kinds) + 2))
     for name in args.models:
         for count in args.images:
             data = load_data(args.data, limit=count * len(whole.classes)) if count else whole
@@ -55,13 +55,10 @@ def main() -> int:
                 others[part] = images.subset((images.labels != label).nonzero().flatten())
             those = whole.test.subset((whole.test.labels == label).nonzero().flatten()[:COUNT])
             known = [image for image, its in zip(own, sample.labels.tolist(), strict=True) if its != label]
-            left_out = {f"{args.left_out}, left out": [once_more(item, size) for item in those.items]}
+            left_out = {args.left_out: [once_more(item, size) for item in those.items]}
             rows |= measure(train(name, replace(data, **others)), known, left_out)
-            for kind, (score, probability, caught) in rows.items():
-                print(
-                    f"| {name}, {count or 'all'} | {kind} | {score:.2f} | {probability:.2f} | {caught:.0%} |",
-                    flush=True,
-                )
+            cells = (f"{score:.2f} ({probability:.2f}), {caught:.0%}" for score, probability, caught in rows.values())
+            print(f"| {name} | {count or 'all'} | {' | '.join(cells)} |", flush=True)
     return 0
 
 

@@ -203,7 +203,7 @@ def test_training_takes_any_number_of_steps(recipe):
         train, val = (Batches(load, labels, 8, CPU, seed) for seed in (0, None))
         training = Training(nn.Linear(4, 2), train, val, replace(recipe, epochs=1))
         fit(training)
-        assert len(train) == steps and len(training.history) == 1
+        assert train.steps == steps and len(training.history) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 512])
