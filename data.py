@@ -545,8 +545,9 @@ def run_script(main: Callable[[], int], when_interrupted: str = "interrupted") -
     socket.setdefaulttimeout(30)  # a server that sends nothing for so long is gone
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdin.reconfigure(errors="surrogateescape")  # paths are bytes
+    if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
+        sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be no text
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = main()
