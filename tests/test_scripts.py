@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -386,7 +386,8 @@ def test_unequal_classes(run, photos, tmp_path):
     code, out, err = run(main_train, *command, "--class-weights", "--output", "weighted")
     [weighted] = results_rows(tmp_path / "weighted")
     assert (code, err) == (0, "") and weighted["recipe"]["class_weights"] and not plain["recipe"]["class_weights"]
-    assert weighted["history"] != plain["history"]
+    plain, weighted = ([epoch["train_loss"] for epoch in row["history"]] for row in (plain, weighted))
+    assert plain != weighted
 
 
 @pytest.mark.parametrize("how", ["two images in all", "all the same", "noise"])
@@ -534,16 +535,14 @@ def test_wrong_usage(run, script, args, expected):
 
 
 def test_the_report_page_is_whole(run, photos, tmp_path):
-    (photos / "train" / "red").rename(photos / "train" / "<b>&red")
-    (photos / "test" / "red").rename(photos / "test" / "<b>&red")
+    photos = photos.rename(tmp_path / "<b>&pets")
     run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
     page = (tmp_path / "plots" / "report.html").read_text()
     for name, row in results(tmp_path).items():
         assert f"<td>{name}</td>" in page and f"<td>{row['test_accuracy']:.2%}</td>" in page
     drawn = list((tmp_path / "plots").glob("*.png"))
     assert page.count("src=") == page.count("data:image/png;base64,") == len(drawn)  # nothing from elsewhere
-    assert "http" not in page and "$" not in page and str(photos) in page
-    assert HTMLParser().feed(page) is None
+    assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
 
 
 def test_what_else_lies_in_checkpoints(run, photos, tmp_path):
@@ -715,8 +714,9 @@ def test_a_folder_of_everything(run, photos, tmp_path):
     assert all(name in records[name]["error"] for name in bad)
 
 
-def test_predictions_do_not_depend_on_the_company(run, photos):
+def test_predictions_do_not_depend_on_the_company(run, photos, monkeypatch):
     """Nor on the order of the files, the batch they share, or the number of threads."""
+    monkeypatch.setattr(models, "CPU_BATCH", 4)
     assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
     files = sorted((photos / "test").rglob("*.png"))
     threads = torch.get_num_threads()
@@ -785,9 +785,9 @@ def test_two_processes_are_as_one(photos, weights, tmp_path, monkeypatch):
         rows.append(results(folder))
         state.append(checkpoints(folder))
         frozen = "checkpoints/mobilenet_v3_small.pt"
-        command = (ROOT / "inference.py", photos / "test", "--format", "csv", "--checkpoint", frozen)
+        command = (ROOT / "inference.py", photos / "train", "--format", "csv", "--checkpoint", frozen)
         done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1 and done.stdout.count("\n") == 1 + 61, done.stderr
         answers.append(done.stdout)
     assert len(features[0]) == 78 and features[0] == features[1]
     one, two = (
