@@ -17,16 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import Part, batches, known
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, load_data, run_script
 from models import Classifier, TransferModel, one_thread, pick_device
-from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier, fit_linear
+from train_utils import RECIPE, evaluate, fit_classifier, fit_linear
 
 COLUMNS = ("ours", "the network alone", "ridge regression", "logistic regression")
 LOGISTIC = 100  # images a class up to which logistic regression is worth the wait
@@ -42,9 +43,7 @@ def main() -> int:
     device, data = pick_device(), load_data(args.data)
     for name in args.models:
         model = TransferModel(name, data.classes, CIFAR10_SIZE)
-        parts, folder = (data.train, data.val, data.test), Path("data/features")
-        found = [cached_features(model, images, folder, device) for images in parts]
-        train, val, test = ((f.of(f.readable), part.labels[f.readable]) for f, part in zip(found, parts, strict=True))
+        train, val, test = known(model, (data.train, data.val, data.test))
         model.levels = []
         last = model.forward_features(model.example()).shape[1]  # columns of the last block, the last ones
         print(f"\n| {model.label}, images of each class | {' | '.join(COLUMNS)} |\n| --- |" + " ---: |" * len(COLUMNS))
@@ -59,8 +58,8 @@ def main() -> int:
 
 def accuracies(
     model: TransferModel,
-    pool: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
-    test: tuple[Tensor, Tensor],
+    pool: tuple[Part, Part],
+    test: Part,
     last: int,
     count: int,
     seed: int,
@@ -74,18 +73,15 @@ def accuracies(
         drawn = torch.cat([order[labels[order] == label][:share] for label in range(classes)])
         parts.append((features[drawn].float(), labels[drawn]))
 
-    def batches(features: Tensor, labels: Tensor, seed: int | None = None) -> Batches:
-        return Batches(feature_loader(features, device), labels, RECIPE.batch_size, device, seed)
-
     torch.manual_seed(seed)
     classifier = Classifier(model.width, classes, model.hidden).to(device)
-    training, _ = fit_classifier(classifier, batches(*parts[0], seed), batches(*parts[1]), RECIPE, "fp32", "")
+    training, _ = fit_classifier(classifier, batches(parts[0], seed), batches(parts[1]), RECIPE, "fp32", "")
     network = training.model  # its last layer is scaled, which changes no answer
     ridge = Classifier(model.width, classes, 1).to(device)
     features, labels = (torch.cat(both) for both in zip(*parts, strict=True))
     fit_linear(ridge, features.to(device), labels.to(device))
     linear = nn.Sequential(ridge.standardize, ridge.linear)
-    answers = [evaluate(each, batches(*test))[1] for each in (classifier, network, linear)]
+    answers = [evaluate(each, batches(test))[1] for each in (classifier, network, linear)]
     if count > LOGISTIC:
         return [*answers, np.nan]
     logistic = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))

@@ -61,7 +61,7 @@ def measure(name: str, images: Images, image_size: int, device: torch.device, pr
         train_one_epoch(model, batches, training.optimizer, training.scheduler, criterion, training.autocast)
 
     def bare_passes() -> None:
-        for _ in range(len(batches)):
+        for _ in range(batches.steps):
             with training.autocast:
                 loss = criterion(model(ready), labels)
             model.zero_grad()

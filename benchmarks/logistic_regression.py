@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from common import known
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,8 +19,7 @@ from sklearn.preprocessing import StandardScaler
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, load_data, run_script
-from models import BACKBONES, TransferModel, pick_device
-from train_utils import cached_features
+from models import BACKBONES, TransferModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C: smaller values regularise more
 
@@ -29,24 +29,22 @@ def main() -> int:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--models", nargs="+", choices=BACKBONES, default=("mobilenet_v2", "mobilenet_v3_large"))
     args = parser.parse_args()
-    device = pick_device()
     data = load_data(args.data)
-    parts, folder = (data.train, data.val, data.test), Path("data/features")
     for name in args.models:
         model = TransferModel(name, data.classes, CIFAR10_SIZE)
-        features = [cached_features(model, images, folder, device) for images in parts]
+        parts = known(model, (data.train, data.val, data.test))
         model.levels = []
         width = model.forward_features(model.example()).shape[1]  # of the last block alone, whose columns come last
-        train, val, test = (part.of(part.readable)[:, -width:].float().numpy() for part in features)
+        train, val, test = ((part[:, -width:].float().numpy(), labels.numpy()) for part, labels in parts)
         candidates = []
         for strength in STRENGTHS:
             candidate = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-            candidate.fit(train, data.train.labels.numpy())
-            accuracy = candidate.score(val, data.val.labels.numpy())
+            candidate.fit(*train)
+            accuracy = candidate.score(*val)
             print(f"{name}: C {strength:g}, validation {accuracy:.2%}")
             candidates.append((accuracy, strength, candidate))
         accuracy, strength, best = max(candidates, key=lambda row: row[0])
-        tested = best.score(test, data.test.labels.numpy())
+        tested = best.score(*test)
         print(f"{name}: {width} features, C {strength:g}: validation {accuracy:.2%}, test {tested:.2%}")
     return 0
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from common import fit, known
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, load_data, run_script
 from models import BACKBONES, TransferModel, pick_device, pick_precision
-from train_utils import RECIPE, Batches, Recipe, cached_features, feature_loader, fit_classifier, loss_and_accuracy
+from train_utils import RECIPE, Recipe, loss_and_accuracy
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,8 @@ def main() -> int:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    device = pick_device()
-    precision = pick_precision("auto", device)
-    data = load_data(args.data)
-    columns = [accuracies(name, data, args.seeds, device, precision) for name in args.models]
+    data, precision = load_data(args.data), pick_precision("auto", pick_device())
+    columns = [accuracies(name, data, args.seeds, precision) for name in args.models]
     print(f"| validation accuracy | {' | '.join(BACKBONES[name].label for name in args.models)} |")
     print("| --- |" + " ---: |" * len(args.models))
     for title, *cells in zip(VARIANTS, *columns, strict=True):
@@ -64,30 +63,27 @@ def main() -> int:
     return 0
 
 
-def accuracies(name: str, data: Data, seeds: int, device: torch.device, precision: str) -> list[str]:
+def accuracies(name: str, data: Data, seeds: int, precision: str) -> list[str]:
     """A column of the table: the mean over the seeds for each variant.
 
     A pretrained classifier keeps its own hidden layer: "-" for the variants that change it.
     """
     cells = []
-    for title, variant in VARIANTS.items():
+    for variant in VARIANTS.values():
         if BACKBONES[name].keep_classifier and (variant.hidden or variant.dropout):
             cells.append("-")
             continue
         recipe, found, options = variant.recipe, [], {"hidden": variant.hidden} if variant.hidden else {}
         frozen = TransferModel(name, data.classes, CIFAR10_SIZE)
         frozen.views = variant.views
-        known = [cached_features(frozen, images, Path("data/features"), device) for images in (data.train, data.val)]
-        load_train, load_val = (feature_loader(features.of(features.readable), device) for features in known)
+        train, val = known(frozen, (data.train, data.val))
         for seed in range(seeds):
             torch.manual_seed(seed)
-            classifier = TransferModel(name, data.classes, CIFAR10_SIZE, **options).classifier.to(device)
+            classifier = TransferModel(name, data.classes, CIFAR10_SIZE, **options).classifier
             if variant.dropout:
                 classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
-            train = Batches(load_train, data.train.labels, recipe.batch_size, device, seed)
-            val = Batches(load_val, data.val.labels, recipe.batch_size, device)
-            _, logits = fit_classifier(classifier, train, val, recipe, precision, f"{name}, {title}")
-            found.append(loss_and_accuracy(logits, data.val.labels)[1])
+            logits = fit(classifier, train, val, seed, recipe, precision)
+            found.append(loss_and_accuracy(logits, val[1])[1])
         cells.append(f"{mean(found):.2%}")
     return cells
 

@@ -27,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import fit, known
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import load_data, run_script
-from models import TransferModel, one_thread, pick_device
-from train_utils import RECIPE, Batches, cached_features, feature_loader, fit_classifier
+from models import TransferModel
+from train_utils import RECIPE
 
 IMAGENET = 1_281_167
 ROWS = {"list": "s", "features": "s", "open": "s", "train": "s", "memory": "MB", "file": "MB"}
@@ -80,7 +81,7 @@ def draw_images(folder: Path, count: int) -> None:
 
 def measure(folder: Path) -> dict[str, float]:
     """The rows of the table, for the images in `folder`."""
-    device, times, memory = pick_device(), {}, []
+    times, memory = {}, []
 
     def stage(name: str, start: float) -> float:
         times[name] = time.perf_counter() - start
@@ -95,14 +96,9 @@ def measure(folder: Path) -> dict[str, float]:
     model = TransferModel("mobilenet_v3_small", data.classes, image_size=32, pretrained=False)
     parts = data.train, data.val, data.test
     for name in ("features", "open"):
-        features = [cached_features(model, images, folder, device) for images in parts]
+        train, val, _ = known(model, parts, folder)
         start = stage(name, start)
-    batches = [
-        Batches(feature_loader(part.of(part.readable), device), images.labels, RECIPE.batch_size, device, seed)
-        for part, images, seed in zip(features[:2], parts[:2], (0, None), strict=True)
-    ]
-    with one_thread():
-        fit_classifier(model.classifier, *batches, replace(RECIPE, epochs=1), "fp32", "classifier")
+    fit(model.classifier, train, val, 0, replace(RECIPE, epochs=1))
     stage("train", start)
     [file] = folder.glob("*.features")
     return {**times, "memory": max(memory), "file": file.stat().st_size / 1e6}

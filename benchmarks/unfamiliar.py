@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import fit, known
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -24,8 +25,8 @@ from sklearn.metrics import roc_auc_score
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, ImageError, find_images, load_data, read_image, run_script
-from models import TransferModel, fast_copy, one_thread, pick_device, run_images
-from train_utils import RECIPE, Batches, cached_features, feature_loader, fit_classifier, fit_familiarity
+from models import TransferModel, fast_copy, pick_device, run_images
+from train_utils import fit_familiarity
 
 COUNT = 300  # images of each kind
 
@@ -94,19 +95,12 @@ def foreign(size: int, folder: Path | None) -> dict[str, list[np.ndarray]]:
 
 def train(name: str, data: Data) -> TransferModel:
     """The frozen backbone with a classifier for the data."""
-    device, folder = pick_device(), Path("data/features")
     torch.manual_seed(0)
     model = TransferModel(name, data.classes, CIFAR10_SIZE)
-    features = [cached_features(model, images, folder, device) for images in (data.train, data.val)]
-    features = [part.of(part.readable) for part in features]
-    batches = [
-        Batches(feature_loader(table, device), images.labels, RECIPE.batch_size, device, seed)
-        for table, images, seed in zip(features, (data.train, data.val), (0, None), strict=True)
-    ]
-    with one_thread():
-        _, logits = fit_classifier(model.classifier, *batches, RECIPE, "fp32", name)
-        model.familiarity = fit_familiarity(features[0], data.train.labels, features[1], logits)
-    return fast_copy(model, device)
+    train, val = known(model, (data.train, data.val))
+    logits = fit(model.classifier, train, val, seed=0)
+    model.familiarity = fit_familiarity(*train, val[0], logits)
+    return fast_copy(model, pick_device())
 
 
 def measure(model: TransferModel, own: list[np.ndarray], kinds: dict[str, list[np.ndarray]]) -> dict[str, tuple]:

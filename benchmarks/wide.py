@@ -15,13 +15,14 @@ from statistics import mean
 
 import numpy as np
 import torch
+from common import batches, fit, known
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, Images, load_data, read_image, run_script
-from models import TransferModel, one_thread, pick_device
-from train_utils import RECIPE, Batches, cached_features, evaluate, feature_loader, fit_classifier
+from models import TransferModel
+from train_utils import evaluate
 
 
 def main() -> int:
@@ -58,22 +59,15 @@ def widened(images: Images, ratio: float, place: str, folder: Path) -> Images:
 
 
 def accuracy(name: str, data: Data, crop: bool, scratch: str) -> float:
-    device, found = pick_device(), []
+    found = []
     model = TransferModel(name, data.classes, CIFAR10_SIZE)
     model.preprocessing["crop"] = crop
-    parts = [getattr(data, part) for part in PARTS]
-    features = [cached_features(model, part, Path(scratch), device) for part in parts]
-    loads = [feature_loader(each.of(each.readable), device) for each in features]
+    train, val, test = known(model, [getattr(data, part) for part in PARTS], Path(scratch))
     for seed in range(3):
         torch.manual_seed(seed)
-        classifier = TransferModel(name, data.classes, pretrained=False).classifier.to(device)
-        train, val, test = (
-            Batches(load, part.labels, RECIPE.batch_size, device, its_seed)
-            for load, part, its_seed in zip(loads, parts, (seed, None, None), strict=True)
-        )
-        with one_thread():
-            fit_classifier(classifier, train, val, RECIPE, "fp32", "")
-            found.append(evaluate(classifier, test)[1])
+        classifier = TransferModel(name, data.classes, pretrained=False).classifier
+        fit(classifier, train, val, seed)
+        found.append(evaluate(classifier, batches(test))[1])
     return mean(found)
 
 
