@@ -48,11 +48,11 @@ CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse"
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
-    {root}/<class>/*.jpg          one folder per class, the folder's name is the label
+    {root}/<class>/*.jpg          one folder for each class; the folder's name is the label
 or
-    {root}/train/<class>/*.jpg    the same, and
-    {root}/test/<class>/*.jpg     the same classes; without it 20 % of train/ is held out
-    {root}/val/<class>/*.jpg      the same; without it 20 % of the rest is held out"""
+    {root}/train/<class>/*.jpg    training images
+    {root}/test/<class>/*.jpg     test images of the same classes; if missing, 20 % of train/ is held out
+    {root}/val/<class>/*.jpg      validation images; if missing, 20 % of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
@@ -112,9 +112,10 @@ class Data:
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
-    Where the test or the validation images are missing, holds out 20 % of each class, chosen by `seed`. `limit` keeps
-    that many training images, and as large a share of the others, balanced over the classes.
-    Raises OSError or ValueError if the images cannot be had or are not a data set. The message says what to do.
+    If test or validation images are missing, holds out 20 % of the training images of each class, chosen by `seed`.
+    `limit` keeps that many training images and the same share of the test and validation images, balanced over the
+    classes.
+    Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
     """
     unused: Counter[str] = Counter()
     notes = []
@@ -172,7 +173,10 @@ def without_images(classes: tuple[str, ...], images: Images) -> str:
 
 
 def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
-    """The images without 20 % of each class, and those 20 %: one or more of a class that has `at_least` images."""
+    """Holds out 20 % of each class. Returns the remaining images and the held-out images.
+
+    A class of `at_least` or more images gives at least one image; a smaller class gives none.
+    """
     counts = images.labels.bincount()
     held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
     chosen = _ranks(images.labels, seed) < held_out[images.labels]
@@ -259,7 +263,7 @@ def _split(name: str) -> str | None:
 
 
 def class_folders(folder: Path, unused: Counter[str]) -> list[str]:
-    """The names of the folders in a folder, sorted. Counts in `unused` the files beside them."""
+    """The sorted names of the visible folders in `folder`. Counts all other files in `unused`, by reason."""
     names = []
     for entry in os.scandir(folder):
         is_folder = os.path.isdir(entry.path)  # or a link to one
@@ -354,10 +358,10 @@ def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], Images, N
 def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
-    Of a wide or tall image it takes the square in the middle, unless `crop` is False. An image larger than `max_size`
-    is resized to (3, max_size, max_size), so that a batch of photographs takes no more memory than a batch of
-    thumbnails. `preprocess` resizes smaller ones, on the device.
-    Raises ImageError, which names the file, whatever is wrong with it.
+    A wide or tall image is cropped to the square in the middle, unless `crop` is False. An image larger than
+    `max_size` is resized to (3, max_size, max_size), so that a batch of photographs takes no more memory than a batch
+    of thumbnails. `preprocess` resizes smaller images, on the device.
+    Raises ImageError, which names the file, if the image cannot be read for any reason.
     """
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
         if len(item) <= max_size:  # nothing to decode or to resize
@@ -396,9 +400,10 @@ def read_shown(
 
 @lru_cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's formats but those that are no images, or for which it starts another program (Ghostscript).
+    """The names of the image formats that Pillow may open.
 
-    Nor BLP, a game's textures: its reader takes any memory that a damaged header asks for.
+    Excluded are formats that are not images, formats that make Pillow start another program (Ghostscript), and BLP
+    (game textures), because its reader allocates as much memory as a damaged header asks for.
     """
     Image.preinit()  # the common formats first: Pillow tries them in this order
     Image.init()
@@ -491,8 +496,8 @@ def preprocess(
 ) -> Tensor:
     """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, channels_last.
 
-    `preprocessing` is that of a model: image_size S, mean and std. `draws` augment the images, for training: for
-    each, three random numbers from 0 to 1, (B, 3), say how far it moves down and right, and whether it is mirrored.
+    `preprocessing` is the attribute of a TransferModel: image_size S, mean and std. `draws` (B, 3) augment the images
+    for training: random numbers from 0 to 1 for the vertical shift, the horizontal shift and the mirroring.
 
     A resize is linear, so it is one matrix product along each side. That is fast on every device: on the CPU it takes
     a fraction of the time of `F.interpolate`. Normalising comes first, while the images are small.
@@ -644,9 +649,9 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock file `path`. The system releases it when the process ends, however it ends.
+    """Locks the file `path`. The system releases the lock when the process ends, even after a crash.
 
-    If another process holds it: waits, or raises OSError.
+    If another process holds the lock, waits for it if `wait`, else raises OSError.
     """
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

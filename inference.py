@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--explain", type=Path, metavar="FILE",
-        help="draw them with what decided their labels, and the training images most like them")  # fmt: skip
+        help=f"draw the first {SAMPLE} images with heat maps and the most similar training images")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR",
         help="where main_train.py keeps CIFAR-10 and the features (default: data)")  # fmt: skip
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
@@ -107,7 +107,11 @@ def matches(pattern: str) -> list[str]:
 
 
 def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
-    """The models of the given files, or of those in checkpoints/, where foreign files are named and skipped."""
+    """Loads the given checkpoints, or all in checkpoints/. Returns the models and the number of skipped files.
+
+    Raises OSError or ValueError if a given file cannot be loaded, FileNotFoundError if there is no model. Unusable
+    files in checkpoints/ are reported and skipped.
+    """
     models, skipped = [], 0
     for file in files or sorted(Path("checkpoints").glob("*.pt")):
         try:
@@ -163,9 +167,9 @@ def writer(format: str, several_models: bool) -> Callable[[dict], None]:
 
 
 def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> None:
-    """Prints how many of one model's answers are right and draws where they are wrong.
+    """Prints one model's metrics. Writes its confusion matrix, its mistakes and a list of them into `output`.
 
-    A record has the true label as "true". Writes into `output`.
+    `records` are the model's records from `predictions`, each with the true label as "true".
     """
     import train_utils
     import visualization
@@ -233,7 +237,7 @@ def draw(models: list[TransferModel], shown: list[tuple[Item, list[dict]]], file
 def explain(
     model: TransferModel, captioned: list[tuple[Item, str]], device: torch.device, cache: Path, file: Path
 ) -> None:
-    """Draws what decided each image's label, and the training images whose features are most like its own."""
+    """Draws a heat map of each image's label, and the training images with the most similar features."""
     import train_utils
     import visualization
 

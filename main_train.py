@@ -92,8 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=positive(int), metavar="N", help="use N training images and that share of the test images")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *models.DTYPES), default="fp32",
-        help="of the features, in training and in answers; bf16 is up to twice as fast where the hardware computes in "
-        "it, which auto finds out, but answers depend a little on the machine")  # fmt: skip
+        help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
+        "supports it, but answers depend a little on the machine; auto: bf16 if supported")  # fmt: skip
     add("--seed", type=int, default=0, help="random seed of the classifier and the order of the batches")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
@@ -199,7 +199,7 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     try:
         model = models.TransferModel(name, data.classes, args.image_size, pretrained=not args.demo)
     except ValueError as error:
-        print(f"{error}, which it gets")
+        print(f"{error}: using that size")
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
     if args.demo:
@@ -227,7 +227,7 @@ def check_replacement(checkpoint: Path, model: models.TransferModel, data: Data,
 def extract_features(
     model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device
 ) -> tuple[Data, dict[str, Tensor], dict]:
-    """The images that can be read, their features for training, validation and testing, and how these came.
+    """Returns the readable images, the features of each part (train, val, test), and statistics of the extraction.
 
     Raises ValueError if too few images can be read.
     """
@@ -411,9 +411,9 @@ def finish(outcome: Outcome, about: dict, rows: dict[str, dict], device: torch.d
 
 
 def summarize(outcomes: list[Outcome], rows: dict[str, dict], output: Path) -> bool:
-    """Compares the models with each other and with earlier ones, looks at the data, and names what was left out.
+    """Compares the models with each other and with earlier models, checks the data, and lists unreadable images.
 
-    Returns whether everything worked and every training went to its end.
+    Returns whether every step worked, all images were readable, and every training ran for all epochs.
     """
     complete, trained = True, [outcome.row for outcome in outcomes]
     alike = {name: row for name, row in rows.items() if all(row[key] == trained[0][key] for key in SAME)}
@@ -525,7 +525,7 @@ def draw_plots(outcome: Outcome, colors: dict[str, str], folder: Path) -> None:
 
 
 def check_data(outcome: Outcome, folder: Path) -> None:
-    """Says which images are copies of each other and which labels may be wrong: in a line, in data.json, in a plot."""
+    """Finds copies among the images and doubtful labels. Prints a summary, writes data.json and draws a plot."""
     model, data = outcome.model, outcome.data
     parts = {"train": data.train, "val": data.val, "test": data.test}
     place = [(part, i, item) for part, images in parts.items() for i, item in enumerate(images.items)]
@@ -562,7 +562,7 @@ def check_data(outcome: Outcome, folder: Path) -> None:
         report |= {"test_images_with_copies": len(leaked), "test_accuracy_without_them": accuracy}
         two = [pair for pair in copies if len({labels[i] for i in pair["images"]}) == 2]
         without = f" (test accuracy without them: {accuracy:.2%})" if leaked and accuracy is not None else ""
-        found = f"{len(leaked)} test images look like copies of others{without}, {len(two)} copies have two labels"
+        found = f"{len(leaked)} test images seem to have copies{without}, {len(two)} copies have two labels"
     with whole_file(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     print(f"{found}, {len(doubtful)} labels look doubtful: see {folder / 'data.json'}")
@@ -582,7 +582,10 @@ def check_data(outcome: Outcome, folder: Path) -> None:
 
 
 def comparison_table(rows: dict[str, dict]) -> list[list[str]]:
-    """The models' accuracies, means over the seeds, below a header. They are compared with the best on validation."""
+    """A header row and one row per model. Accuracies are means over the seeds.
+
+    The difference is to the model that is best on validation; the ensemble does not count as a model here.
+    """
 
     def accuracy(row: dict, part: str) -> float:
         return mean(row["accuracy_by_seed"][part])
@@ -619,7 +622,7 @@ def compare(rows: dict[str, dict], colors: dict[str, str], output: Path) -> None
         columns = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print("  ".join([name.ljust(widths[0]), *columns]))
     if len(rows) > 1:
-        print("difference: in points from the best on validation; one that is smaller than its ± may be chance")
+        print("difference: in points from the best model on validation; a difference below its ± may be chance")
     points = []
     for row in rows.values():
         test, seconds = mean(row["accuracy_by_seed"]["test"]), sum(row["seconds"].values())

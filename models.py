@@ -22,7 +22,6 @@ import os
 import platform
 import sys
 import threading
-import time
 import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -121,9 +120,10 @@ def _build(row: Backbone, pretrained: bool) -> nn.Module:
 
 
 def _features_of(backbone: nn.Module) -> nn.Module:
-    """The part of the backbone before its classifier: a sequence of layers if it is one, or the whole, headless.
+    """The backbone without its classifier.
 
-    A sequence turns images into maps (B, C, H, W), the whole turns them into features (B, D).
+    It is a sequence of layers, images -> maps (B, C, H, W), or the whole network with its last linear layer replaced
+    by nn.Identity, images -> features (B, D).
     """
     if isinstance(backbone, models.DenseNet):
         backbone.features.add_module("relu5", nn.ReLU())  # which its forward applies after `features`
@@ -141,10 +141,11 @@ def _features_of(backbone: nn.Module) -> nn.Module:
 
 
 class TransferModel(nn.Module):
-    """A frozen backbone, `features`, and a new `classifier` on the average of its outputs over space.
+    """A frozen backbone, `features`, and a new `classifier` that reads its spatially averaged outputs.
 
-    Both keep torchvision's names: `features.*` of the state dict loads into the torchvision model it came from.
-    Raises ValueError if the backbone does not take images of `image_size` (default: the size of its weights).
+    `features.*` of the state dict loads into torchvision's model, if that model has `features` and `classifier`.
+    Raises ValueError if the backbone is unknown or does not take images of `image_size` (default: the size of its
+    weights), OSError if its weights cannot be loaded.
     """
 
     def __init__(
@@ -164,8 +165,8 @@ class TransferModel(nn.Module):
         size = image_size or own_size
         # crop: of a wide or tall image the square in the middle, instead of all of it squeezed into a square
         self.preprocessing = {"image_size": size, "crop": True, "mean": normal.mean, "std": normal.std}
-        # Of `features`, in training and in answers alike: a classifier that is trained on bf16 features and then gets
-        # fp32 ones loses up to 1.4 points.
+        # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
+        # loses up to 1.4 points of accuracy on fp32 features.
         self.precision = "fp32"
         self.temperature = 1.0  # divides the logits, so that probabilities mean what they say (Guo et al. 2017)
         self.fine_tuned = False
@@ -213,7 +214,7 @@ class TransferModel(nn.Module):
         return self
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width), float32. In training, those of the image alone."""
+        """Images (B, 3, H, W) -> features (B, width), float32: the mean over the views. Training uses one view."""
         features = self.forward_view(images).float()
         if self.views == 1 or self.training:
             return features
@@ -231,7 +232,7 @@ class TransferModel(nn.Module):
         return self.classifier(self.forward_features(images))
 
     def answer(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes + 1): logits and the score of Familiarity, 0 without"""
+        """Images (B, 3, H, W) -> (B, classes + 1): logits and Familiarity score (0 if `familiarity` is None)"""
         features = self.forward_features(images)
         logits = self.classifier(features)
         score = logits.new_zeros(len(logits)) if self.familiarity is None else self.familiarity(features, logits)
@@ -242,7 +243,8 @@ class TransferModel(nn.Module):
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
-        read. An unfamiliar image is unlike those for training; its label is a guess. Fine-tuned models do not say it.
+        read. An unfamiliar image is unlike the training images; its label is a guess. A fine-tuned model's record has
+        no "unfamiliar".
         """
         several = images if isinstance(images, list) else [images]
         items = [Path(image) if isinstance(image, str) else image for image in several]
@@ -293,12 +295,12 @@ class Classifier(nn.Module):
 
 
 class Familiarity(nn.Module):
-    """How unlike the images for training an image is, so that a model can say "none of these".
+    """Scores how unlike the training images an image is, so that a model can say "none of these".
 
-    The score is a weighted sum of a distance and a doubt. The distance is Mahalanobis's, from the nearest class mean
-    under a covariance that all classes share (Lee et al. 2018, arXiv 1807.03888), of a random projection to 512
-    numbers: each feature is added to one of them, or subtracted. The doubt is 1 - the probability of the label, as it
-    comes out of the classifier. `train_utils.fit_familiarity` sets the buffers.
+    The score is a weighted sum of a distance and a doubt. The distance is the Mahalanobis distance to the nearest
+    class mean, with a covariance that all classes share (Lee et al. 2018, arXiv 1807.03888). It is computed on a
+    random projection of the features to 512 numbers: each feature is added to or subtracted from one of them. The
+    doubt is 1 - the largest probability, without temperature scaling. `train_utils.fit_familiarity` sets the buffers.
     """
 
     SIZE = 512
@@ -417,10 +419,10 @@ def write_tensors(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> TransferModel:
-    """The model, on the CPU in eval mode, with the metrics it was saved with as `model.metrics`.
+    """Loads a model onto the CPU, in eval mode. Its saved metrics are in `model.metrics`.
 
-    Raises OSError or ValueError, in one line, if `path` is missing, damaged, or not a checkpoint of this project.
-    Nothing in the file is executed.
+    Raises FileNotFoundError if `path` is missing, ValueError if it is damaged or not a checkpoint of this project.
+    The message is one line. Code in the file is never executed.
     """
     path = Path(path)
     if not path.is_file():
@@ -466,10 +468,10 @@ class _Answers(nn.Module):
 def export(model: TransferModel, path: Path) -> None:
     """Writes a model that works without this project: for torch.export.load (.pt2), or for ONNX (.onnx).
 
-    It takes any number of images of the model's size S, uint8 (B, 3, S, S) in RGB, and returns calibrated probabilities
-    (B, classes) in fp32. Their order is in the file as JSON: the extra file or the metadata "classes". It is compared
-    with the model on 16 images of noise before it is kept; an ONNX file only where onnxruntime is installed.
-    Raises OSError, or ValueError if the model cannot be exported.
+    Input: uint8 RGB images (B, 3, S, S) of the model's size S. Output: calibrated fp32 probabilities (B, classes). The
+    class names are stored as JSON under "classes": an extra file (.pt2) or metadata (.onnx). The exported model is
+    compared with `model` on 16 images of noise before it is written; ONNX only if onnxruntime is installed.
+    Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
     size, classes = model.preprocessing["image_size"], json.dumps(model.classes)
     noise = torch.Generator().manual_seed(0)
@@ -546,7 +548,7 @@ def one_thread() -> Iterator[None]:
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps `main` for torchrun: the first process runs it, the others wait for work from `ask_others`."""
+    """Wraps `main` for torchrun: rank 0 runs it, the other ranks wait for work from `ask_others`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return main
 
@@ -555,66 +557,50 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
         if torch.cuda.is_available():
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        store, rank, count = _meet()
+        store, rank, count = next(dist.rendezvous("env://"))
+        # after a restart, torchrun's store still holds what the killed processes wrote
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         forever = timedelta(days=7)  # the others wait while the first one trains
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=forever)
-        first, leaving = not dist.get_rank(), threading.Event()
-        threading.Thread(target=_watch, args=[leaving], daemon=True).start()
-        if difference := _difference():
-            if first:
-                raise ValueError(difference)
-            return 2
-        if not first:
-            help_out()
+        signs, leaving = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE)), threading.Event()
+        watch = threading.Thread(target=_watch, args=[signs, leaving], daemon=True)
+        watch.start()
         try:
-            return main() if first else 0
+            if difference := _difference():
+                if rank:
+                    return 2
+                raise ValueError(difference)
+            if rank:
+                return help_out()
+            try:
+                return main()
+            finally:
+                with suppress(RuntimeError):  # another process was killed
+                    ask_others(None)
         finally:
             leaving.set()
-            with suppress(RuntimeError):  # another process was killed
-                if first:
-                    ask_others(None)
-                dist.barrier()  # no process leaves while another one is still being told
-                dist.destroy_process_group()
+            watch.join()
+            dist.destroy_process_group()
 
     return first_or_helper
 
 
-def _meet() -> tuple[dist.Store, int, int]:
-    """A new connection to torchrun's store, this process's number and the number of processes."""
-    store, rank, count = next(dist.rendezvous("env://"))
-    # after a restart, the store still holds what the killed processes wrote
-    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store), rank, count
-
-
-def _watch(leaving: threading.Event) -> None:
-    """Ends this process if another one gives no sign of life for SILENCE seconds: the network is cut, perhaps.
-
-    A process that is killed needs no such watch: its connections close, which ends the others at once.
-    """
-    heard, waited_for = time.monotonic(), 0
-
-    def exchange_signs() -> None:  # in a thread of its own: without a network, the store may never answer
-        nonlocal heard, waited_for
-        store, rank, count = _meet()
-        with suppress(RuntimeError):  # the store is gone
-            for number in itertools.count():
-                store.set(f"sign {number} of process {rank}", "")
-                for waited_for in range(count):
-                    store.get(f"sign {number} of process {waited_for}")
-                store.delete_key(f"sign {number - 1} of process {rank}")  # all have read it
-                heard = time.monotonic()
-                time.sleep(SILENCE / 10)
-
-    threading.Thread(target=exchange_signs, daemon=True).start()
-    while not leaving.wait(1):
-        if time.monotonic() - heard > SILENCE:
-            what = f"no sign of life from process {waited_for} for {SILENCE} seconds"
-            print(f"error: {platform.node()}: {what}: the same command continues", file=sys.stderr, flush=True)
-            os._exit(1)
+def _watch(signs: dist.ProcessGroup, leaving: threading.Event) -> None:
+    """Ends this process if another one is gone, or silent for SILENCE seconds. Returns once all are leaving."""
+    all_leave = torch.zeros(1)
+    try:
+        while not all_leave:
+            all_leave = torch.tensor([float(leaving.wait(1))])
+            dist.monitored_barrier(signs, timedelta(seconds=SILENCE - 10))  # its error names the process
+            dist.all_reduce(all_leave, dist.ReduceOp.MIN, signs)
+    except RuntimeError as error:
+        what = f"another process is gone or silent ({first_line(error)})"
+        print(f"error: {platform.node()}: {what}: the same command continues", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _difference() -> str:
-    """In what the processes of torchrun differ, though they should not. Empty if all is well."""
+    """An error message if the processes of torchrun differ in arguments, code or torch version, else ""."""
     scripts = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     own = {"arguments": sys.argv[1:], "code": hashlib.sha256(scripts).hexdigest(), "torch": str(torch.__version__)}
     every = [own] * dist.get_world_size()
@@ -629,37 +615,40 @@ def rank_and_count() -> tuple[int, int]:
 
 
 def ask_others(work: Callable | None, *arguments: object) -> None:
-    """Makes the other processes of torchrun call work(*arguments), or leave. The first process goes on."""
+    """On rank 0: makes all other ranks call work(*arguments), or exit if `work` is None. Then rank 0 continues."""
     if rank_and_count()[1] > 1:
         dist.broadcast_object_list([(work, arguments)])
 
 
-def help_out() -> None:
-    """Does what the first process asks for."""
+def help_out() -> int:
+    """On all other ranks: runs the work that rank 0 sends with `ask_others`, until it is None. Returns exit code 0."""
     while True:
         job = [None]
         dist.broadcast_object_list(job)
         work, arguments = job[0]
         if work is None:
-            return
-        with suppress(FloatingPointError):  # which the first process raises as well, and reports
+            return 0
+        with together(), suppress(FloatingPointError):  # which the first process raises as well, and reports
             work(*arguments)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Ends this process if it alone fails in what all processes do: the others would wait for it forever."""
+    """Ends this process if it fails in a step that all ranks share: the other ranks would wait forever.
+
+    Without torchrun, and for a FloatingPointError, which all ranks raise, the exception is raised as usual.
+    """
     try:
         yield
     except Exception as error:
-        if rank_and_count()[1] == 1 or isinstance(error, FloatingPointError):  # which all processes raise
+        if rank_and_count()[1] == 1 or isinstance(error, FloatingPointError):
             raise
         print(f"error: {first_line(error)}: the same command continues", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 SHARE = 1024  # images that a process takes at a time
-SILENCE = 50  # seconds without a sign of life after which a process counts as lost
+SILENCE = 30  # seconds without a sign of life after which a process counts as lost
 
 
 def run_images(
@@ -720,12 +709,13 @@ def run_images_here(
 ) -> Iterator[tuple[list[Item], list[Tensor], dict[int, ImageError]]]:
     """Reads images, preprocesses them and runs every model on them, in order, in constant memory.
 
-    Yields for each batch its B items, for each model the outputs (B, D), float32 on the CPU, and the errors of the
-    images that cannot be read, by their position in the batch. Their rows of the outputs are NaN.
+    Yields for each batch: its B items; the outputs (B, D) of each model, float32 on the CPU; the errors of unreadable
+    images, by position in the batch. The output rows of unreadable images are NaN.
 
-    On the CPU every core works on batches of its own, from the file to the outputs: convolutions that stay in the cache
-    of one core run up to twice as fast as those that all cores share. A GPU gets large batches, read by threads, and
-    runs one at a time, which bounds its memory; if that is too much, it gets ever smaller parts of them.
+    On the CPU, each core processes its own batches, from the file to the outputs: a convolution that stays in the
+    cache of one core is up to twice as fast as a convolution that all cores share. For a GPU, threads read large
+    batches, and the GPU runs one batch at a time, which bounds its memory. If memory runs out, batches are halved.
+    Raises torch.OutOfMemoryError if one image is too large for the GPU.
     """
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
@@ -783,10 +773,10 @@ def run_images_here(
 def predictions(
     models: Sequence[TransferModel], items: Iterable[Item], top_k: int, ensemble: bool = False
 ) -> Iterator[tuple[Item, list[dict]]]:
-    """Yields each item with a record for each model, as in `TransferModel.predict`, or with one record of its error.
+    """Yields each item with one record for each model, as in `TransferModel.predict`, or with one error record.
 
-    With `ensemble` there is one record for all models, which must have the same classes. Its probabilities follow from
-    the mean of the models' log-probabilities; their own records are its "models".
+    With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
+    softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
     """
     for batch, outputs, errors in run_images(models, items, TransferModel.answer):
         answers = [
@@ -839,14 +829,14 @@ ACTIVATIONS = {
 def fast_copy(
     model: TransferModel, device: torch.device, precision: str | None = None, packed: bool = True
 ) -> TransferModel:
-    """A copy that computes the same in less time, for run_images: `features` in a precision, the classifier in fp32.
+    """A faster copy of the model with the same outputs up to rounding, for run_images.
 
-    The precision is the model's own unless another is named.
+    `features` run in `precision` (default: the model's precision), the classifier in fp32.
 
     Each stage of `features` is traced by torch.fx, its BatchNorm folded into the convolutions, its layout
     channels_last. On a CPU, the convolutions become PackedConv, and stages with large maps take fewer images at a time,
-    unless `packed` is False. A stage keeps its plain modules if it cannot be traced, or if what replaces them does not
-    run, or computes something else, with this torch and processor.
+    unless `packed` is False. A stage keeps its plain modules if it cannot be traced, or if the faster modules fail or
+    give other outputs with this version of torch on this processor.
     """
     precision = precision or model.precision
     fast = copy.deepcopy(model).eval().requires_grad_(False).to(device)

@@ -70,9 +70,9 @@ RECIPE = Recipe()
 FINE_TUNING = Recipe(epochs=6, batch_size=32, lr=1.5e-4, warm_up=0.1, weight_decay=0.05)
 CLASSIFIER_LR_FACTOR = 2.0
 
-# The linear layer is fitted to at most so many images. With more, the network has most of the weight.
+# The maximum number of images for the linear layer. With more images, the network has most of the weight.
 RIDGE_IMAGES = 4096
-# Familiarity is fitted to at most so many images. Its covariance is shrunk so far towards a multiple of the identity.
+# The maximum number of images for Familiarity, and the weight of the identity in its shrunk covariance.
 FAMILIAR_IMAGES, SHRINKAGE = 20_000, 0.9
 # The prior of the temperature's logarithm: mean 0 and this standard deviation. A few images cannot move it far.
 TEMPERATURE_PRIOR = 0.1
@@ -107,9 +107,9 @@ class Features:
 
     table: Tensor  # (rows of the file, width)
     rows: Tensor  # (N,) each image's row of the table, -1 for one that cannot be read
-    seconds: float  # that their computation took, in this run and earlier ones
-    computed: int  # in this run; the others were in the file
-    errors: list[ImageError]  # of the images that cannot be read
+    seconds: float  # time to compute the features, in this run and in earlier runs
+    computed: int  # number of images whose features were computed in this run
+    errors: list[ImageError]  # one for each image that cannot be read
 
     @property
     def readable(self) -> Tensor:
@@ -131,15 +131,15 @@ def cached_features(
     device: torch.device,
     compute: bool = True,
 ) -> Features:
-    """The features of all images. Only those that are not in `folder` yet are computed.
+    """Returns the features of all images. Computes only the features that are not in `folder` yet.
 
-    With `compute` off these are left out, as if they could not be read.
+    If `compute` is False, images without cached features are treated as unreadable.
 
-    The file's name is a hash of everything else that shapes them: backbone, weights, preprocessing, precision, views,
-    device type, torch's version. Its records hold the hash of the image, the seconds spent on it, the features and
-    their checksum, so a stale or damaged row is never used. They are appended batch by batch: an interrupted run
-    continues, and a data set that grows costs only what was added. An image that cannot be read leaves no record and
-    is tried again in the next run.
+    The file's name holds a hash of everything else that determines the features: backbone, weights, preprocessing,
+    precision, views, device type and torch version. A record holds the image's hash, the seconds spent on the image,
+    its features and their checksum, so stale or damaged features are never used. Records are appended batch by batch:
+    an interrupted run continues, and a larger data set computes only its new images. An unreadable image leaves no
+    record; the next run tries it again.
     Raises OSError if the file cannot be written, FloatingPointError if features overflow.
     """
     key = {
@@ -225,8 +225,8 @@ def most_similar(
 
 # ------------------------------------------------------------------------------------------ batches and loops
 
-# (indices (B,) of a batch, random numbers (B, 3) while training or None) -> the inputs, on the device, and the indices
-# without those of images that cannot be read
+# Input: the indices (B,) of a batch, and random numbers (B, 3) for augmentation or None. Output: the inputs on the
+# device, and the indices of the images that could be read.
 Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -311,9 +311,9 @@ BLOCK, WINDOW = 64, 2**17  # images that stay together, and images among which t
 
 
 def shuffled(count: int, generator: torch.Generator) -> Tensor:
-    """The numbers below `count` in random order. Many are shuffled in blocks, and then one by one in each WINDOW.
+    """The numbers from 0 to `count` - 1 in random order: first blocks are shuffled, then the numbers in each window.
 
-    So features that are larger than memory are read a block at a time, and not with a seek for every row.
+    Features that are larger than memory are then read block by block, without a seek for every row.
     """
     order = BLOCK * torch.randperm(-(-count // BLOCK), generator=generator)[:, None] + torch.arange(BLOCK)
     order = order[order < count]
@@ -419,8 +419,8 @@ class Training:
 def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = lambda: None) -> None:
     """Trains for the recipe's epochs and leaves the model as it was after the epoch with the best validation loss.
 
-    Stops early, with a line on stderr, if the loss is no longer finite. Raises FloatingPointError if that of the first
-    epoch is not. Calls `after_epoch` after each.
+    Stops early, with a message on stderr, if the loss is not finite. Raises FloatingPointError if that happens in the
+    first epoch. Calls `after_epoch` after every finished epoch.
     """
     model, train, history, epochs = training.model, training.train, training.history, training.recipe.epochs
     weights = balanced_weights(train.labels) if training.recipe.class_weights else None
@@ -467,10 +467,10 @@ def fit_classifier(
 ) -> tuple[Training, Tensor]:
     """Trains a classifier on features. Returns its training and its logits (N, classes) for the validation images.
 
-    A Classifier is the weighted mean of two models of the same features. Its linear layer is fitted to the training and
-    the validation images at once, by ridge regression; the logits that are returned are those of a fit that has left
-    out the image (stacking: Wolpert 1992). Its network is trained by `fit`, and its weight is images / (images +
-    features). Any other classifier, such as a pretrained one, is trained by `fit` alone.
+    A Classifier is the weighted mean of a linear layer and a network. Ridge regression fits the linear layer to the
+    training and validation images together. For the returned logits of an image, the linear layer is fitted without
+    that image (stacking: Wolpert 1992). `fit` trains the network; its weight is images / (images + features). Any
+    other classifier, such as a pretrained classifier, is trained by `fit` alone.
     """
     if not isinstance(classifier, Classifier):
         training = Training(classifier, train, val, recipe, precision)
@@ -507,10 +507,10 @@ def _sample(labels: Tensor, count: int) -> Tensor:
 def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_weights: bool = False) -> Tensor:
     """Sets the standardisation and the linear layer from features (N, width) of images of every class.
 
-    Ridge regression (Hoerl and Kennard 1970) on the labels as vectors of zeros and a one, in its dual form. Its
-    strength is the number of features. The same matrix gives each image's scores in a fit without that image (leave one
-    out: Allen 1974). One factor turns scores into logits: the best one for those left-out scores (Platt 1999).
-    Returns those logits (N, classes).
+    Ridge regression (Hoerl and Kennard 1970) on one-hot labels (N,), in its dual form. Its strength is the number of
+    features. The same matrix gives leave-one-out scores: each image's scores without that image in the fit (Allen
+    1974). Logits are scores times a factor, which minimises the cross-entropy of the leave-one-out logits (Platt
+    1999). Returns the leave-one-out logits (N, classes).
     """
     count, width = features.shape
     weights = balanced_weights(labels)[labels] if class_weights else torch.ones(count, device=features.device)
@@ -535,12 +535,12 @@ def fit_linear(classifier: Classifier, features: Tensor, labels: Tensor, class_w
 
 @torch.no_grad()
 def fit_familiarity(train: Tensor, labels: Tensor, val: Tensor, logits: Tensor) -> Familiarity:
-    """What the features (N, width) for training are like, and how far those for validation (M, width) are from them.
+    """Fits Familiarity to features `train` (N, width) with their labels (N,), and calibrates it on validation images.
 
-    `logits` (M, classes) are for validation, too. 95 % of its images are familiar. Distance and doubt are measured in
-    their standard deviations there; the doubt of a classifier that saw few images counts less.
-    The covariance is shrunk towards a sphere's. Without that, the directions in which images vary much would hardly
-    count, and a blank image would seem familiar.
+    `val` (M, width) and `logits` (M, classes) belong to the validation images; 95 % of these get a familiar score.
+    Distance and doubt are divided by their standard deviations on the validation images; the doubt has less weight if
+    the training images are few. The covariance is shrunk towards a multiple of the identity. Without that, directions
+    in which images vary much would hardly count, and a blank image would seem familiar.
     """
     generator, size = torch.Generator().manual_seed(0), Familiarity.SIZE
     (count, width), classes = train.shape, logits.shape[1]
@@ -600,7 +600,7 @@ def fine_tune(
 
 
 def load_progress(file: Path, key: str) -> dict | None:
-    """What Training.state_dict() held when it was saved with the same "key", a hash of all that shapes the training."""
+    """Loads a saved Training.state_dict(), or None if the file is missing, damaged or has another "key" (a hash)."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["key"] == key:
@@ -616,9 +616,9 @@ def load_progress(file: Path, key: str) -> dict | None:
 
 # ------------------------------------------------------------------------ what the features know about the data
 
-COMPARED = 100_000  # images up to which each is compared with each other one
-CANDIDATES = 10_000  # pairs of images with alike features whose pixels are compared
-ALIKE, COPIES = 0.6, 0.9  # the cosine of their features, and the correlation of their pixels
+COMPARED = 100_000  # with more images than this, check_data does not look for copies
+CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
+ALIKE, COPIES = 0.6, 0.9  # copies have a higher cosine of features and a higher correlation of pixels
 DOUBTFUL = 0.9  # by how much another label must be more probable than an image's own one
 
 
@@ -626,12 +626,14 @@ DOUBTFUL = 0.9  # by how much another label must be more probable than an image'
 def check_data(
     parts: list[Tensor], labels: list[Tensor], classes: int, read: Callable[[int], Tensor]
 ) -> tuple[list[dict] | None, list[dict]]:
-    """Finds copies among images, and labels that may be wrong, from their features for training, validation, testing.
+    """Finds copies and doubtful labels, from the features and labels of the training, validation and test images.
 
-    Images are counted from the first for training to the last for testing; `read` returns one, uint8 (3, H, W).
-    Returns pairs of images, {"images": (i, j), "correlation"}: an image and, of those not for testing, the one with the
-    most similar features, if their 16x16 pixels are alike; None for more than COMPARED images. And images that ridge
-    regression, fitted without them, gives another label, {"image": i, "label", "probability"}. The clearest come first.
+    An image's index counts from the first training image to the last test image; `read` returns one image, uint8
+    (3, H, W). Returns two lists, the clearest cases first:
+    copies, {"images": (i, j), "correlation"}: an image and the training or validation image with the most similar
+    features, if their 16x16 pixels correlate; None instead of the list for more than COMPARED images;
+    doubtful labels, {"image": i, "label", "probability"}: ridge regression, fitted without the image, gives another
+    label a much higher probability.
     """
 
     def judge(logits: Tensor, labels: Tensor) -> Tensor:

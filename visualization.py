@@ -26,7 +26,7 @@ from data import whole_file
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 INKS = {"✓": COLORS[0], "✗": COLORS[4]}  # of captions, by their first character
-MANY = 20  # classes whose names and numbers a confusion matrix has no room for
+MANY = 20  # a confusion matrix of more classes has no room for names and numbers
 
 
 def labels_and_font(labels: Sequence[str]) -> tuple[list[str], dict]:

@@ -31,13 +31,6 @@ def fit(
 ) -> Tensor:
     """Trains a classifier as main_train.py does. Returns its logits for the validation images."""
     torch.manual_seed(seed)
+    pair = batches(train, seed, recipe), batches(val, None, recipe)
     with one_thread():
-        _, logits = fit_classifier(
-            classifier.to(pick_device()),
-            batches(train, seed, recipe),
-            batches(val, None, recipe),
-            recipe,
-            precision,
-            "",
-        )
-    return logits
+        return fit_classifier(classifier.to(pick_device()), *pair, recipe, precision, "")[1]

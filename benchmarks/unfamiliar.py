@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "mobilenet_v3_large_levels"])
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--foreign", type=Path, help="a folder of images of other things")
+    parser.add_argument("--image-size", type=int, default=CIFAR10_SIZE)
     parser.add_argument("--left-out", default="truck", metavar="CLASS")
     parser.add_argument("--images", nargs="+", type=int, default=[0, 100, 20], help="of each class; 0: all")
     args = parser.parse_args()
@@ -49,7 +50,7 @@ def main() -> int:
     for name in args.models:
         for count in args.images:
             data = load_data(args.data, limit=count * len(whole.classes)) if count else whole
-            rows = measure(train(name, data), own, kinds)
+            rows = measure(train(name, data, args.image_size), own, kinds)
             others = {}
             for part in ("train", "val", "test"):
                 images = getattr(data, part)
@@ -57,7 +58,7 @@ def main() -> int:
             those = whole.test.subset((whole.test.labels == label).nonzero().flatten()[:COUNT])
             known = [image for image, its in zip(own, sample.labels.tolist(), strict=True) if its != label]
             left_out = {args.left_out: [once_more(item, size) for item in those.items]}
-            rows |= measure(train(name, replace(data, **others)), known, left_out)
+            rows |= measure(train(name, replace(data, **others), args.image_size), known, left_out)
             cells = (f"{score:.2f} ({probability:.2f}), {caught:.0%}" for score, probability, caught in rows.values())
             print(f"| {name} | {count or 'all'} | {' | '.join(cells)} |", flush=True)
     return 0
@@ -93,10 +94,10 @@ def foreign(size: int, folder: Path | None) -> dict[str, list[np.ndarray]]:
     return found
 
 
-def train(name: str, data: Data) -> TransferModel:
+def train(name: str, data: Data, image_size: int) -> TransferModel:
     """The frozen backbone with a classifier for the data."""
     torch.manual_seed(0)
-    model = TransferModel(name, data.classes, CIFAR10_SIZE)
+    model = TransferModel(name, data.classes, image_size)
     train, val = known(model, (data.train, data.val))
     logits = fit(model.classifier, train, val, seed=0)
     model.familiarity = fit_familiarity(*train, val[0], logits)

@@ -118,6 +118,7 @@ def test_every_benchmark_takes_its_arguments(command, monkeypatch):
 
     _, script, *args = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [script, *args])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / script), run_name="__main__")
