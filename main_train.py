@@ -183,7 +183,7 @@ def guess_time(args: argparse.Namespace, device: torch.device, data: Data) -> st
 
     billion = min(seconds_of_product() for _ in range(5))  # multiply-adds
     passes = args.views * (len(data.train) + len(data.val) + len(data.test))
-    passes += 5 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
+    passes += 6 * (args.fine_tune or 0) * len(data.train)  # forward and backward, in PyTorch's own modules
     passes /= models.rank_and_count()[1]
     seconds = 0.0
     for weights in (models.find_backbone(name).weights for name in args.models):

@@ -196,14 +196,8 @@ class TransferModel(nn.Module):
         return find_backbone(self.backbone).label + ", fine-tuned" * self.fine_tuned
 
     def unfreeze(self) -> None:
-        """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`.
-
-        The first fifth of its tensors stay frozen: the layers with the largest maps and the most general features
-        (Yosinski et al. 2014, arXiv 1411.1792). In these an epoch spends a third of its time.
-        """
-        parameters = list(self.features.parameters())
-        for parameter in parameters[len(parameters) // 5 :]:
-            parameter.requires_grad_(True)
+        """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
+        self.features.requires_grad_(True)
         self.fine_tuned = True
         self.familiarity, self.precision = None, "fp32"  # the features will be others
 

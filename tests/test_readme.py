@@ -82,14 +82,15 @@ def test_links_and_files_are_there():
 @pytest.fixture
 def home(run, photos, tmp_path):
     """A folder with all that the README's lines speak of, and a trained model."""
-    for name in ("pets", "more_pets", "cifar10-images"):
+    for name in ("pets", "cifar10-images"):
         shutil.copytree(photos, tmp_path / name)
+    shutil.copytree(photos / "test", tmp_path / "more_pets")
     for path in ("cat.jpg", "holiday/a.jpg", "photos/b.jpg"):
         draw(tmp_path / path, (40, 60, 200), seed=0)
     model = models.TransferModel("mobilenet_v2", ("blue", "green", "red"), 64, pretrained=False)
     folders = ("checkpoints", "runs/pets/checkpoints", "runs/cifar10-images/checkpoints")
     paths = [f"{folder}/mobilenet_v2.pt" for folder in folders]
-    for path in (*paths, "at160/checkpoints/mobilenet_v2_finetuned.pt"):
+    for path in (*paths, "at128/checkpoints/mobilenet_v2_finetuned.pt"):
         models.save_checkpoint(tmp_path / path, model, {"data": str(photos)})
     model = models.TransferModel("mobilenet_v3_small", model.classes, 64, pretrained=False)
     path = tmp_path / "runs" / "cifar10-images" / "checkpoints" / "mobilenet_v3_large_levels.pt"
@@ -138,9 +139,11 @@ def test_every_command_runs(run, home, command):
         assert run(main_train, *args, *quick, *tuned)[0] == 0
 
 
-def test_the_help_names_every_command_of_the_docstrings(capsys):
+def test_the_help_names_every_command_of_the_docstrings(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more_pets").mkdir()
     for script in (main_train, inference):
-        lines = [line.split("   ")[0].strip() for line in script.__doc__.splitlines()]
+        lines = [line.strip().split("   ")[0] for line in script.__doc__.splitlines()]
         commands = [shlex.split(line.split(">")[0])[2:] for line in lines if line.startswith("python ")]
         assert len(commands) > 4
         for command in commands:
