@@ -573,7 +573,7 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
                     ask_others(None)
         finally:
             leaving.set()
-            watch.join()
+            watch.join(5)  # after a signal, another process may still wait for work: it ends when this one is gone
             dist.destroy_process_group()
 
     return first_or_helper
@@ -588,7 +588,7 @@ def _watch(signs: dist.ProcessGroup, leaving: threading.Event) -> None:
             dist.monitored_barrier(signs, timedelta(seconds=SILENCE - 10))  # its error names the process
             dist.all_reduce(all_leave, dist.ReduceOp.MIN, signs)
     except RuntimeError as error:
-        what = f"another process is gone or silent ({first_line(error)})"
+        what = f"another process is gone or silent ({first_line(error).split('. ')[0]})"
         print(f"error: {platform.node()}: {what}: the same command continues", file=sys.stderr, flush=True)
         os._exit(1)
 
@@ -642,7 +642,7 @@ def together() -> Iterator[None]:
 
 
 SHARE = 1024  # images that a process takes at a time
-SILENCE = 30  # seconds without a sign of life after which a process counts as lost
+SILENCE = 25  # seconds without a sign of life after which a process counts as lost
 
 
 def run_images(
