@@ -566,6 +566,9 @@ def run_script(main: Callable[[], int], when_interrupted: str = "interrupted") -
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # under torchrun, gloo may hang while it closes its connections
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -574,7 +574,6 @@ def shared(main: Callable[[], int]) -> Callable[[], int]:
         finally:
             leaving.set()
             watch.join(5)  # after a signal, another process may still wait for work: it ends when this one is gone
-            dist.destroy_process_group()
 
     return first_or_helper
 
