@@ -618,7 +618,7 @@ def load_progress(file: Path, key: str) -> dict | None:
 
 COMPARED = 100_000  # with more images than this, check_data does not look for copies
 CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
-ALIKE, COPIES = 0.6, 0.9  # copies have a higher cosine of features and a higher correlation of pixels
+ALIKE, COPIES = 0.6, 0.93  # copies have a higher cosine of features and a higher correlation of pixels
 DOUBTFUL = 0.9  # by how much another label must be more probable than an image's own one
 
 
