@@ -640,8 +640,7 @@ def write_page(rows: dict[str, dict], trained: dict, output: Path) -> None:
     facts = {name: str(trained[name]) for name in ("command", "date", "commit", "device", "data")}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in trained["versions"].items())
     facts["images"] = ", ".join(f"{trained[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
-    title = f"{Path(trained['data']).name}: {', '.join(row['label'] for row in rows.values())}"
-    page = visualization.report_page(title, comparison_table(rows), sections, facts)
+    page = visualization.report_page(Path(trained["data"]).name, comparison_table(rows), sections, facts)
     with whole_file(folder / "report.html") as file:
         file.write(page.encode(errors="backslashreplace"))
 
