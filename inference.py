@@ -352,10 +352,10 @@ def main(argv: list[str] | None = None) -> int:
         its = [(item, answers_of(records)[best]) for item, records in shown]
         captioned = [(item, caption(answer, [guess(answer)])) for item, answer in its]
         explain(models[best], captioned, device, args.cache, args.explain)
-        print(f"{args.explain} explains the first {len(shown)} labels of {models[best].name}", file=sys.stderr)
+        print(f"{args.explain} explains answers of {models[best].name}", file=sys.stderr)
     if shown and plot:
         draw(models, shown, plot)
-        print(f"{plot} shows the first {len(shown)}", file=sys.stderr)
+        print(f"{plot} shows images with their answers", file=sys.stderr)
     return 0 if not bad + skipped else 1 if good else 2
 
 
