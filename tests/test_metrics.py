@@ -17,6 +17,7 @@ from models import Classifier
 from train_utils import (
     FINE_TUNING,
     RECIPE,
+    RIDGE_IMAGES,
     TEMPERATURE_PRIOR,
     Batches,
     Training,
@@ -235,3 +236,16 @@ def test_a_seed_repeats_its_orders():
     assert epochs(1) == epochs(1) != epochs(2)
     assert len(set(map(tuple, epochs(1)))) == 3  # every epoch has another order
     assert epochs(None) == [list(range(100))] * 3
+
+
+def test_ridge_regression_sees_every_class_however_rare():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (20_001,), generator=random)
+    labels[19_999] = 2
+    load = feature_loader(torch.randn(len(labels), 8, generator=random), CPU)
+    train, val = (Batches(load, labels, 512, CPU, seed) for seed in (0, None))
+    chosen = torch.randperm(2 * len(labels), generator=torch.Generator().manual_seed(0))[:RIDGE_IMAGES]
+    assert 2 not in torch.cat([labels, labels])[chosen]  # a sample at random would not do
+    classifier = Classifier(8, 3, 4)
+    fit_classifier(classifier, train, val, replace(RECIPE, epochs=1), "fp32", "")
+    assert classifier.linear.weight[2].abs().sum() > 0
