@@ -517,7 +517,7 @@ def preprocess(
         columns = torch.where(draws[:, 2:] < 0.5, columns.flip(1), columns)
         rows, columns, which = (index.to(device) for index in (rows, columns, torch.arange(B)))
         x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    shift, scale = (torch.tensor(preprocessing[name], device=device) for name in ("mean", "std"))
+    shift, scale = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
     x = ((x / 255 - shift) / scale).to(dtype)
     if W != S:
         x = x.reshape(B * H, W * 3) @ _resize_matrix(W, S, 3, device, dtype)
@@ -531,6 +531,11 @@ def _moved(size: int, draws: Tensor) -> Tensor:
     reach = size // 8
     indices = torch.arange(size) + ((2 * reach + 1) * draws).long() - reach
     return size - 1 - (size - 1 - indices.abs()).abs()
+
+
+@lru_cache
+def _on_device(values: tuple[float, ...], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, device=device)
 
 
 @lru_cache(maxsize=64)
@@ -550,6 +555,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "interrupted") -
     socket.setdefaulttimeout(30)  # a server that sends nothing for so long is gone
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+    torch.backends.cudnn.allow_tf32 = False  # or fp32 would mean ten bits on some GPUs
     if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
         sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be no text
     if hasattr(sys.stdout, "reconfigure"):
@@ -610,6 +616,13 @@ def positive(kind: type = int, below: float = math.inf) -> Callable[[str], float
             raise argparse.ArgumentTypeError(f"{text} is not a positive number{bound}")
         return value
 
+    return number
+
+
+def seed_number(text: str) -> int:
+    """An argparse type for seeds, those that every generator takes."""
+    if not 0 <= (number := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: take one from 0 to {2**32 - 1}")
     return number
 
 

@@ -317,7 +317,8 @@ def main(argv: list[str] | None = None) -> int:
     bar = Progress(len(truth) if truth else None, "inference", disable=sys.stdout.isatty() and not args.evaluate)
     for i, (item, records) in enumerate(predictions(fast, items, args.top_k, ensemble)):
         bar.update()
-        for answer in [answer for record in records for answer in (record, *record.get("models", ()))]:
+        every = [answer for record in records for answer in (record, *record.get("models", ()))]
+        for answer in every:
             answer["path"] = answer["path"] or names[i]
             if truth:
                 answer["true"] = truth[i]
@@ -331,8 +332,8 @@ def main(argv: list[str] | None = None) -> int:
                 record["unsure"] = record["probability"] < args.threshold
             if not args.evaluate:
                 write(record)
-                continue
-            for answer in (record, *record.get("models", ())):
+        if args.evaluate:
+            for answer in every:
                 answers.setdefault(answer["model"], []).append(answer)
         if len(shown) < SAMPLE:
             shown.append((item, records))

@@ -46,6 +46,7 @@ from data import (
     read_image,
     read_shown,
     run_script,
+    seed_number,
     whole_file,
     without_images,
 )
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", choices=("auto", *models.DTYPES), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
         "supports it, but answers depend a little on the machine; auto: bf16 if supported")  # fmt: skip
-    add("--seed", type=int, default=0, help="random seed of the classifier and the order of the batches")
+    add("--seed", type=seed_number, default=0, help="random seed of the classifier and the order of the batches")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")

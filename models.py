@@ -514,7 +514,6 @@ def pick_device(name: str = "auto") -> torch.device:
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise ValueError(f"no {name} device here: use --device auto, which takes what there is")
-    torch.backends.cudnn.allow_tf32 = False  # or fp32 would mean ten bits on some GPUs
     return torch.device(name)
 
 

@@ -1,4 +1,7 @@
-"""What several benchmarks do: features of the images that can be read, and classifiers trained on them."""
+"""What several benchmarks do: features of the images that can be read, and classifiers trained on them.
+
+Importing it puts the project's scripts on the path.
+"""
 
 import sys
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ means and standard deviations over --draws, for
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +20,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, load_data, run_script
 from models import Classifier, TransferModel, one_thread, pick_device

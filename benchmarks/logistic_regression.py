@@ -8,15 +8,11 @@ chosen on the validation set. The test set is read once.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 from common import known
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, load_data, run_script
 from models import BACKBONES, TransferModel

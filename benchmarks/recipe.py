@@ -7,16 +7,12 @@ Run it where main_train.py ran: it reads the same features, or computes them. Pr
 """
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import mean
 
 import torch
 from common import fit, known
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, load_data, run_script
 from models import BACKBONES, TransferModel, pick_device, pick_precision

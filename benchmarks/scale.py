@@ -30,8 +30,6 @@ import torch
 from common import fit, known
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from data import load_data, run_script
 from models import TransferModel
 from train_utils import RECIPE

@@ -10,7 +10,6 @@ unfamiliar, where 95 % of the validation images are not. The last kind is a clas
 
 import argparse
 import io
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +20,6 @@ from common import fit, known
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, ImageError, find_images, load_data, read_image, run_script
 from models import TransferModel, fast_copy, pick_device, run_images

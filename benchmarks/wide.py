@@ -7,7 +7,6 @@ as photographers like it, or anywhere. Prints test accuracies, means over three 
 """
 
 import argparse
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,6 @@ import numpy as np
 import torch
 from common import batches, fit, known
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import CIFAR10_SIZE, Data, Images, load_data, read_image, run_script
 from models import TransferModel

@@ -520,6 +520,7 @@ def test_a_folder_that_is_no_data_set(run, photos, how):
         (main_train, ["--epochs", "0"], "positive"),
         (main_train, ["--lr", "nan"], "--lr"),
         (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
+        (main_train, ["--seed", "-1"], "--seed"),
         (main_train, ["--device", "cuda"], "--device auto"),
         (inference, ["x.png", "--threshold", "80"], "below 1"),
         (inference, ["x.png"], "main_train.py"),
@@ -753,6 +754,7 @@ def test_the_demo_and_a_pipe_that_closes(tmp_path):
     out, err = demo.communicate()
     assert (demo.returncode, err) == (0, "") and "not the models" in out
     assert all(row["test_accuracy"] > 0.5 for row in results(tmp_path / "demo").values())  # by chance a third
+    assert all(row["images_per_second"]["best"] > 0 for row in results_rows(tmp_path / "demo"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
     files = (tmp_path / "demo" / "checkpoints").glob("*.pt")
     reader = start(ROOT / "inference.py", "--checkpoint", *files, cwd=tmp_path)
