@@ -26,7 +26,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -530,14 +530,19 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Makes torch's CPU operators use one thread each, so that run_images can give every core its own batch."""
-    threads = torch.get_num_threads()
+def threads(count: int) -> Iterator[None]:
+    """Makes each of torch's CPU operators use `count` threads."""
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        torch.set_num_threads(count)
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def one_thread() -> AbstractContextManager:
+    """Makes torch's CPU operators use one thread each, so that run_images can give every core its own batch."""
+    return threads(1)
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
@@ -965,3 +970,70 @@ class FastFeatures(nn.Module):
         maps, early_levels = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
         maps, late_levels = run_layers(self.late, self.levels, maps, first=len(self.early))
         return torch.cat([early_levels, late_levels, averages(maps, 1)], dim=1)
+
+
+# -------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def training_copy(model: TransferModel, parts: int = 1) -> nn.Module:
+    """A faster model for fine-tuning: the same parameters, and the same logits and gradients up to rounding.
+
+    BatchNorm in eval mode only scales and shifts each channel, so it goes into the weights of the convolution before
+    it. On a CPU, each batch is split into `parts`, one for each group of cores.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    fast = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})  # a copy of everything but these
+    for layers in list(fast.modules()):
+        if isinstance(layers, nn.Sequential):
+            for (name, conv), (after, norm) in itertools.pairwise(list(layers.named_children())):
+                if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                    setattr(layers, name, ConvNorm(conv, norm))
+                    setattr(layers, after, nn.Identity())
+    return InParts(fast, parts) if parts > 1 else fast
+
+
+class ConvNorm(nn.Module):
+    """A convolution and the BatchNorm after it, in eval mode, as one convolution."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
+        super().__init__()
+        self.conv, self.norm = conv, norm
+
+    def forward(self, images: Tensor) -> Tensor:
+        conv, norm = self.conv, self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        shift = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+        return conv._conv_forward(images, conv.weight * scale[:, None, None, None], norm.bias - shift * scale)
+
+
+class InParts(nn.Module):
+    """Computes features, and their gradients, for several parts of a batch at a time, each in its own thread."""
+
+    def __init__(self, model: TransferModel, parts: int):
+        super().__init__()
+        self.model, self.parts, self.threads = model, parts, ThreadPoolExecutor(parts)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, classes)"""
+        features = _Parts.apply(self, torch.is_grad_enabled(), images, *self.model.features.parameters())
+        return self.model.classifier(features)
+
+
+class _Parts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, network: InParts, training: bool, images: Tensor, *parameters: Tensor) -> Tensor:
+        def forward_part(images: Tensor) -> Tensor:
+            with torch.set_grad_enabled(training):
+                return network.model.forward_features(images)
+
+        ctx.network, ctx.parameters = network, parameters
+        ctx.features = list(network.threads.map(forward_part, images.chunk(network.parts)))
+        return torch.cat(ctx.features)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> tuple:
+        def backward_part(features: Tensor, gradient: Tensor) -> tuple:
+            return torch.autograd.grad(features, ctx.parameters, gradient)
+
+        parts = ctx.network.threads.map(backward_part, ctx.features, gradient.chunk(ctx.network.parts))
+        return None, None, None, *map(sum, zip(*parts, strict=True))

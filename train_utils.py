@@ -42,7 +42,9 @@ from models import (
     rank_and_count,
     run_images,
     run_images_here,
+    threads,
     together,
+    training_copy,
 )
 
 
@@ -368,7 +370,8 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 class Training:
     """A model in training: its batches, optimizer, schedule, a row per finished epoch, and the best weights so far.
 
-    `groups` are the optimizer's parameter groups, if not all parameters train at the recipe's rate.
+    `groups` are the optimizer's parameter groups, if not all parameters train at the recipe's rate. `network` is what
+    runs, if not the model itself: it has the model's parameters.
     """
 
     def __init__(
@@ -379,10 +382,12 @@ class Training:
         recipe: Recipe,
         precision: str = "fp32",
         groups: list[dict] | None = None,
+        network: nn.Module | None = None,
     ):
         self.model, self.train, self.val, self.recipe = model, train, val, recipe
-        # what takes the steps: with shared batches every process has a copy, and their gradients are averaged
-        self.network = nn.parallel.DistributedDataParallel(model) if train.processes > 1 else model
+        self.network = network or model
+        if train.processes > 1:  # with shared batches every process has a copy, and their gradients are averaged
+            self.network = nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
             groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
@@ -437,7 +442,7 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
         train_loss, train_accuracy = train_one_epoch(
             training.network, train, training.optimizer, training.scheduler, criterion, training.autocast
         )
-        val_loss, val_accuracy = evaluate(model, training.val)
+        val_loss, val_accuracy = evaluate(training.network, training.val)
         if not math.isfinite(train_loss + val_loss):
             losses = f"the loss is {train_loss:.3g} in training and {val_loss:.3g} in validation"
             where = f"{losses} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
@@ -592,10 +597,14 @@ def fine_tune(
             {"params": model.features.parameters(), "lr": recipe.lr},
             {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
         ]
-        training = Training(model, batches(train, seed), batches(val), recipe, precision, groups)
+        cores = torch.get_num_threads()
+        parts = max(1, min(cores, recipe.batch_size // 8)) if device.type == "cpu" else 1
+        network = training_copy(model, parts)
+        training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
         if progress:
             training.load_state_dict(progress)
-        fit(training, name, lambda: after_epoch(training))
+        with threads(cores // parts):
+            fit(training, name, lambda: after_epoch(training))
     return training
 
 

@@ -11,7 +11,18 @@ from conftest import draw, randomize_statistics
 from PIL import Image
 
 import inference
-from models import BACKBONES, TransferModel, export, fast_copy, heat_map, load_checkpoint, run_images, save_checkpoint
+from models import (
+    BACKBONES,
+    TransferModel,
+    export,
+    fast_copy,
+    heat_map,
+    load_checkpoint,
+    one_thread,
+    run_images,
+    save_checkpoint,
+    training_copy,
+)
 
 CPU = torch.device("cpu")
 
@@ -108,6 +119,31 @@ def test_frozen_means_frozen_and_unfrozen_trains(name):
     model.unfreeze()
     changed = step()
     assert changed and not any("running" in key or "num_batches" in key for key in changed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_training_copy_has_the_same_parameters_and_gradients(name):
+    model = random_model(name, ONE_SIZE.get(name, 96))
+    model.unfreeze()
+    model.train()
+    images = noise(model, 3)
+
+    def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(0)  # for dropout
+        model.zero_grad()
+        (logits := network(images)).logsumexp(dim=1).sum().backward()
+        return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    expected = gradients(model)
+    for parts in (1, 2):
+        network = training_copy(model, parts)
+        with one_thread():  # for each part
+            for actual, plain in zip(gradients(network), expected, strict=True):
+                assert (actual - plain).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+            network.eval()
+            with torch.inference_mode():
+                assert torch.allclose(network(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+        model.train()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
