@@ -123,10 +123,11 @@ def test_frozen_means_frozen_and_unfrozen_trains(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_training_copy_has_the_same_parameters_and_gradients(name):
-    model = random_model(name, ONE_SIZE.get(name, 96))
+    model = random_model(name, ONE_SIZE.get(name, 80))
     model.unfreeze()
     model.train()
-    images = noise(model, 3)
+    model.features.double()  # or rounding would move an activation across zero here and there
+    images = noise(model).double()
 
     def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
         torch.manual_seed(0)  # for dropout
@@ -139,10 +140,10 @@ def test_the_training_copy_has_the_same_parameters_and_gradients(name):
         network = training_copy(model, parts)
         with one_thread():  # for each part
             for actual, plain in zip(gradients(network), expected, strict=True):
-                assert (actual - plain).abs().max() <= 1e-4 * plain.abs().max() + 1e-7
+                assert (actual - plain).abs().max() <= 1e-5 * plain.abs().max() + 1e-9
             network.eval()
             with torch.inference_mode():
-                assert torch.allclose(network(images), model.eval()(images), rtol=1e-4, atol=1e-5)
+                assert torch.allclose(network(images), model.eval()(images), rtol=1e-5, atol=1e-6)
         model.train()
 
 
