@@ -276,7 +276,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         classifier = candidate.classifier.to(device)
         torch.manual_seed(seed)
         start = train_utils.synchronized_time(device)
-        with models.one_thread():  # more gain little, and wait long for each other if anything else runs
+        with models.threads(1):  # more gain little, and wait long for each other if anything else runs
             training, val_logits = train_utils.fit_classifier(
                 classifier, batches("train", seed), val, recipe, precision, f"{name} classifier"
             )
@@ -532,7 +532,7 @@ def check_data(outcome: Outcome, folder: Path) -> None:
     place = [(part, i, item) for part, images in parts.items() for i, item in enumerate(images.items)]
     labels = torch.cat([images.labels for images in parts.values()]).tolist()
     print("\nlooking for copies among the images and for doubtful labels")
-    with models.one_thread():
+    with models.threads(1):
         copies, doubtful = train_utils.check_data(
             outcome.features,
             [images.labels for images in parts.values()],

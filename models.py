@@ -26,7 +26,7 @@ import zipfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -531,18 +531,13 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Makes each of torch's CPU operators use `count` threads."""
+    """Makes each of torch's CPU operators use `count` threads: 1, if every core has a batch of its own."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(count)
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def one_thread() -> AbstractContextManager:
-    """Makes torch's CPU operators use one thread each, so that run_images can give every core its own batch."""
-    return threads(1)
 
 
 def shared(main: Callable[[], int]) -> Callable[[], int]:
@@ -755,7 +750,7 @@ def run_images_here(
 
     items = iter(items)
     pool, pending = ThreadPoolExecutor(workers), deque()
-    with one_thread() if on_cpu else nullcontext():
+    with threads(1) if on_cpu else nullcontext():
         try:
             while batch := list(itertools.islice(items, batch_size)):
                 pending.append(pool.submit(run, batch))
@@ -839,7 +834,7 @@ def fast_copy(
     fast = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     packed = packed and device.type == "cpu" and torch.backends.mkldnn.is_available()
     packed = packed and precision in ("fp32", pick_precision("auto", device))
-    with torch.inference_mode(), one_thread():
+    with torch.inference_mode(), threads(1):
         noise = torch.randn(fast.example().shape, generator=torch.Generator().manual_seed(0))
         images = noise.to(device, DTYPES[precision])
         if isinstance(fast.features, nn.Sequential):
@@ -1011,7 +1006,7 @@ class InParts(nn.Module):
 
     def __init__(self, model: TransferModel, parts: int):
         super().__init__()
-        self.model, self.parts, self.threads = model, parts, ThreadPoolExecutor(parts)
+        self.model, self.parts, self.pool = model, parts, ThreadPoolExecutor(parts)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, classes)"""
@@ -1020,6 +1015,8 @@ class InParts(nn.Module):
 
 
 class _Parts(torch.autograd.Function):
+    """Images (B, 3, H, W) -> features (B, width). The gradients are sums over the parts."""
+
     @staticmethod
     def forward(ctx: object, network: InParts, training: bool, images: Tensor, *parameters: Tensor) -> Tensor:
         def forward_part(images: Tensor) -> Tensor:
@@ -1027,7 +1024,7 @@ class _Parts(torch.autograd.Function):
                 return network.model.forward_features(images)
 
         ctx.network, ctx.parameters = network, parameters
-        ctx.features = list(network.threads.map(forward_part, images.chunk(network.parts)))
+        ctx.features = list(network.pool.map(forward_part, images.chunk(network.parts)))
         return torch.cat(ctx.features)
 
     @staticmethod
@@ -1035,5 +1032,5 @@ class _Parts(torch.autograd.Function):
         def backward_part(features: Tensor, gradient: Tensor) -> tuple:
             return torch.autograd.grad(features, ctx.parameters, gradient)
 
-        parts = ctx.network.threads.map(backward_part, ctx.features, gradient.chunk(ctx.network.parts))
+        parts = ctx.network.pool.map(backward_part, ctx.features, gradient.chunk(ctx.network.parts))
         return None, None, None, *map(sum, zip(*parts, strict=True))

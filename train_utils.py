@@ -38,7 +38,6 @@ from models import (
     TransferModel,
     content_hash,
     fast_copy,
-    one_thread,
     rank_and_count,
     run_images,
     run_images_here,
@@ -245,7 +244,7 @@ def feature_loader(features: Tensor, device: torch.device) -> Loader:
 
 def image_loader(images: Images, preprocessing: dict, device: torch.device) -> Loader:
     """Loads preprocessed images (B, 3, S, S), augmented while training."""
-    threads = ThreadPoolExecutor(min(16, available_cpus()))
+    pool = ThreadPoolExecutor(min(16, available_cpus()))
 
     def read(i: int) -> Tensor | None:
         try:
@@ -255,7 +254,7 @@ def image_loader(images: Images, preprocessing: dict, device: torch.device) -> L
             return None
 
     def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        read_images = list(threads.map(read, batch.tolist()))
+        read_images = list(pool.map(read, batch.tolist()))
         there = [i for i, image in enumerate(read_images) if image is not None]
         if not there:
             raise OSError("no image of a batch can be read: are the files still there?")
@@ -598,7 +597,8 @@ def fine_tune(
             {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
         ]
         cores = torch.get_num_threads()
-        parts = max(1, min(cores, recipe.batch_size // 8)) if device.type == "cpu" else 1
+        most = min(cores, recipe.batch_size // 8) if device.type == "cpu" else 1  # parts of at least 8 images
+        parts = next(count for count in range(max(1, most), 0, -1) if cores % count == 0)  # no core is left over
         network = training_copy(model, parts)
         training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
         if progress:
@@ -781,7 +781,7 @@ def cost(model: TransferModel, device: torch.device) -> dict:
 
     The images are black arrays of the model's size. Many are as many as should take about a second.
     """
-    with FlopCounterMode(display=False) as counter, one_thread(), torch.no_grad():  # inference_mode hides operators
+    with FlopCounterMode(display=False) as counter, threads(1), torch.no_grad():  # inference_mode hides operators
         model.eval().classifier(model.forward_view(model.example()))
     fast, size = fast_copy(model, device), model.preprocessing["image_size"]
     image = np.zeros((size, size, 3), np.uint8)

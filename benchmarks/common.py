@@ -13,7 +13,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import Images
-from models import TransferModel, one_thread, pick_device
+from models import TransferModel, pick_device, threads
 from train_utils import RECIPE, Batches, Recipe, cached_features, feature_loader, fit_classifier
 
 Part = tuple[Tensor, Tensor]  # features (N, width) and labels (N,)
@@ -35,5 +35,5 @@ def fit(
     """Trains a classifier as main_train.py does. Returns its logits for the validation images."""
     torch.manual_seed(seed)
     pair = batches(train, seed, recipe), batches(val, None, recipe)
-    with one_thread():
+    with threads(1):
         return fit_classifier(classifier.to(pick_device()), *pair, recipe, precision, "")[1]

@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from data import CIFAR10_SIZE, load_data, run_script
-from models import Classifier, TransferModel, one_thread, pick_device
+from models import Classifier, TransferModel, pick_device, threads
 from train_utils import RECIPE, evaluate, fit_classifier, fit_linear
 
 COLUMNS = ("ours", "the network alone", "ridge regression", "logistic regression")
@@ -44,7 +44,7 @@ def main() -> int:
         last = model.forward_features(model.example()).shape[1]  # columns of the last block, the last ones
         print(f"\n| {model.label}, images of each class | {' | '.join(COLUMNS)} |\n| --- |" + " ---: |" * len(COLUMNS))
         for count in args.images:
-            with one_thread():
+            with threads(1):
                 draws = [accuracies(model, (train, val), test, last, count, seed, device) for seed in range(args.draws)]
             means, spreads = np.mean(draws, axis=0), np.std(draws, axis=0, ddof=args.draws > 1)
             cells = [f"{m:.1%} ± {100 * s:.1f}" for m, s in zip(means, spreads, strict=True)]

@@ -183,7 +183,7 @@ def bare_rate(bare: BarePass, model: TransferModel, seconds: float, device: torc
     if not bare.each_core:
         return run()
     cores = torch.get_num_threads()
-    with models.one_thread(), ThreadPoolExecutor(cores) as pool:
+    with models.threads(1), ThreadPoolExecutor(cores) as pool:
         return sum(pool.map(run, range(cores)))
 
 

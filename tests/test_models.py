@@ -18,9 +18,9 @@ from models import (
     fast_copy,
     heat_map,
     load_checkpoint,
-    one_thread,
     run_images,
     save_checkpoint,
+    threads,
     training_copy,
 )
 
@@ -137,7 +137,7 @@ def test_the_training_copy_has_the_same_parameters_and_gradients(name):
 
     expected = gradients(model)
     network = training_copy(model, parts=2)
-    with one_thread():  # for each part
+    with threads(1):  # for each part
         for actual, plain in zip(gradients(network), expected, strict=True):
             assert (actual - plain).abs().max() <= 1e-5 * plain.abs().max() + 1e-9
         network.eval()
