@@ -226,7 +226,7 @@ def most_similar(
 
 # ------------------------------------------------------------------------------------------ batches and loops
 
-# Input: the indices (B,) of a batch, and random numbers (B, 3) for augmentation or None. Output: the inputs on the
+# Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device, and the indices of the images that could be read.
 Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -294,7 +294,7 @@ class Batches:
         order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
         share = slice(self.process, None, self.processes)
         for batch in order.tensor_split(self.steps):
-            draws = torch.rand(len(batch), 3, generator=self.generator)[share] if self.generator else None
+            draws = torch.rand(len(batch), 5, generator=self.generator)[share] if self.generator else None
             inputs, there = self.load(batch[share], draws)
             yield inputs, self.labels[there.to(self.device, non_blocking=True)]
             self.report(len(batch))

@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, draw
 from PIL import Image, ImageCms
 from torchvision.datasets import CIFAR10
@@ -139,6 +140,19 @@ def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
         expected = [v2.functional.center_crop(image, min(image.shape[1:])) if crop else image for image in whole]
         difference = ours - torch.stack([torchvisions(image) for image in expected])
         assert difference.abs().max() < 1.6 / 255 / 0.22  # they round to uint8 in between, and Pillow twice
+
+
+def test_augmentation_moves_an_image_mirrors_it_and_blanks_a_square():
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    [plain] = preprocess([image], NORMAL)
+    draws = torch.tensor([[0.5, 0.5, 0.9, 0.25, 0.75], [0.999, 0.5, 0.1, 0.0, 0.0]])
+    still, moved = preprocess([image, image], NORMAL, draws=draws)
+    expected = plain.clone()
+    expected[:, 8:24, 40:56] = 0
+    assert still.equal(expected)
+    expected = F.pad(plain, (0, 0, 0, 8), mode="reflect")[:, 8:].flip(2)
+    expected[:, :8, :8] = 0
+    assert moved.equal(expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff", b"BM", b"II*\0"])
