@@ -513,21 +513,27 @@ def preprocess(
     x = batch.to(device, non_blocking=batch.is_pinned()).permute(0, 2, 3, 1)  # (B, H, W, 3)
     B, H, W, _ = x.shape
     S = preprocessing["image_size"]
-    if draws is not None:
-        rows, columns = _moved(H, draws[:, :1]), _moved(W, draws[:, 1:2])
-        columns = torch.where(draws[:, 2:3] < 0.5, columns.flip(1), columns)
-        rows, columns, which = (index.to(device) for index in (rows, columns, torch.arange(B)))
-        x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
     shift, scale = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
     x = ((x / 255 - shift) / scale).to(dtype)
     if draws is not None:
-        blank = _near(H, draws[:, 3:4])[:, :, None] & _near(W, draws[:, 4:])[:, None, :]
-        x = x.masked_fill(blank[..., None].to(device), 0)
+        x = _augment(x, draws)
     if W != S:
         x = x.reshape(B * H, W * 3) @ _resize_matrix(W, S, 3, device, dtype)
     if H != S:
         x = _resize_matrix(H, S, 1, device, dtype).T @ x.reshape(B, H, S * 3)
     return x.reshape(B, S, S, 3).permute(0, 3, 1, 2)
+
+
+def _augment(x: Tensor, draws: Tensor) -> Tensor:
+    """Moves and mirrors normalised images (B, H, W, 3) and blanks a square, as draws (B, 5) say."""
+    B, H, W, _ = x.shape
+    down, right, mirror, row, column = draws.split(1, dim=1)
+    rows, columns = _moved(H, down), _moved(W, right)
+    columns = torch.where(mirror < 0.5, columns.flip(1), columns)
+    blank = _near(H, row)[:, :, None] & _near(W, column)[:, None, :]
+    which, rows, columns, blank = (tensor.to(x.device) for tensor in (torch.arange(B), rows, columns, blank))
+    x = x[which[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return x.masked_fill(blank[..., None], 0)  # 0 is the mean
 
 
 def _moved(size: int, draws: Tensor) -> Tensor:
