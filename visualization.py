@@ -1,16 +1,19 @@
-"""Numbers in, a matplotlib figure out.
+"""Numbers in, a matplotlib figure or a page out.
 
     save(plot_history("VGG16", history, COLORS[0]), Path("vgg16.png"))
 
 Every plot is drawn for a README at half width: few words, large type, colours that colour-blind people can tell apart.
 """
 
+import itertools
 import re
+import warnings
 from base64 import b64encode
-from collections.abc import Sequence
-from functools import cache
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from statistics import mean
 from string import Template
 
 import numpy as np
@@ -18,39 +21,31 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from torch import Tensor
 
-from data import whole_file
+from engine.console import printable
+from engine.files import atomic_write
+from engine.images import Item, read_for_plot
+from engine.metrics import wilson_interval
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 INKS = {"✓": COLORS[0], "✗": COLORS[4]}  # of captions, by their first character
+FONTS = (  # matplotlib takes each character from the first font that has it
+    "DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP",
+    "Hiragino Sans", "PingFang SC", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Emoji",
+)  # fmt: skip
+KINDS = ("", "_confusion", "_reliability", "_mistakes", "_data")  # of a model's plots
+SHOWN = 12  # images in a plot
 MANY = 20  # a confusion matrix of more classes has no room for names and numbers
 
 
 def labels_and_font(labels: Sequence[str]) -> tuple[list[str], dict]:
-    """The labels as they can be drawn, and text options: fonts that have their characters, and no TeX.
-
-    Long labels lose their middle. A character that no font here has is spelled out.
-    """
-    fonts = {character: _font_with(character) for label in labels for character in label if character != "\n"}
-    drawn = ["".join(c if fonts.get(c, c) else ascii(c)[1:-1] for c in label) for label in labels]
-    drawn = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in drawn]
-    family = dict.fromkeys(["DejaVu Sans", *filter(None, fonts.values())])
-    return drawn, {"family": list(family), "parse_math": False}
-
-
-@cache
-def _font_with(character: str) -> str | None:
-    """The name of an installed font that has the character, matplotlib's own if that does."""
-    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
-        try:
-            if "Last Resort" not in font.name and FT2Font(font.fname).get_char_index(ord(character)):
-                return font.name
-        except (OSError, RuntimeError):  # a font that matplotlib cannot read
-            continue
-    return None
+    """The labels as they are drawn, and text options: fonts for most scripts, and no TeX. Long labels are shortened."""
+    shortened = [re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", label) for label in labels]
+    installed = {font.name for font in font_manager.fontManager.ttflist}  # matplotlib warns of any other
+    return shortened, {"family": [name for name in FONTS if name in installed], "parse_math": False}
 
 
 def plot_history(title: str, history: list[dict], color: str) -> Figure:
@@ -232,7 +227,7 @@ dd { margin: 0 0 0.5rem; overflow-wrap: anywhere }
 </style>
 <h1>$title</h1>
 <div><table><thead>$header</thead><tbody>$rows</tbody></table></div>
-<p>A click on a heading sorts. A difference that is smaller than its ± may be chance.</p>
+<p>A click on a heading sorts. Differences smaller than ± are not significant (95 %).</p>
 $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
@@ -271,5 +266,87 @@ def report_page(
 
 def save(figure: Figure, path: Path) -> None:
     """Writes an image in the format that the file's name says. Raises OSError, or ValueError for an unknown format."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for a character that no font has
         figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=DPI)
+
+
+# -------------------------------------------------------------------------------------------- the plots of a run
+
+
+def colors(rows: dict[str, dict]) -> dict[str, str]:
+    """A color for each backbone, the same in all plots."""
+    backbones = dict.fromkeys(row["backbone"] for row in rows.values())
+    return dict(zip(backbones, itertools.cycle(COLORS), strict=False))
+
+
+def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor, color: str, folder: Path) -> None:
+    """Draws a model's history, confusion matrix, calibration and most confident mistakes.
+
+    `row` is its row of results.json; the rest are the test images, their labels and its logits (N, classes).
+    """
+    for kind in KINDS:
+        (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # of an earlier run
+    label, classes = row["label"], [printable(name) for name in row["classes"]]
+    figures = {
+        "": plot_history(label, row["history"], color),
+        "_confusion": plot_confusion(label, row["confusion_matrix"], classes),
+        "_reliability": plot_reliability(label, row["calibration"], color),
+    }
+    confidence, predicted = (logits / row["temperature"]).softmax(dim=1).max(dim=1)
+    wrong = ((predicted != labels) & ~confidence.isnan()).nonzero().flatten()
+    wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
+    nth = defaultdict(itertools.count)  # mistake of its class: the clearest of every class come first
+    wrong.sort(key=lambda i: next(nth[int(labels[i])]))
+    mistakes = ((items[i], classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in wrong)
+    if figure := plot_mistakes(mistakes):
+        figures["_mistakes"] = figure
+    for kind, figure in figures.items():
+        save(figure, folder / f"{row['plot']}{kind}.png")
+
+
+def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]]) -> Figure | None:
+    """The first images with their true class, the predicted class and its probability. None if there is none."""
+    captioned = ((item, f"{true}\ntaken for {taken}, {p:.0%}") for item, true, taken, p in mistakes)
+    images, captions = read_for_plot(captioned, SHOWN)
+    return plot_predictions(images, captions) if images else None
+
+
+def draw_comparison(rows: dict[str, dict], folder: Path) -> None:
+    """Draws the accuracy and the training time of all models."""
+    points = []
+    for row in rows.values():
+        test, seconds = mean(row["accuracy_by_seed"]["test"]), sum(row["seconds"].values())
+        points.append((row["label"], seconds, test, wilson_interval(test, row["test_images"]), row["backbone"]))
+    color = colors(rows)
+    save(plot_comparison([(*point, color[backbone]) for *point, backbone in points]), folder / "comparison.png")
+
+
+def draw_audit(report: dict, parts: dict[str, object], file: Path) -> None:
+    """Draws the clearest near-duplicates and label errors of an audit. `parts` are the images, by part."""
+    items = {path: item for images in parts.values() for path, item in zip(images.paths(), images.items, strict=True)}
+    pairs = sorted(report["near_duplicates"] or [], key=lambda pair: len({i["label"] for i in pair["images"]}) == 1)
+    shown = [
+        (items[i["path"]], f"{i['part']}: {printable(i['label'])}\nnear-duplicate, {pair['correlation']:.0%}")
+        for pair in pairs[:4]
+        for i in pair["images"]
+    ]
+    for error in report["label_errors"][: SHOWN - len(shown)]:
+        suggested = f"rather {printable(error['suggested'])}, {error['probability']:.0%}"
+        shown.append((items[error["path"]], f"{printable(error['label'])}?\n{suggested}"))
+    images, captions = read_for_plot(shown, SHOWN)
+    if images:
+        save(plot_predictions(images, captions), file)
+
+
+def write_page(rows: dict[str, dict], table: Sequence[Sequence[str]], run: dict, folder: Path) -> None:
+    """Writes report.html: the table, the plots of every model, and how the rows were made. `run` is one of the rows."""
+    sections = {"Comparison": [folder / "comparison.png"]}
+    for row in (row for row in rows.values() if row["backbone"] != "ensemble"):
+        sections[row["label"]] = [folder / f"{row['plot']}{kind}.png" for kind in KINDS]
+    sections = {title: [file for file in files if file.exists()] for title, files in sections.items()}
+    facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data")}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    facts["images"] = ", ".join(f"{run[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
+    with atomic_write(folder / "report.html") as file:
+        file.write(report_page(Path(run["data"]).name, table, sections, facts).encode(errors="backslashreplace"))

@@ -1,0 +1,1 @@
+"""The machinery below the scripts: one module for each question. Nothing here imports a script."""

@@ -1,0 +1,117 @@
+"""How does a script talk to its user: one-line errors, exit codes, progress, argument types."""
+
+import argparse
+import io
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from engine.device import available_cpus
+
+
+def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
+    """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
+    with suppress(ValueError):  # signals can be set in the main thread only, and a notebook may use another
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    socket.setdefaulttimeout(30)  # of a download from a server that sends nothing
+    warnings.filterwarnings("ignore", module="PIL")
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
+    torch.backends.cudnn.allow_tf32 = False  # TF32 has 10 bits of precision; "fp32" should mean 23
+    if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
+        sys.stdin.reconfigure(errors="surrogateescape")  # file names may be invalid text
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    try:
+        code = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # as in `inference.py ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+def attempt(what: object, action: Callable[[], object]) -> bool:
+    """Calls `action`. On an exception prints one line and returns False."""
+    try:
+        action()
+        return True
+    except Exception as error:  # any exception: the trained model is already on disk
+        print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
+        return False
+
+
+class Progress(tqdm):
+    """A progress bar of images: tqdm's own in a terminal, a plain line every 30 seconds in a log."""
+
+    LINE = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} elapsed, {remaining} left"
+
+    def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
+        self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
+        style = {"smoothing": 0}  # training and validation differ in speed; the average predicts the time left best
+        if not self.in_terminal:
+            style |= {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
+        super().__init__(total=total, desc=title, initial=done, unit="img", disable=disable, **style)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if self.in_terminal:
+            super().display(msg, pos)
+        elif msg is None and time.monotonic() >= self.due:
+            print(self, file=sys.stderr)
+            self.due = time.monotonic() + 30
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the description as it is, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def positive(kind: type = int, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type for positive numbers of one kind, int or float, below a bound."""
+
+    def number(text: str) -> float:
+        if not 0 < (value := kind(text)) < below:
+            bound = f" below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{bound}")
+        return value
+
+    return number
+
+
+def seed_number(text: str) -> int:
+    """An argparse type for seeds that every random number generator accepts."""
+    if not 0 <= (number := int(text)) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not a seed: use 0 to {2**32 - 1}")
+    return number
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """The text with escape sequences and invalid characters spelled out: safe for terminals and plots."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def count_of(number: int, noun: str) -> str:
+    """ "1 image", "2 images" """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

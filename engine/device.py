@@ -1,0 +1,97 @@
+"""Which hardware is here, and how is it used? Device, precision, threads, batch size, time."""
+
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CPU_BATCH, GPU_BATCH = 32, 256  # images in a batch; on the CPU every core has a batch of its own
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device; for "auto" CUDA, else Apple's MPS, else the CPU. Raises ValueError if it is missing."""
+    mps = torch.backends.mps.is_available() and torch.__version__ >= "2.11"  # earlier versions lack operators
+    present = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in present.items() if available)
+    if not present[name]:
+        raise ValueError(f"no {name} device here: --device auto uses what is available")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """The named precision; for "auto" bf16 if the hardware computes in it, else fp32."""
+    return name if name != "auto" else "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware has bf16 instructions. Elsewhere PyTorch emulates them, up to forty times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def batch_size_for(device: torch.device) -> int:
+    """The number of images that the device computes at a time."""
+    return CPU_BATCH if device.type == "cpu" else GPU_BATCH
+
+
+def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The number of cores that this process may use, given its affinity and its container's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container, or its quota is "max"
+        time_allowed, period = map(int, quota.read_text().split())
+        cpus = min(cpus, math.ceil(time_allowed / period))
+    return cpus
+
+
+_own, _lock = threading.local(), threading.Lock()
+_open, _unlimited = 0, 0  # limits in force in any thread, and the number of threads before the first of them
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Limits each of torch's CPU operators to `count` threads: 1 if every core has a batch of its own.
+
+    torch keeps one number for the whole process, which several calling threads may limit at the same time.
+    """
+    global _open, _unlimited
+    limits = _own.__dict__.setdefault("limits", [])
+    with _lock:
+        if not _open:
+            _unlimited = torch.get_num_threads()
+        _open += 1
+    limits.append(count)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        limits.pop()
+        with _lock:
+            _open -= 1
+            torch.set_num_threads(limits[-1] if limits else _unlimited)
+
+
+def synchronized_time(device: torch.device) -> float:
+    """Seconds on a monotonic clock, read when the device has finished its work."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def device_name(device: torch.device) -> str:
+    """The device's usual name: "NVIDIA H100 80GB HBM3", or "AMD EPYC 9R14, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, StopIteration):  # only Linux has the file
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"Apple {device.type} on {name}"

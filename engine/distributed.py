@@ -1,0 +1,97 @@
+"""Which part of the work is this process's, and how are the parts joined?
+
+Under torchrun, every process runs the same script from start to end. Each one computes its share of the images; cheap
+steps run everywhere, from the same seed; the first process writes and prints. Without torchrun there is one process,
+and nothing here does anything.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def spmd(main: Callable[[], int]) -> Callable[[], int]:
+    """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return main
+
+    def joined() -> int:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if is_first():
+            code = main()
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                code = main()
+        barrier()  # a process that leaves early would end the connections of the others
+        dist.destroy_process_group()
+        return 0 if code == 1 else code  # torchrun takes 1, "some inputs failed", for a crash, and would start again
+
+    return joined
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits until every process is here."""
+    if world_size() > 1:
+        dist.all_reduce(torch.zeros(1))  # dist.barrier() may need a GPU of its own
+
+
+def gather(own: T) -> list[T]:
+    """Every process's object, in the order of their ranks, on every process."""
+    if world_size() == 1:
+        return [own]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, own)
+    return parts
+
+
+def share(count: int, batch_size: int) -> list[int]:
+    """The indices, of 0 to count - 1, that this process works on: whole batches are dealt in turn."""
+    return _share_of(rank(), count, batch_size)
+
+
+def _share_of(process: int, count: int, batch_size: int) -> list[int]:
+    return [i for i in range(count) if i // batch_size % world_size() == process]
+
+
+def shared_map(work: Callable[[Iterable], Iterator[T]], items: Iterable, batch_size: int) -> Iterator[T]:
+    """Yields work's result for each item, in order, on every process. Each process works on its share of the items.
+
+    With one process the results come as they are computed; with several, after all of them are done.
+    """
+    if world_size() == 1:
+        yield from work(items)
+        return
+    items = gather(list(items) if is_first() else None)[0]  # only the first process may read from standard input
+    parts = gather(list(work([items[i] for i in share(len(items), batch_size)])))
+    yield from _join(parts, len(items), batch_size)
+
+
+def _join(parts: Sequence[Sequence[T]], count: int, batch_size: int) -> list[T]:
+    results = [None] * count
+    for process, part in enumerate(parts):
+        for i, result in zip(_share_of(process, count, batch_size), part, strict=True):
+            results[i] = result
+    return results

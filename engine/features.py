@@ -1,0 +1,211 @@
+"""Which features are known already, and where are they kept?
+
+Each image goes through the frozen backbone once. Its features are appended to a file, which later runs map into memory.
+"""
+
+import hashlib
+import json
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.console import Progress
+from engine.device import batch_size_for
+from engine.distributed import barrier, gather, is_first, rank, share, world_size
+from engine.fast import fast_copy
+from engine.files import content_hash, explain_write_error, locked
+from engine.images import ImageError, Item
+from engine.run import Batch, run_images
+
+LARGE = 200_000  # features of more images are kept as float16: half the space, the same accuracy (benchmarks/scale.md)
+
+Places = dict[bytes, tuple[int, int]]  # for an image's id, the number of its file and its row there
+
+
+@dataclass
+class Features:
+    """The features of N images. They stay in their files, mapped into memory; `features[indices]` reads some."""
+
+    tables: Sequence[Tensor]  # of each file, (rows, width)
+    places: Tensor  # (N, 2): for each image the number of its table and its row there
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def width(self) -> int:
+        return self.tables[0].shape[1]
+
+    def __getitem__(self, images: Tensor) -> Tensor:
+        """The features (B, width) of B images, as they are kept: float32 or float16."""
+        tables, rows = self.places[images].T
+        if len(self.tables) == 1:
+            return self.tables[0][rows]
+        found = self.tables[0].new_empty(len(rows), self.width)
+        for number, table in enumerate(self.tables):
+            here = tables == number
+            found[here] = table[rows[here]]
+        return found
+
+    def blocks(self, size: int = 1024) -> Iterator[Tensor]:
+        """All features in order, float32, `size` images at a time."""
+        for images in torch.arange(len(self)).split(size):
+            yield self[images].float()
+
+    @classmethod
+    def in_memory(cls, table: Tensor) -> "Features":
+        return cls([table], F.pad(torch.arange(len(table))[:, None], (1, 0)))
+
+
+@dataclass
+class Extraction:
+    """The features of the images that could be read, and what it took."""
+
+    features: Features
+    readable: Tensor  # (M,) the indices of these images
+    seconds: float  # time to compute the features, in this run and in earlier runs
+    computed: int  # number of images whose features were computed in this run
+    errors: list[ImageError]  # one for each image that cannot be read
+
+
+class _FeatureFiles:
+    """The files of one model's features, one for each process that has computed some.
+
+    Their name holds a hash of everything but the image that determines the features. A record holds the image's id, the
+    seconds spent on it, its features and their checksum, so stale or damaged features are never used.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, device: torch.device, half: bool):
+        key = {
+            "backbone": model.backbone,
+            "weights": content_hash(model.features.state_dict()),
+            "width": model.width,
+            "preprocessing": model.preprocessing,
+            "precision": model.precision,
+            "device": device.type,
+            "torch": torch.__version__,
+            "views": model.views,
+            **({"kept": "float16"} if half else {}),
+        }
+        kept = "<f2" if half or model.precision == "bf16" else "<f4"  # float16 holds more digits than bf16
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder, self.name, self.backbone = folder, f"{model.backbone}-{digest}", model.backbone
+        self.layout = np.dtype(
+            [("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), ("features", kept, (model.width,))]
+        )
+        self.own = folder / f"{self.name}.{rank()}.features"
+        self.lock = folder / f".{self.name}.lock"
+
+    def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], Places]:
+        """The tables of all files, and the places of the images that they hold undamaged."""
+        tables, places, wanted, damaged = [], {}, set(ids), 0
+        for file in sorted(self.folder.glob(f"{self.name}.*.features")):
+            count = file.stat().st_size // self.layout.itemsize
+            if not count:
+                continue
+            table = np.memmap(file, self.layout, mode="c", shape=count)  # read only; torch wants to be able to write
+            found = {image: row for row, image in enumerate(table["image"].tolist()) if image in wanted}
+            for image, row in found.items():
+                if zlib.crc32(table["features"][row]) == table["checksum"][row]:
+                    places[image] = len(tables), row
+                else:
+                    damaged += 1
+            tables.append(table)
+        if damaged:
+            print(f"{self.name}: {damaged} images' features are damaged: computing them again", file=sys.stderr)
+        return tables or [np.zeros(0, self.layout)], places
+
+    def append(self, ids: Sequence[bytes], batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Appends each batch's records to this process's file. Yields the batch when it is written."""
+        position, before = 0, time.perf_counter()
+        with explain_write_error(self.own), self.own.open("ab") as stream:
+            stream.truncate(stream.tell() // self.layout.itemsize * self.layout.itemsize)  # a killed run's last record
+            for batch in batches:
+                good = [i for i in range(len(batch.items)) if i not in batch.errors]
+                records = np.zeros(len(good), self.layout)
+                records["image"] = [ids[position + i] for i in good]
+                with np.errstate(over="ignore"):  # see below
+                    records["features"] = batch.outputs[0][good].numpy()
+                rows = records["features"]
+                if not np.isfinite(rows).all():
+                    raise FloatingPointError(f"features of {self.backbone} overflow in {rows.dtype}")
+                records["checksum"] = [zlib.crc32(row) for row in rows]
+                now = time.perf_counter()
+                records["seconds"] = (now - before) / max(1, len(good)) / world_size()
+                stream.write(records.tobytes())
+                stream.flush()
+                position, before = position + len(batch.items), now
+                yield batch
+
+
+def extract_features(
+    model: nn.Module,
+    items: Sequence[Item],
+    ids: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    compute: bool = True,
+) -> Extraction:
+    """Returns the features of images, whose `ids` change if the image does. Computes those that `folder` lacks.
+
+    If `compute` is False, images without features count as unreadable. Records are appended batch by batch: an
+    interrupted run resumes, and a larger data set computes only its new images. An unreadable image leaves no record;
+    the next run tries it again. Under torchrun each process computes a share, and then reads the files of all.
+    Raises OSError if a file cannot be written, FloatingPointError if features overflow.
+    """
+    files = _FeatureFiles(folder, model, device, half=len(items) > LARGE)
+    ids, computed, errors = [image.encode() for image in ids], 0, []
+    tables, places = files.read(ids)
+    if compute and not all(gather(all(image in places for image in ids))):
+        # one lock for all processes; another run may be computing the same features
+        with locked(files.lock, wait=True) if is_first() else nullcontext():
+            barrier()
+            computed, errors = _compute_missing(files, model, items, ids, device)
+            tables, places = files.read(ids)
+            barrier()  # every process has read the files
+    readable = [i for i, image in enumerate(ids) if image in places]
+    located = torch.tensor([places[ids[i]] for i in readable], dtype=torch.int64).reshape(-1, 2)
+    seconds = sum(
+        float(table["seconds"][located[located[:, 0] == number, 1]].sum()) for number, table in enumerate(tables)
+    )
+    features = Features([torch.from_numpy(table["features"]) for table in tables], located)
+    return Extraction(features, torch.tensor(readable, dtype=torch.int64), seconds, computed, errors)
+
+
+def _compute_missing(
+    files: _FeatureFiles, model: nn.Module, items: Sequence[Item], ids: Sequence[bytes], device: torch.device
+) -> tuple[int, list[ImageError]]:
+    """Computes this process's share of the missing features. Returns the total of all processes, and their errors."""
+    _, places = files.read(ids)  # under the lock
+    barrier()  # before any process writes
+    missing = [i for i, image in enumerate(ids) if image not in places]
+    done = len(ids) - len(missing)
+    if missing and done:
+        print(f"{model.backbone}: {done:,} of {len(ids):,} images have their features")
+    own, errors = [missing[i] for i in share(len(missing), batch_size_for(device))], []
+    with Progress(len(ids), f"{model.backbone} features", done) as bar:
+        batches = run_images([fast_copy(model, device)], (items[i] for i in own), type(model).forward_features)
+        for batch in files.append([ids[i] for i in own], batches):
+            errors += batch.errors.values()
+            bar.update(len(batch.items) * world_size())
+    errors = [error for part in gather(errors) for error in part]  # waits until every process has written its file
+    return len(missing) - len(errors), errors
+
+
+@torch.inference_mode()
+def most_similar(model: nn.Module, queries: Tensor, features: Features, count: int) -> list[list[tuple[int, float]]]:
+    """For each of Q images, features (Q, width), the images whose features are most similar, and the cosines."""
+    scale = getattr(model.classifier, "standardize", nn.Identity())
+    queries = F.normalize(scale(queries))
+    cosines = torch.cat([F.normalize(scale(block)) @ queries.T for block in features.blocks()])  # (N, Q)
+    cosines, images = cosines.T.topk(min(count, len(features)))
+    return [list(zip(*pair, strict=True)) for pair in zip(images.tolist(), cosines.tolist(), strict=True)]

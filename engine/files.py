@@ -1,0 +1,108 @@
+"""How is a file written whole, a folder locked, a content hashed, a file of tensors trusted?"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears at `path` once it is complete, and not at all if anything fails."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with explain_write_error(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write_error(path: Path) -> Iterator[None]:
+    """Adds the file's path and the free space to an OSError."""
+    try:
+        yield
+    except OSError as error:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); {free}") from error
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Locks the file `path`. The system releases the lock when the process ends, even after a crash.
+
+    If another process holds the lock, waits for it if `wait`, else raises OSError.
+    """
+    with explain_write_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    with file:
+        while True:
+            try:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # as on some network file systems
+                    print(f"{path.parent} cannot be locked ({error.strerror}): run one at a time", file=sys.stderr)
+                    break
+                if not wait:
+                    message = f"another run uses {path.parent}: wait for it to end, or choose another --output"
+                    raise OSError(message) from error
+            time.sleep(0.1)
+        yield
+
+
+def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors, and of plain values."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, content: dict) -> None:
+    """torch.save that leaves a whole file or none. Raises OSError."""
+    buffer = io.BytesIO()  # torch.save to a file would hide why a write failed
+    torch.save(content, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_tensors(path: Path) -> dict:
+    """Loads what `save_tensors` wrote, onto the CPU. Code in the file is never executed.
+
+    Raises FileNotFoundError, or any other exception if the file is damaged or hostile.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch.save does not compress, so a compressed file may be a zip bomb
+        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+            raise ValueError("it is compressed")
+    return torch.load(path, map_location="cpu", weights_only=True)

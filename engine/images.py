@@ -1,0 +1,250 @@
+"""How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation."""
+
+import importlib
+import io
+import math
+import threading
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from engine.console import first_line
+
+MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
+MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
+LARGE = 32_000_000  # bytes of memory beyond which images are decoded one at a time
+_one_large_image = threading.Lock()
+
+Item = Path | np.ndarray | Image.Image  # an image file, a uint8 array (H, W, 3), or an image that Pillow has opened
+
+
+class ImageError(OSError):
+    """An image that cannot be read. The message names it."""
+
+
+def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
+    """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
+
+    A wide or tall image is cropped to the square in the middle, unless `crop` is False. An image larger than
+    `max_size` is resized to (3, max_size, max_size), so that a batch of photographs takes no more memory than a batch
+    of thumbnails. `preprocess` resizes smaller images, on the device.
+    Raises ImageError, which names the file, if the image cannot be read for any reason.
+    """
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
+        if len(item) <= max_size:  # nothing to decode or to resize
+            return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
+    name = item if isinstance(item, Path) else "image"
+    try:
+        if not isinstance(item, Path):
+            return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size, crop)
+        size = item.stat().st_size
+        if not item.is_file():  # opening a pipe would block
+            raise OSError("not a file")
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
+        content = io.BytesIO(item.read_bytes())  # Pillow itself would issue about 40 small reads
+        with Image.open(content, formats=image_formats()) as image:
+            return _decode(image, max_size, crop)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image") from error
+    except Exception as error:  # damaged files make Pillow raise nearly any exception
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ImageError(f"{name}: {reason}") from error
+
+
+def read_for_plot(
+    captioned: Iterable[tuple[Item, str]], limit: int, size: int = 224
+) -> tuple[list[np.ndarray], list[str]]:
+    """The first `limit` images that can be read, (H, W, 3), at most `size` large, and their captions."""
+    images, captions = [], []
+    for item, caption in captioned:
+        if len(images) == limit:
+            break
+        with suppress(ImageError):  # the file may have been deleted
+            images.append(read_image(item, size).permute(1, 2, 0).numpy())
+            captions.append(caption)
+    return images, captions
+
+
+def is_image_file(path: str, extension: str) -> bool:
+    """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
+    formats = image_formats()
+    if Image.EXTENSION.get(extension) in formats:
+        return True
+    if not Path(path).is_file():
+        return False
+    try:
+        with Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]):
+            return True
+    except Exception:  # not an image, or not readable
+        return False
+
+
+@lru_cache
+def image_formats() -> tuple[str, ...]:
+    """The names of the image formats that Pillow may open.
+
+    Excluded are formats that are not images, formats that make Pillow start another program (Ghostscript), and BLP
+    (game textures), because its reader allocates as much memory as a damaged header asks for.
+    """
+    Image.preinit()  # the common formats first: Pillow tries them in this order
+    Image.init()
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    with suppress(ImportError):
+        importlib.import_module("pillow_jxl")
+    Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; _decode refuses by the memory they take
+    return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR", "BLP"))
+
+
+def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
+    # a progressive JPEG keeps all of its coefficients in memory
+    coefficients = 6 * image.width * image.height if "progressive" in image.info else 0
+    image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
+    memory = _bytes_per_pixel(image) * image.width * image.height + coefficients
+    if memory > MAX_MEMORY:
+        raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
+    with _one_large_image if memory > LARGE else nullcontext():
+        with suppress(Exception):  # ignore damaged EXIF; keep the image
+            ImageOps.exif_transpose(image, in_place=True)
+        image = _to_8_bits(image)
+        if crop:
+            width, height = image.size
+            left, top, side = max(0, width - height) // 2, max(0, height - width) // 2, min(width, height)
+            image = image.crop((left, top, left + side, top + side))
+        if max(image.size) > max_size:
+            image = image.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+
+
+def _bytes_per_pixel(image: Image.Image) -> int:
+    """The most that decoding takes: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
+    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """An image that can be resized. Pixels of more than 8 bits become 8, scaled by the image's own depth.
+
+    The depth is the smallest of 8, 12 and 16 bits that holds the brightest pixel; fractions up to 1 are scaled by 1.
+    Anything else, such as measurements below zero, is stretched from its smallest to its largest value.
+    """
+    if image.mode[0] in "IF":
+        values = np.array(image, dtype=np.float32)
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
+        del finite
+        depths = ([1.0] if image.mode == "F" else []) + [255.0, 4095.0, 65535.0]
+        full = next((depth for depth in depths if low >= 0 and high <= depth), None)
+        low, full = (0.0, full) if full else (low, max(high - low, 1e-6))
+        values -= np.float32(low)
+        values *= np.float32(255 / full)
+        np.nan_to_num(values, copy=False)
+        return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
+    if image.has_transparency_data and image.mode != "RGBA":
+        return image.convert("RGBA")
+    if image.mode in ("1", "P"):
+        return image.convert("RGB")
+    image.load()
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB in sRGB, transparency on white."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "RGBA":
+        rgb = Image.new("RGB", image.size, "white")
+        rgb.paste(image, mask=image)
+        image = rgb
+    if profile:
+        with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another kind of image
+            return ImageCms.applyTransform(image, _to_srgb(profile, image.mode))
+    return image.convert("RGB")
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """The transform from the colours of an ICC profile to sRGB."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+# -------------------------------------------------------------------------------------------------- batches
+
+
+def preprocess(
+    images: Tensor | list[Tensor],
+    preprocessing: dict,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, channels_last.
+
+    `preprocessing` is the attribute of a TransferModel: image_size S, mean and std. Images of one size are resized
+    together. Normalising comes first, while the images are small.
+    """
+    S = preprocessing["image_size"]
+    mean, std = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
+    resized = []
+    for batch in [images] if isinstance(images, Tensor) else _same_size(images):
+        x = batch.to(device, non_blocking=batch.is_pinned())  # (b, 3, H, W)
+        x = ((x / 255 - mean) / std).to(dtype)
+        if x.shape[2:] != (S, S):
+            x = F.interpolate(x, (S, S), mode="bilinear", antialias=True)
+        resized.append(x)
+    return torch.cat(resized).contiguous(memory_format=torch.channels_last)
+
+
+def stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """One batch (B, 3, H, W) in pinned memory, whose copy to a GPU waits for nothing; else the images as they are."""
+    if device.type == "cuda" and len({image.shape for image in images}) == 1:
+        return torch.stack(images).pin_memory()
+    return images
+
+
+def _same_size(images: list[Tensor]) -> list[Tensor]:
+    """Batches (b, 3, H, W) of images, in order, a new one wherever the size changes."""
+    changes = [i for i in range(1, len(images)) if images[i].shape != images[i - 1].shape]
+    return [torch.stack(images[i:j]) for i, j in zip([0, *changes], [*changes, len(images)], strict=True)]
+
+
+@lru_cache
+def _on_device(values: tuple[float, ...], device: torch.device | str) -> Tensor:
+    return torch.tensor(values, device=device)[:, None, None]
+
+
+def augment(image: Tensor, draws: Tensor, mean: tuple[float, ...]) -> Tensor:
+    """Moves an image, uint8 (3, H, W), mirrors it, and blanks a square of it, for training.
+
+    `draws` are five random numbers from 0 to 1: for the vertical shift, the horizontal shift, the mirroring, and the
+    row and column around which a square is filled with the mean colour (Cutout: DeVries and Taylor 2017, arXiv
+    1708.04552).
+    """
+    _, H, W = image.shape
+    down, right, mirror, row, column = draws.tolist()
+    rows, columns = _shifted(H, down), _shifted(W, right)
+    if mirror < 0.5:
+        columns = columns.flip(0)
+    image = image[:, rows[:, None], columns]
+    blank = _near(H, row)[:, None] & _near(W, column)
+    color = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)[:, None, None]
+    return torch.where(blank, color, image)
+
+
+def _shifted(size: int, draw: float) -> Tensor:
+    """Pixel indices (size,), moved by up to an eighth of the size, reflected at the border."""
+    reach = size // 8
+    indices = torch.arange(size) + math.floor((2 * reach + 1) * draw) - reach
+    return size - 1 - (size - 1 - indices.abs()).abs()
+
+
+def _near(size: int, draw: float) -> Tensor:
+    """Which pixels (size,) are within an eighth of the size of a place."""
+    return (torch.arange(size) + 0.5 - draw * size).abs() < size / 8

@@ -1,0 +1,135 @@
+"""How good is a model, and is a difference real?
+
+Logits are (N, classes), labels (N,), probabilities and accuracies from 0 to 1. A row of NaN logits belongs to an image
+that could not be read: it has no answer, and every metric leaves it out.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The prior of the temperature's logarithm: mean 0 and this standard deviation. A few images cannot move it far.
+TEMPERATURE_PRIOR = 0.1
+
+
+def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The mean cross-entropy, and the share of images whose label has the largest logit."""
+    logits, labels = answered(logits, labels)
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
+
+
+def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits and labels of the images that could be read."""
+    readable = ~logits[:, 0].isnan()
+    return logits[readable], labels[readable]
+
+
+def with_unread(rows: Tensor, readable: Tensor, count: int) -> Tensor:
+    """Rows (M, D) of the readable images, whose indices are (M,) -> (count, D), NaN for the other images."""
+    full = torch.full((count, rows.shape[1]), torch.nan)
+    full[readable] = rows
+    return full
+
+
+def correct(logits: Tensor, labels: Tensor) -> list[int | None]:
+    """For each image 1 if its label has the largest logit, else 0; None if it could not be read."""
+    hits = (logits.argmax(dim=1) == labels).int().tolist()
+    return [None if unread else hit for hit, unread in zip(hits, logits[:, 0].isnan().tolist(), strict=True)]
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Calibrated log-probabilities (N, classes)."""
+    return (logits / temperature).log_softmax(dim=1)
+
+
+def average_models(log_probabilities: Sequence[Tensor]) -> Tensor:
+    """The ensemble's logits (N, classes): the mean of the models' log-probabilities."""
+    return torch.stack(list(log_probabilities)).mean(dim=0)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
+    """Test metrics as plain numbers: accuracies, scores of each class, calibration, confusion matrix."""
+    hits = correct(logits, labels)
+    logits, labels = answered(logits, labels)
+    loss, accuracy = loss_and_accuracy(logits, labels)
+    before, after = calibration(logits, labels), calibration(logits / temperature, labels)
+    return {
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "test_interval": wilson_interval(accuracy, len(labels)),
+        "correct": hits,
+        "top2_accuracy": (logits.topk(min(2, logits.shape[1])).indices == labels[:, None]).any(1).float().mean().item(),
+        **class_scores(logits.argmax(dim=1), labels, logits.shape[1]),
+        "calibration": {"before": before, "after": after},
+    }
+
+
+def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
+    """Precision, recall and F1 of each class and their means, and the confusion matrix, whose rows are true classes."""
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    confusion.index_put_((labels, predicted), torch.tensor(1), accumulate=True)
+    hits, predictions, images = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
+    scores = {
+        "precision": hits / predictions.clamp(1),
+        "recall": hits / images.clamp(1),
+        "f1": 2 * hits / (predictions + images).clamp(1),
+    }
+    return {
+        "per_class": {name: score.tolist() for name, score in scores.items()},
+        "macro": {name: score.mean().item() for name, score in scores.items()},
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
+    """The expected calibration error, and for each bin of confidence its count, mean confidence and accuracy."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    hits = (predicted == labels).float()
+    count, *sums = (which.bincount(values, minlength=bins) for values in (None, confidence, hits))
+    confidences, accuracies = (total / count.clamp(1) for total in sums)
+    error = ((confidences - accuracies).abs() * count).sum() / len(labels)
+    rows = {"count": count.tolist(), "confidence": confidences.tolist(), "accuracy": accuracies.tolist()}
+    return {"ece": error.item(), **rows}
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior.
+
+    Searches its logarithm from -3.7 to 3.7 in ever finer steps.
+    """
+    logits, labels = answered(logits, labels)
+
+    def improbability(t: float) -> float:
+        loss = F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item()
+        return loss + (t / TEMPERATURE_PRIOR) ** 2 / 2
+
+    best = 0.0
+    for step in (0.5, 0.1, 0.02, 0.004):
+        best = min((best + step * i for i in range(-6, 7)), key=improbability)
+    return math.exp(best)
+
+
+def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of an accuracy on `count` images (Wilson 1927)."""
+    z = 1.96
+    center = accuracy + z**2 / (2 * count)
+    spread = z * math.sqrt(accuracy * (1 - accuracy) / count + (z / (2 * count)) ** 2)
+    return max(0.0, center - spread) / (1 + z**2 / count), min(1.0, (center + spread) / (1 + z**2 / count))
+
+
+def paired_difference(one: Sequence[int | None], other: Sequence[int | None]) -> tuple[float, float]:
+    """By how much one accuracy exceeds another one on the same images, and the margin of its 95 % interval.
+
+    Both are lists from `correct`, of the same images in the same order. A difference smaller than the margin is not
+    significant. Only images that one of the models has right count, as in McNemar's test (interval: Bonett and Price
+    2012).
+    """
+    pairs = [pair for pair in zip(one, other, strict=True) if None not in pair]
+    count = len(pairs) + 2
+    gains, losses = (sum(pair == kind for pair in pairs) + 1 for kind in ((1, 0), (0, 1)))
+    margin = 1.96 * math.sqrt(gains + losses - (gains - losses) ** 2 / count) / count
+    return (gains - losses) / count, margin
