@@ -7,6 +7,7 @@ data.train.items[0], data.train.labels[0]
 import hashlib
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +51,7 @@ class Images:
 
     def paths(self) -> list[str]:
         """For each image the path of its file, or its name."""
-        return [
-            str(item) if isinstance(item, Path) else name for item, name in zip(self.items, self.names, strict=True)
-        ]
+        return self.names if isinstance(self.items, np.ndarray) else [str(item) for item in self.items]
 
     def ids(self) -> list[str]:
         """For each image a hash of its pixels, or of its file's path, size and times. It changes if the image does."""
@@ -62,11 +61,11 @@ class Images:
 def _identity(item: Path | np.ndarray) -> bytes | np.ndarray:
     if isinstance(item, np.ndarray):
         return np.ascontiguousarray(item)
-    try:
+    identity = os.fsencode(item.absolute())
+    with suppress(OSError):  # the file is gone; reading it will raise an ImageError
         file = item.stat()
-        return os.fsencode(item.absolute()) + f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}".encode()
-    except OSError:  # the file is gone; reading it will raise an ImageError
-        return os.fsencode(item.absolute())
+        identity += f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}".encode()
+    return identity
 
 
 @dataclass
@@ -81,18 +80,22 @@ class Data:
     notes: tuple[str, ...]  # what the user should know, a line each
 
     @property
-    def split(self) -> str:
-        """A hash of which image is in which part."""
-        names = "\0\0".join("\0".join(part.names) for part in (self.train, self.val, self.test))
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+    def parts(self) -> dict[str, Images]:
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
+    def identity(self) -> dict:
+        """What identifies the data set in a row of results.json. "split" is a hash of which image is in which part."""
+        names = "\0\0".join("\0".join(images.names) for images in self.parts.values())
+        split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+        return {"content": self.content, "split": split, "classes": list(self.classes)}
 
 
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
     If test or validation images are missing, holds out 20 % of the training images of each class, chosen by `seed`.
-    `limit` keeps that many training images and the same share of the test and validation images, balanced over the
-    classes.
+    `limit` keeps that many training images, and that share of the others, balanced over the classes.
     Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
     """
     notes = []
@@ -112,7 +115,8 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
         share = limit / max(1, len(parts["train"]))
         for part, images in parts.items():
             count = limit if part == "train" else max(len(classes), round(share * len(images)))
-            parts[part] = _limit(images, count, seed)
+            balanced = _ranks(images.labels, seed).argsort(stable=True)[:count]
+            parts[part] = images.subset(balanced.sort().values)
     if empty := without_images(classes, parts["train"]):
         raise ValueError("; ".join([f"no training image of {empty} in {source}: add some, or raise --limit", *notes]))
     if "val" not in parts:
@@ -136,7 +140,7 @@ def _content(classes: tuple[str, ...], parts: dict[str, Images]) -> str:
                 digest.update(np.ascontiguousarray(item))
             else:
                 size = os.path.getsize(item) if os.path.exists(item) else 0
-                digest.update(os.fsencode(f"/{name}") + f"\0{size}\0".encode())
+                digest.update(os.fsencode(f"/{name}\0{size}\0"))
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 
@@ -149,10 +153,7 @@ def without_images(classes: tuple[str, ...], images: Images) -> str:
 
 
 def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
-    """Holds out 20 % of each class. Returns the remaining images and the held-out images.
-
-    A class of `at_least` or more images gives at least one image; a smaller class gives none.
-    """
+    """The images without 20 % of each class, and these: at least one, but none of a class smaller than `at_least`."""
     counts = images.labels.bincount()
     held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
     chosen = _ranks(images.labels, seed) < held_out[images.labels]
@@ -169,11 +170,6 @@ def _ranks(labels: Tensor, seed: int) -> Tensor:
     return ranks
 
 
-def _limit(images: Images, limit: int, seed: int) -> Images:
-    """At most `limit` images, balanced over the classes."""
-    return images.subset(_ranks(images.labels, seed).argsort(stable=True)[:limit].sort().values)
-
-
 # ---------------------------------------------------------------------------------------------- sources
 
 
@@ -181,11 +177,11 @@ def _cifar10(root: Path) -> dict[str, Images]:
     from torchvision.datasets import CIFAR10
 
     try:
-        parts = [CIFAR10(root, train) for train in (True, False)]  # checks every file's md5 before it opens one
+        parts = {"train": CIFAR10(root), "test": CIFAR10(root, train=False)}  # checks every md5 before it opens a file
     except RuntimeError:  # missing or incomplete
         with locked(root / ".lock", wait=True):
             try:
-                parts = [CIFAR10(root, train, download=True) for train in (True, False)]
+                parts = {"train": CIFAR10(root, download=True), "test": CIFAR10(root, train=False)}
             except (OSError, RuntimeError) as error:
                 archive = root / CIFAR10.filename
                 refused = f"{archive} is not the right file, and " if archive.exists() else ""
@@ -193,8 +189,7 @@ def _cifar10(root: Path) -> dict[str, Images]:
                     f"{refused}CIFAR-10 cannot be downloaded ({first_line(error)}): put {archive.name} (md5 "
                     f"{CIFAR10.tgz_md5}) into {root}/, or use --data FOLDER with your own images, or --demo"
                 ) from error
-    pairs = zip(("train", "test"), parts, strict=True)
-    return {name: _arrays(name, part.data, torch.tensor(part.targets)) for name, part in pairs}
+    return {name: _arrays(name, part.data, torch.tensor(part.targets)) for name, part in parts.items()}
 
 
 def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], dict[str, Images]]:
@@ -224,7 +219,7 @@ def _folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[s
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; {expected}")
     names, skipped = class_folders(root)
-    if len(names) == 1 and not _split(names[0]) and class_folders(root / names[0])[0]:  # an unpacked archive
+    if len(names) == 1 and not _part_folders(root, names) and class_folders(root / names[0])[0]:  # an unpacked archive
         root /= names[0]
         names, more = class_folders(root)
         skipped += more
@@ -234,8 +229,9 @@ def _folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[s
     elif "train" not in folders:
         raise ValueError(f"no train/ in {root}; {expected}")
     else:
-        for name in set(names) - {folder.name for folder in folders.values()}:
-            skipped[f"in {printable(name)}/"] += _count_files(root / name)
+        for name in names:
+            if root / name not in folders.values():
+                skipped[f"in {printable(name)}/"] += _count_files(root / name)
         names, more = class_folders(folders["train"])
         classes, skipped = tuple(names), skipped + more
     if not classes:
@@ -243,14 +239,14 @@ def _folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[s
     if len(classes) == 1:
         raise ValueError(f"{folders['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
     parts = {}
-    for part in [part for part in SPLITS if part in folders]:
+    for part, folder in folders.items():
         if part != "train":
-            names, more = class_folders(folders[part])
+            names, more = class_folders(folder)
             skipped += more
             if unknown := ", ".join(sorted(set(names) - set(classes))):
-                where = f"{folders[part]} has a class that the training images lack"
-                raise ValueError(f"{where}: {unknown}; rename it, or add it to the training images")
-        parts[part], more = labelled_images(folders[part], classes, source)
+                lacking = f"{folder} has a class that the training images lack: {unknown}"
+                raise ValueError(f"{lacking}; rename it, or add it to the training images")
+        parts[part], more = labelled_images(folder, classes, source)
         skipped += more
     return classes, parts, skipped
 
@@ -258,21 +254,13 @@ def _folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[s
 def _part_folders(root: Path, names: list[str]) -> dict[str, Path]:
     """The folders that hold a part of the data set: train, val, test."""
     folders = {}
-    for name in names:
-        part = _split(name)
-        if part in folders:
-            raise ValueError(f"{root} has both {folders[part].name}/ and {name}/: keep one of them")
-        if part:
-            folders[part] = root / name
+    for part, spellings in SPLITS.items():
+        found = [name for name in names if name.lower() in spellings]
+        if len(found) > 1:
+            raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
+        if found:
+            folders[part] = root / found[0]
     return folders
-
-
-def _split(name: str) -> str | None:
-    """The part of the data set that a folder of this name holds: train, val, test or none."""
-    return next((split for split, spellings in SPLITS.items() if name.lower() in spellings), None)
-
-
-# ---------------------------------------------------------------------------------------------- folders
 
 
 def class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -288,13 +276,10 @@ def class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
 
 
 def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
-    """The images in the class folders of `folder`, and the numbers of files that are not used. A class may be missing.
-
-    Their names are their paths below `source`.
-    """
+    """The images in the class folders of `folder`, named by their paths below `source`, and numbers of unused files."""
     items, labels, skipped = [], [], Counter()
     for label, name in enumerate(classes):
-        if (folder / name).is_dir():
+        if (folder / name).is_dir():  # a class may be missing
             found, more = find_images(folder / name)
             items += found
             labels += [label] * len(found)
@@ -307,8 +292,7 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
     """The images below `folder`, sorted, and the numbers of files that are not used, by reason."""
     images, skipped = [], Counter()
     try:
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return [], Counter({"folders that cannot be opened": 1})
     for entry in entries:
@@ -317,13 +301,12 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
             skipped["links to nothing"] += 1
         elif entry.is_symlink() and os.path.isdir(entry.path):
             skipped["linked folders"] += 1
+        elif entry.is_dir(follow_symlinks=False) and _is_hidden(entry.name):
+            skipped["in hidden folders"] += _count_files(entry.path)
         elif entry.is_dir(follow_symlinks=False):
-            if _is_hidden(entry.name):
-                skipped["in hidden folders"] += _count_files(entry.path)
-            else:
-                found, more = find_images(Path(entry.path))
-                images += found
-                skipped += more
+            found, more = find_images(Path(entry.path))
+            images += found
+            skipped += more
         elif entry.name.startswith("."):
             skipped["hidden"] += 1
         elif is_image_file(entry.path, extension):

@@ -28,11 +28,14 @@ import models
 import train_utils
 import visualization
 from data import CIFAR10_SIZE, Data, load_data, without_images
+from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
+from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, positive, printable, run_script, seed_number
 from engine.device import (
     DTYPES,
-    device_name,
+    batch_size_for,
+    computes_in_bf16,
     pick_device,
     pick_precision,
     synchronized_time,
@@ -43,20 +46,8 @@ from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import fit_temperature, loss_and_accuracy, with_unread
-from engine.results import (
-    check_replacement,
-    comparable,
-    comparison_table,
-    ensemble_row,
-    extraction_row,
-    model_row,
-    print_table,
-    provenance,
-    read_results,
-    write_results,
-)
 from engine.run import measure_cost, outputs_of
-from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Batches
+from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     elif args.data == "cifar10":
         args.output, args.image_size = args.output or Path(), args.image_size or CIFAR10_SIZE
     else:
-        args.data = os.path.abspath(args.data)  # also without a trailing slash
+        args.data = os.path.abspath(os.path.expanduser(args.data))  # also without a trailing slash
         args.output = args.output or Path("runs", Path(args.data).name)
     return args
 
@@ -124,27 +115,26 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
-    where = f"on {device_name(device)} in {args.precision}, into {args.output}/"
-    print(f"{args.data}: {', '.join(args.models)} {where}")
-    facts = {"data": args.data, **provenance(sys.argv[1:] if argv is None else argv, device)}
+    if args.precision == "bf16" and not computes_in_bf16(device):
+        print("this processor has no bf16 instructions: expect up to forty times the time of fp32", file=sys.stderr)
+    facts = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
+    print(f"{args.data}: {', '.join(args.models)} on {facts['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
         data = load_data(args.data, args.cache, args.limit)
-        counts = ", ".join(f"{len(images):,} for {part}" for part, images in (
-            ("training", data.train), ("validation", data.val), ("testing", data.test)))  # fmt: skip
-        print(f"{len(data.classes)} classes, images: {counts}")
-        print(*data.notes, sep="\n", end="\n" if data.notes else "")
-        rows = read_results(args.output / "plots" / "results.json") if is_first() else {}
+        counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
+        print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
+        rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
         trained = train_models(args, data, device, facts, rows)
         if not trained:
             return 2
-        expected = len(args.models) * (2 if args.fine_tune else 1)
-        complete = len(trained) == expected and all(each.complete for each in trained)
+        all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
+        complete = all_trained and all(each.complete for each in trained)
         if is_first():
-            if len(trained) == expected:  # else the same command needs them
-                for each in trained:
-                    (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
+            for each in trained if all_trained else ():  # else the same command needs them
+                (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
             complete &= summarize(trained, rows, data, args.output)
-    checkpoint = args.output / "checkpoints" / f"{trained[-1].model.name}.pt"
+    best = max(trained, key=lambda each: each.row["val_accuracy"]).model.name
+    checkpoint = args.output / "checkpoints" / f"{best}.pt"
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
 
@@ -199,88 +189,96 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     return model
 
 
-def extract(model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device) -> dict:
-    """The features of each part of the data. Raises ValueError if too few images can be read."""
-    features = {}
-    for part in ("train", "val", "test"):
-        images = getattr(data, part)
+def extract(
+    model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Extraction], dict[str, Tensor]]:
+    """The features and labels of the readable images of each part. Raises ValueError if too few can be read."""
+    features, readable = {}, {}
+    for part, images in data.parts.items():
         features[part] = extract_features(model, images.items, images.ids(), args.cache / "features", device)
-    train, test = (getattr(data, part).subset(features[part].readable) for part in ("train", "test"))
-    if empty := without_images(data.classes, train):
+        readable[part] = images.subset(features[part].readable)
+    if empty := without_images(data.classes, readable["train"]):
         raise ValueError(f"no training image of {empty} can be read")
-    if not len(features["val"].readable) or not len(test):
+    if not len(readable["val"]) or not len(readable["test"]):
         raise ValueError("no image for validation or testing can be read")
-    if empty := without_images(data.classes, test):
+    if empty := without_images(data.classes, readable["test"]):
         print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
-    return features
+    return features, {part: images.labels for part, images in readable.items()}
 
 
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data, args, args.seed)
     for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
-        check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
-    features = extract(model, data, args, device)
-    labels = {part: getattr(data, part).labels[found.readable] for part, found in features.items()}
-    recipe = replace(
-        RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
-    )
+        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
+    features, labels = extract(model, data, args, device)
+    recipe = recipe_of(args, RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
+    precision = pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
 
     def batches(part: str, seed: int | None = None) -> Batches:
-        load = train_utils.feature_loader(features[part].features, device)
+        load = feature_loader(features[part].features, device)
         return Batches(load, labels[part], recipe.batch_size, device, seed)
 
-    val, test, results = batches("val"), batches("test"), []
-    precision = pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
-    for seed in range(args.seed, args.seed + args.seeds):
+    def train(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
         classifier = (model if seed == args.seed else new_model(name, data, args, seed)).classifier.to(device)
         torch.manual_seed(seed)
-        start, train = synchronized_time(device), batches("train", seed)
+        start, title = synchronized_time(device), f"{name} classifier"
+        fit = batches("train", seed), batches("val"), recipe, precision, title
         with threads(1):  # more gain little, and wait long for each other if anything else runs
-            history, val_logits = train_utils.fit_classifier(
-                classifier, train, val, recipe, precision, f"{name} classifier"
-            )
-            logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, test)[0]}
-        results.append((logits, history, synchronized_time(device) - start))
-    logits, history, seconds = results[0]
+            history, val_logits = train_utils.fit_classifier(classifier, *fit)
+            logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
+        return logits, history, synchronized_time(device) - start
+
+    runs = [train(seed) for seed in range(args.seed, args.seed + args.seeds)]
+    logits, history, seconds = runs[0]
+    accuracies = {part: [loss_and_accuracy(each[part], labels[part])[1] for each, *_ in runs] for part in logits}
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
         "seed": args.seed,
-        "train_images": len(labels["train"]),
-        "recipe": asdict(recipe),
-        "accuracy_by_seed": {
-            part: [loss_and_accuracy(found[part], labels[part])[1] for found, *_ in results] for part in logits
-        },
-        "features": extraction_row(features.values(), [features["train"], features["val"]], device),
-        "precision": {"features": model.precision, "training": precision},
+        "features": {"batch_size": batch_size_for(device), **results.extraction_row(features)},
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
-        "history": history,
+        **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
     }
-    spread = {
-        part: with_unread(rows, features[part].readable, len(getattr(data, part))) for part, rows in logits.items()
-    }
-    trained = TrainedModel(model.to(device), row, spread, features)
-    found = features["train"].features, labels["train"], features["val"].features, logits["val"]
+    detector = features["train"].features, labels["train"], features["val"].features, logits["val"]
+    logits = {part: with_unread(rows, features[part].readable, len(data.parts[part])) for part, rows in logits.items()}
+    trained = TrainedModel(model.to(device), row, logits, features)
     trained.complete = attempt(
-        "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*found))
+        "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*detector))
     )
     return trained
+
+
+def recipe_of(args: argparse.Namespace, default: Recipe, **chosen: float) -> Recipe:
+    return replace(default, class_weights=args.class_weights, **chosen)
+
+
+def training_row(
+    model: models.TransferModel, recipe: Recipe, precision: str, history: list, train_images: int, accuracies: dict
+) -> dict:
+    """What a row of results.json says of a training. Accuracies are a list over the seeds for "val" and "test"."""
+    return {
+        "recipe": asdict(recipe),
+        "precision": {"features": model.precision, "training": precision},
+        "history": history,
+        "train_images": train_images,
+        "accuracy_by_seed": accuracies,
+    }
 
 
 def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """Trains the backbone as well, starting from the trained classifier. Resumes a training that was interrupted."""
     model = copy.deepcopy(frozen.model)
     model.unfreeze()
-    train, val = (getattr(data, part).subset(frozen.features[part].readable) for part in ("train", "val"))
+    train, val = (data.parts[part].subset(frozen.features[part].readable) for part in ("train", "val"))
+    if min(len(train), len(val)) < world_size():
+        raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
     # on a CPU the backward pass is slower in bf16
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     size = min(args.batch_size, FINE_TUNING.batch_size)
-    recipe = replace(
-        FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr, class_weights=args.class_weights
-    )
-    if min(len(train), len(val)) < world_size():
-        raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
-    key = content_hash(model.state_dict(), [asdict(recipe), precision, args.seed, len(train)])
+    recipe = recipe_of(args, FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr)
+    # not the classifier, which a GPU may not train twice to the last digit
+    settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
+    key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := train_utils.load_progress(file, key):
         print(f"{model.name}: resuming after {len(progress['history'])} of {recipe.epochs} epochs")
@@ -289,27 +287,22 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         if is_first():
             attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
 
+    start_loss, _ = loss_and_accuracy(frozen.logits["val"], data.val.labels)
     training = train_utils.fine_tune(
-        model.cpu(), train, val, recipe, precision, device, args.seed, progress, save_progress
+        model.cpu(), train, val, recipe, precision, device, args.seed, start_loss, progress, save_progress
     )
     unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
-    fast, logits, errors = fast_copy(model, device), {}, set()
+    train_images, fast, logits, accuracies = len(train) - len(unread), fast_copy(model, device), {}, {}
     for part in ("val", "test"):
-        logits[part], failed = outputs_of(fast, getattr(data, part).items, f"{model.name} answers")
-        errors |= {str(error) for error in failed}
-    accuracies = {part: [loss_and_accuracy(rows, getattr(data, part).labels)[1]] for part, rows in logits.items()}
+        logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
+        unread |= {str(error) for error in errors}
+        accuracies[part] = [loss_and_accuracy(logits[part], data.parts[part].labels)[1]]
+    extraction = frozen.row["features"]
     row = {
         **frozen.row,
-        "train_images": len(train) - len(unread),
-        "recipe": asdict(recipe),
-        "accuracy_by_seed": accuracies,
-        "features": {
-            **frozen.row["features"],
-            "unreadable": sorted({*frozen.row["features"]["unreadable"], *unread, *errors}),
-        },
-        "precision": {"features": model.precision, "training": precision},
+        "features": {**extraction, "unreadable": sorted({*extraction["unreadable"], *unread})},
         "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
-        "history": training.history,
+        **training_row(model, recipe, precision, training.history, train_images, accuracies),
     }
     return TrainedModel(model, row, logits, frozen.features)
 
@@ -321,16 +314,15 @@ def save(
 
     Only saving the checkpoint may raise; `trained.complete` tells whether the rest has worked.
     """
-    model, test = trained.model, data.test
+    model, test, plots = trained.model, data.test, output / "plots"
     model.temperature = fit_temperature(trained.logits["val"], data.val.labels)
-    parts = ((trained.logits[part], getattr(data, part).labels) for part in ("val", "test"))
-    identity = {"content": data.content, "split": data.split, "classes": list(data.classes)}
-    trained.row = row = {**trained.row, **facts, **identity, **model_row(model, *parts)}
+    parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
+    trained.row = row = {**trained.row, **facts, **data.identity, **results.model_row(model, *parts)}
     if not is_first():
         return
-    checkpoint, results = output / "checkpoints" / f"{model.name}.pt", output / "plots" / "results.json"
-    extra = ("history", "correct")  # not needed beside the model
-    models.save_checkpoint(checkpoint, model, {key: value for key, value in row.items() if key not in extra})
+    checkpoint, file = output / "checkpoints" / f"{model.name}.pt", plots / "results.json"
+    metrics = {key: value for key, value in row.items() if key not in ("history", "correct")}
+    models.save_checkpoint(checkpoint, model, metrics)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
     rows[model.name] = row
     cached = " (cached)" if row["features"]["cached"] else ""
@@ -338,14 +330,15 @@ def save(
     trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
-    color = visualization.colors(rows)[model.backbone]
-    trained.complete &= attempt(results, lambda: write_results(results, rows))
-    trained.complete &= attempt("measurement of speed", lambda: row.update(measure_cost(model, device)))
-    trained.complete &= attempt(results, lambda: write_results(results, rows))
-    trained.complete &= attempt(
-        f"plots of {model.name}",
-        lambda: visualization.draw_model(row, test.items, test.labels, trained.logits["test"], color, output / "plots"),
-    )
+    drawn = test.items, test.labels, trained.logits["test"], visualization.colors(rows)[model.backbone], plots
+    for what, action in (
+        (file, lambda: results.write_results(file, rows)),
+        ("measurement of speed", lambda: row.update(measure_cost(model, device))),
+        (file, lambda: results.write_results(file, rows)),
+        (f"plots of {model.name}", lambda: visualization.draw_model(row, *drawn)),
+    ):
+        trained.complete &= attempt(what, action)
+    model.cpu()  # makes room on the GPU for the next one
 
 
 def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, output: Path) -> bool:
@@ -353,45 +346,38 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
 
     Returns whether every step worked, all images were readable, and every training ran for all epochs.
     """
-    new_rows, complete = [each.row for each in trained], True
-    compared, results = comparable(rows, new_rows[0]), output / "plots" / "results.json"
+    new, plots = [each.row for each in trained], output / "plots"
+    compared = results.comparable(rows, new[0])
 
     def add_ensemble() -> None:
-        logits = ([each.logits[part] for each in trained] for part in ("val", "test"))
-        labels = {"val": data.val.labels, "test": data.test.labels}
-        compared["ensemble"] = ensemble_row(new_rows, *logits, labels)
-        write_results(results, rows, compared["ensemble"])
+        logits = {part: [each.logits[part] for each in trained] for part in ("val", "test")}
+        compared["ensemble"] = results.ensemble_row(new, logits, {part: data.parts[part].labels for part in logits})
+        results.write_results(plots / "results.json", rows, compared["ensemble"])
 
     def compare() -> None:
         print()
-        print_table(comparison_table(list(compared.values())))
-        if len(compared) > 1:
-            print("difference: in points from the best model on validation. "
-                  "Differences smaller than ± are not significant (95 %).")  # fmt: skip
-        visualization.draw_comparison(compared, output / "plots")
+        results.print_table(results.comparison_table(list(compared.values())))
+        visualization.draw_comparison(compared, plots)
 
-    if len(trained) > 1:
-        complete &= attempt("ensemble", add_ensemble)
-    complete &= attempt("comparison", compare)
+    def write_page() -> None:
+        visualization.write_page(compared, results.comparison_table(list(compared.values())), new[0], plots)
+
     best = max(trained, key=lambda each: each.row["val_accuracy"])
-    complete &= attempt("check of the data", lambda: check_data(best, data, output / "plots"))
-    complete &= attempt(
-        "report page",
-        lambda: visualization.write_page(
-            compared, comparison_table(list(compared.values())), new_rows[0], output / "plots"
-        ),
-    )
-    unreadable = sorted({reason for row in new_rows for reason in row["features"]["unreadable"]})
+    complete = attempt("ensemble", add_ensemble) if len(trained) > 1 else True
+    complete &= attempt("comparison", compare)
+    complete &= attempt("check of the data", lambda: check_data(best, data, plots))
+    complete &= attempt("report page", write_page)
+    unreadable = sorted({reason for row in new for reason in row["features"]["unreadable"]})
     for reason in unreadable:
         print(f"left out: {printable(reason)}", file=sys.stderr)
     if unreadable:
         print(f"{count_of(len(unreadable), 'image')} cannot be read: left out", file=sys.stderr)
-    return complete and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new_rows)
+    return complete and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
 def check_data(trained: TrainedModel, data: Data, folder: Path) -> None:
     """Finds near-duplicates and label errors. Prints a summary, writes data.json and draws a plot."""
-    parts = {part: getattr(data, part).subset(found.readable) for part, found in trained.features.items()}
+    parts = {part: data.parts[part].subset(found.readable) for part, found in trained.features.items()}
     features, labels = [found.features for found in trained.features.values()], [p.labels for p in parts.values()]
     correct = [trained.row["correct"][i] for i in trained.features["test"].readable.tolist()]
     print("\nlooking for near-duplicates and label errors")

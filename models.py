@@ -9,12 +9,12 @@
 Every classification model of torchvision is a backbone. BACKBONES holds those that the report names or tunes.
 """
 
-import copy
 import difflib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from engine.audit import Unfamiliarity
 from engine.console import first_line
-from engine.device import DTYPES
-from engine.fast import without_compiler
+from engine.fast import fast_copy, without_compiler
 from engine.files import content_hash, load_tensors, save_tensors
-from engine.images import Item, preprocess, read_image
+from engine.images import Item, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
 from engine.run import predictions
 
@@ -127,6 +126,9 @@ def _features_of(backbone: nn.Module) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------- the model
+
+
+_fast_copies: WeakKeyDictionary["TransferModel", tuple[list, "TransferModel"]] = WeakKeyDictionary()
 
 
 class TransferModel(nn.Module):
@@ -232,22 +234,26 @@ class TransferModel(nn.Module):
         score = logits.new_zeros(len(logits)) if self.unfamiliarity is None else self.unfamiliarity(features, logits)
         return torch.cat([logits, score[:, None]], dim=1)
 
-    def predict(self, images: str | Item | list[str | Item], top_k: int = 3) -> dict | list[dict]:
-        """Classifies an image or a list of images: paths, PIL images or uint8 arrays (H, W, 3).
+    def predict(self, images: Item | Iterable[Item], top_k: int = 3) -> dict | list[dict]:
+        """Classifies an image or several: paths, PIL images, files' bytes, uint8 arrays (H, W, 3) or tensors (3, H, W).
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
         read. An unfamiliar image is unlike the training images; its label is a guess. A fine-tuned model's record has
         no "unfamiliar".
         """
-        several = images if isinstance(images, list) else [images]
-        items = [Path(image) if isinstance(image, str) else image for image in several]
-        model = self
-        if self.precision != "fp32":
-            model = copy.deepcopy(self)
-            model.features.to(DTYPES[self.precision])
-        records = [record for _, [record] in predictions([model], items, top_k)]
-        return records if isinstance(images, list) else records[0]
+        single = is_image(images)
+        records = [record for _, [record] in predictions([self.fast()], [images] if single else images, top_k)]
+        return records[0] if single else records
+
+    def fast(self) -> "TransferModel":
+        """The fast copy that answers. It is made again when the model has changed."""
+        tensors = [*self.parameters(), *self.buffers()]
+        version = [self.classes, self.precision, self.temperature, self.views]
+        version += [(id(tensor), tensor._version) for tensor in tensors]
+        if _fast_copies.get(self, [None])[0] != version:
+            _fast_copies[self] = version, fast_copy(self, tensors[0].device)
+        return _fast_copies[self][1]
 
     def example(self) -> Tensor:
         """A black image, preprocessed: (1, 3, S, S)."""

@@ -9,26 +9,22 @@ The training loop takes any module and any batches of inputs and labels, so it f
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Images
+from engine.batches import Batches, ImageLoader, feature_loader  # noqa: F401
 from engine.console import Progress
-from engine.device import available_cpus, synchronized_time, threads
-from engine.distributed import rank, world_size
+from engine.device import synchronized_time, threads
 from engine.fast import training_copy
 from engine.features import Features
 from engine.files import load_tensors
-from engine.images import ImageError, augment, preprocess, read_image
 from models import Classifier, TransferModel, balanced_weights
 
 
@@ -59,107 +55,6 @@ CLASSIFIER_LR_FACTOR = 2.0
 
 # The maximum number of images for ridge regression. With more images, the network has most of the weight.
 RIDGE_IMAGES = 4096
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-# Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
-# device, and the indices of the images that could be read.
-Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
-
-def feature_loader(features: Features | Tensor, device: torch.device) -> Loader:
-    """Loads rows of features (N, width)."""
-    if device.type != "cpu":
-        with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
-            blocks = torch.arange(len(features)).split(4096)
-            features = torch.cat([features[block].to(device) for block in blocks])
-
-    def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        chosen = batch.to(features.device) if isinstance(features, Tensor) else batch
-        return features[chosen].to(device, torch.float32, non_blocking=True), batch
-
-    return load
-
-
-class ImageLoader:
-    """Loads preprocessed images (B, 3, S, S), augmented while training. `errors` names those that cannot be read."""
-
-    def __init__(self, images: Images, preprocessing: dict, device: torch.device):
-        self.images, self.preprocessing, self.device = images, preprocessing, device
-        self.pool, self.errors = ThreadPoolExecutor(min(16, available_cpus())), {}
-
-    def read(self, i: int, draws: Tensor | None) -> Tensor | None:
-        try:
-            image = read_image(self.images.items[i], self.preprocessing["image_size"], self.preprocessing["crop"])
-        except ImageError as error:  # it could be read before
-            self.errors[i] = error
-            return None
-        return image if draws is None else augment(image, draws, self.preprocessing["mean"])
-
-    def __call__(self, batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = list(self.pool.map(self.read, batch.tolist(), [None] * len(batch) if draws is None else draws))
-        readable = [i for i, image in enumerate(results) if image is not None]
-        if not readable:
-            raise OSError("no image of a batch can be read: are the files still there?")
-        return preprocess([results[i] for i in readable], self.preprocessing, self.device), batch[readable]
-
-
-class Batches:
-    """Inputs and labels in batches on the device. With a seed, every epoch has another order.
-
-    A small set gets smaller batches, so that an epoch has about 16 steps of 8 images or more. The remainder is spread
-    over all batches, which may make them a little larger than `batch_size`. If `shared`, each process of torchrun gets
-    its share of every batch. There must be at least as many images as processes.
-    """
-
-    def __init__(
-        self,
-        load: Loader,
-        labels: Tensor,
-        batch_size: int,
-        device: torch.device,
-        seed: int | None = None,
-        shared: bool = False,
-    ):
-        self.load, self.labels, self.device = load, labels.to(device), device
-        self.progress: Callable[[int], object] = lambda images: None  # called with the size of each finished batch
-        self.process, self.processes = (rank(), world_size()) if shared else (0, 1)
-        size = max(2, self.processes, min(batch_size, max(8, len(labels) // 16)))
-        self.steps = max(1, len(labels) // size)
-        self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = len(self.labels)
-        order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
-        share = slice(self.process, None, self.processes)
-        for batch in order.tensor_split(self.steps):
-            draws = torch.rand(len(batch), 5, generator=self.generator)[share] if self.generator else None
-            inputs, readable = self.load(batch[share], draws)
-            yield inputs, self.labels[readable.to(self.device, non_blocking=True)]
-            self.progress(len(batch))
-
-    def means(self, loss: Tensor, correct: Tensor, images: int) -> tuple[float, float]:
-        """The mean loss and the accuracy, from sums over all batches of this process. The processes' sums are added."""
-        sums = torch.tensor([float(loss), float(correct), images], dtype=torch.float64)
-        if self.processes > 1:
-            dist.all_reduce(sums)
-        loss, correct, images = sums.tolist()
-        return loss / images, correct / images
-
-
-BLOCK, WINDOW = 64, 2**17  # images that stay together, and images among which they are then shuffled one by one
-
-
-def shuffled(count: int, generator: torch.Generator) -> Tensor:
-    """The numbers from 0 to `count` - 1 in random order: first blocks are shuffled, then the numbers in each window.
-
-    Features that are larger than memory are then read block by block, without a seek for every row.
-    """
-    order = BLOCK * torch.randperm(-(-count // BLOCK), generator=generator)[:, None] + torch.arange(BLOCK)
-    order = order[order < count]
-    return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in order.split(WINDOW)])
 
 
 # ------------------------------------------------------------------------------------------------------ loops
@@ -239,7 +134,7 @@ class Training:
         weights = balanced_weights(train.labels) if recipe.class_weights else None
         self.total_loss = nn.CrossEntropyLoss(weights, label_smoothing=recipe.label_smoothing, reduction="sum")
         self.history: list[dict] = []
-        self.best = copy.deepcopy(model.state_dict())
+        self.best, self.best_loss = copy.deepcopy(model.state_dict()), math.inf
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch. Batches differ in size by an image, and all images weigh the same."""
@@ -253,16 +148,13 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "history": self.history,
             "best": self.best,
-            "order": self.train.generator.get_state(),
-            "random": torch.get_rng_state(),
+            "best_loss": self.best_loss,
         }
 
     def load_state_dict(self, state: dict) -> None:
         for part in ("model", "optimizer", "scheduler"):
             getattr(self, part).load_state_dict(state[part])
-        self.history, self.best = state["history"], state["best"]
-        self.train.generator.set_state(state["order"])
-        torch.set_rng_state(state["random"])
+        self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
 
 
 def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = lambda: None) -> None:
@@ -277,10 +169,12 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     train.progress = val.progress = bar.update
     for epoch in range(len(history) + 1, epochs + 1):
         start = synchronized_time(train.device)
+        train.start_epoch(epoch)
         train_loss, train_accuracy = train_one_epoch(
             training.network, train, training.optimizer, training.scheduler, training.criterion, training.autocast
         )
-        val_loss, val_accuracy = evaluate(training.network, val)
+        with training.autocast:
+            val_loss, val_accuracy = evaluate(training.network, val)
         if not math.isfinite(train_loss + val_loss):
             losses = f"the loss is {train_loss:.3g} in training and {val_loss:.3g} in validation"
             where = f"{losses} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
@@ -290,8 +184,8 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
             break
         row = {"epoch": epoch, "train_loss": train_loss, "train_accuracy": train_accuracy, "val_loss": val_loss}
         history.append({**row, "val_accuracy": val_accuracy, "seconds": synchronized_time(train.device) - start})
-        if min(history, key=lambda row: row["val_loss"]) is history[-1]:
-            training.best = copy.deepcopy(training.model.state_dict())
+        if val_loss < training.best_loss:
+            training.best, training.best_loss = copy.deepcopy(training.model.state_dict()), val_loss
         bar.set_postfix_str(f"val {val_accuracy:.3f}", refresh=False)
         after_epoch()
     bar.close()
@@ -365,11 +259,13 @@ def fine_tune(
     precision: str,
     device: torch.device,
     seed: int,
+    start_loss: float = math.inf,
     progress: dict | None = None,
     after_epoch: Callable[[Training], None] = lambda training: None,
 ) -> Training:
     """Trains the whole model on images, from the start or from a training's `progress`.
 
+    The model keeps its weights if no epoch has a lower validation loss than `start_loss`, that of the frozen model.
     Under torchrun all processes call this; each takes its share of every batch.
     """
 
@@ -382,15 +278,22 @@ def fine_tune(
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
     ]
-    cores = torch.get_num_threads()
-    most = min(cores, recipe.batch_size // 8) if device.type == "cpu" else 1  # parts of at least 8 images
-    parts = next(count for count in range(max(1, most), 0, -1) if cores % count == 0)  # no core is left over
-    network = training_copy(model, parts)
+    network, cores, parts = model, torch.get_num_threads(), 1
+    if device.type == "cpu":  # cuDNN has a fast BatchNorm of its own
+        most = max(1, min(cores, recipe.batch_size // 8))  # parts of at least 8 images
+        parts = next(count for count in range(most, 0, -1) if cores % count == 0)  # no core is left over
+        network = training_copy(model, parts)
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
+    training.best_loss = start_loss
     if progress:
         training.load_state_dict(progress)
-    with threads(cores // parts):
-        fit(training, model.name, lambda: after_epoch(training))
+    try:
+        with threads(cores // parts):
+            fit(training, model.name, lambda: after_epoch(training))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory: use --batch-size {max(1, recipe.batch_size // 2)}") from error
+    if training.best_loss == start_loss:
+        print(f"{model.name}: no epoch is better on validation than the frozen model, whose weights are kept")
     return training
 
 

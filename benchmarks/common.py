@@ -1,39 +1,98 @@
-"""What several benchmarks do: features of the images that can be read, and classifiers trained on them.
+"""What several benchmarks do: options, tables, drawn images, features, and classifiers trained as in main_train.py.
 
-Importing it puts the project's scripts on the path.
+Importing it puts the project's modules on the path.
 """
 
+import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import Images
-from models import TransferModel, pick_device, threads
-from train_utils import RECIPE, Batches, Recipe, cached_features, feature_loader, fit_classifier
+from data import CIFAR10_SIZE, Images
+from engine.batches import Batches, feature_loader
+from engine.device import pick_device, pick_precision, threads
+from engine.features import Features, extract_features
+from models import TransferModel
+from train_utils import RECIPE, Recipe, fit_classifier
 
-Part = tuple[Tensor, Tensor]  # features (N, width) and labels (N,)
+ROOT = Path(__file__).parent.parent
+DEVICE = pick_device()
+PRECISION = pick_precision("auto", DEVICE)
+
+Part = tuple[Features | Tensor, Tensor]  # features (N, width) and labels (N,)
 
 
-def known(model: TransferModel, parts: Sequence[Images], folder: Path = Path("data/features")) -> list[Part]:
+def arguments(description: str, **options: object) -> argparse.Namespace:
+    """The command line. An option's value is its default, a list if it takes several values, or a type if required."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, type):
+            parser.add_argument(flag, type=value, required=True)
+        elif isinstance(value, list):
+            parser.add_argument(flag, type=type(value[0]), nargs="+", default=value, help=f"default: {value}")
+        else:
+            kind = str if value is None else type(value)
+            parser.add_argument(flag, type=kind, default=value, help=f"default: {value}")
+    return parser.parse_args()
+
+
+def print_row(*cells: object) -> None:
+    """A row of a table in Markdown."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def print_header(*cells: object, texts: int = 1) -> None:
+    """The header of a table whose first columns are texts; the others are numbers."""
+    print_row(*cells)
+    print_row(*["---"] * texts, *["---:"] * (len(cells) - texts))
+
+
+def draw_images(folder: Path, count: int) -> Path:
+    """Writes JPEG files of 32x32 pixels, 100 different ones, into ten class folders. Returns the folder."""
+    random = np.random.default_rng(0)
+    small = [Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(100)]
+    drawn = [image.resize((32, 32), Image.Resampling.BICUBIC) for image in small]
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+    for i in range(count):
+        drawn[i % 100].save(folder / str(i % 10) / f"{i}.jpg")
+    return folder
+
+
+def new_model(
+    name: str, classes: Sequence[str], seed: int, image_size: int = CIFAR10_SIZE, hidden: int = 512
+) -> TransferModel:
+    torch.manual_seed(seed)
+    return TransferModel(name, classes, image_size, hidden=hidden)
+
+
+def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/features")) -> list[Part]:
     """The features and the labels of each part of a data set, without the images that cannot be read."""
-    found = [cached_features(model, images, folder, pick_device()) for images in parts]
-    return [(each.of(each.readable), part.labels[each.readable]) for each, part in zip(found, parts, strict=True)]
+    found = [extract_features(model, part.items, part.ids(), folder, DEVICE) for part in parts]
+    return [(each.features, part.labels[each.readable]) for each, part in zip(found, parts, strict=True)]
+
+
+def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        return extract_features(model, files, [str(i) for i in range(len(files))], Path(folder), DEVICE).seconds
 
 
 def batches(part: Part, seed: int | None = None, recipe: Recipe = RECIPE) -> Batches:
-    return Batches(feature_loader(part[0], pick_device()), part[1], recipe.batch_size, pick_device(), seed)
+    return Batches(feature_loader(part[0], DEVICE), part[1], recipe.batch_size, DEVICE, seed)
 
 
-def fit(
-    classifier: nn.Module, train: Part, val: Part, seed: int, recipe: Recipe = RECIPE, precision: str = "fp32"
-) -> Tensor:
-    """Trains a classifier as main_train.py does. Returns its logits for the validation images."""
+def fit(classifier: nn.Module, train: Part, val: Part, seed: int, recipe: Recipe = RECIPE) -> tuple[list[dict], Tensor]:
+    """Trains a classifier. Returns a row per epoch and the logits of the validation images."""
     torch.manual_seed(seed)
     pair = batches(train, seed, recipe), batches(val, None, recipe)
     with threads(1):
-        return fit_classifier(classifier.to(pick_device()), *pair, recipe, precision, "")[1]
+        return fit_classifier(classifier.to(DEVICE), *pair, recipe, PRECISION, "")

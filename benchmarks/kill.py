@@ -7,7 +7,6 @@ The weights must be the same, bit for bit, and so must results.json, except for 
 at which moment it had killed the run.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,12 +18,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from common import ROOT, arguments
 from tqdm import trange
 
-ROOT = Path(__file__).parent.parent
+from engine.console import run_script
+from engine.files import content_hash, load_tensors
+
 IMPORTS = 2  # seconds in which nothing happens yet
 COMMAND = "--demo --models mobilenet_v3_small --limit 200 --epochs 3 --fine-tune 2 --device cpu".split()
+VARYING = ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes")
 
 
 def start(folder: Path, processes: int) -> subprocess.Popen:
@@ -43,37 +45,29 @@ def kill(process: subprocess.Popen, moments: random.Random) -> None:
         os.kill(int(moments.choice(victims)), signal.SIGKILL)
 
 
-def finish(folder: Path, processes: int) -> tuple[dict, dict]:
-    """Runs to the end. Returns the tensors of the checkpoints and the results without their times."""
+def finish(folder: Path, processes: int) -> tuple[dict[str, str], list[dict]]:
+    """Runs to the end. Returns a hash of each model's weights, and the results without their times."""
     if start(folder, processes).wait() != 0:
         sys.exit(f"the run in {folder} failed")
-    leftovers = [str(path) for path in folder.rglob("*.part")]
-    if leftovers:
+    if leftovers := [str(path) for path in folder.rglob("*.part")]:
         sys.exit(f"left behind: {leftovers}")
-    tensors = {
-        (file.name, name): tensor
-        for file in (folder / "demo" / "checkpoints").glob("*.pt")
-        for name, tensor in torch.load(file, weights_only=True)["state_dict"].items()
-    }
-    results = json.loads((folder / "demo" / "plots" / "results.json").read_text())["runs"]
-    for run in results:
-        for key in ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes"):
-            del run[key]
-        for epoch in run["history"]:
-            del epoch["seconds"]
-    return tensors, results
+    contents = {file.name: load_tensors(file) for file in (folder / "demo" / "checkpoints").glob("*.pt")}
+    weights = {name: content_hash(each["state_dict"] | each["unfamiliarity"]) for name, each in contents.items()}
+    results = json.loads((folder / "demo" / "plots" / "results.json").read_text())
+    rows = [*results["runs"], results["ensemble"]]
+    for row in rows:
+        for varying in (row, *row.get("history", ())):
+            for key in VARYING:
+                varying.pop(key, None)
+    return weights, rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=200)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    moments, killed = random.Random(args.seed), 0
+def main() -> int:
+    args, killed = arguments(__doc__, points=200, processes=1, seed=0), 0
+    moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         started = time.monotonic()
-        tensors, results = finish(Path(scratch, "reference"), args.processes)
+        expected = finish(Path(scratch, "reference"), args.processes)
         duration = time.monotonic() - started
         for point in trange(args.points, desc="killed", disable=None):
             folder, moment = Path(scratch, str(point)), moments.uniform(IMPORTS, duration)
@@ -81,15 +75,13 @@ def main() -> None:
             time.sleep(moment)
             kill(process, moments)
             killed += process.wait() != 0
-            tensors_again, results_again = finish(folder, args.processes)
-            same = tensors.keys() == tensors_again.keys()
-            if not same or not all(torch.equal(tensors[key], tensors_again[key]) for key in tensors):
-                sys.exit(f"other weights after a kill at {moment:.2f} s (point {point})")
-            if results != results_again:
-                sys.exit(f"other results after a kill at {moment:.2f} s (point {point})")
+            for what, one, other in zip(("weights", "results"), finish(folder, args.processes), expected, strict=True):
+                if one != other:
+                    sys.exit(f"other {what} after a kill at {moment:.2f} s (point {point})")
             shutil.rmtree(folder)
     print(f"{args.points} runs, {killed} killed before their end, all finished with the same weights and results")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

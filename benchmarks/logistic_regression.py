@@ -7,42 +7,47 @@ Run it where main_train.py ran: it reads the same features, or computes them. Th
 chosen on the validation set. The test set is read once.
 """
 
-import argparse
-
-from common import known
+import numpy as np
+import torch
+from common import arguments, extract
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from data import CIFAR10_SIZE, load_data, run_script
-from models import BACKBONES, TransferModel
+from data import CIFAR10_SIZE, load_data
+from engine.console import run_script
+from engine.features import Features
+from models import TransferModel
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C: smaller values regularise more
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--models", nargs="+", choices=BACKBONES, default=("mobilenet_v2", "mobilenet_v3_large"))
-    args = parser.parse_args()
+    args = arguments(__doc__, data="cifar10", models=["mobilenet_v2", "mobilenet_v3_large"])
     data = load_data(args.data)
     for name in args.models:
         model = TransferModel(name, data.classes, CIFAR10_SIZE)
-        parts = known(model, (data.train, data.val, data.test))
-        model.levels = []
-        width = model.forward_features(model.example()).shape[1]  # of the last block alone, whose columns come last
-        train, val, test = ((part[:, -width:].float().numpy(), labels.numpy()) for part, labels in parts)
+        parts = extract(model, data.train, data.val, data.test)
+        train, val, test = ((last_block(model, features), labels.numpy()) for features, labels in parts)
         candidates = []
         for strength in STRENGTHS:
-            candidate = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-            candidate.fit(*train)
-            accuracy = candidate.score(*val)
-            print(f"{name}: C {strength:g}, validation {accuracy:.2%}")
-            candidates.append((accuracy, strength, candidate))
+            candidate = logistic_regression(strength).fit(*train)
+            candidates.append((candidate.score(*val), strength, candidate))
+            print(f"{name}: C {strength:g}, validation {candidates[-1][0]:.2%}")
         accuracy, strength, best = max(candidates, key=lambda row: row[0])
-        tested = best.score(*test)
-        print(f"{name}: {width} features, C {strength:g}: validation {accuracy:.2%}, test {tested:.2%}")
+        found = f"validation {accuracy:.2%}, test {best.score(*test):.2%}"
+        print(f"{name}: {train[0].shape[1]} features, C {strength:g}: {found}")
     return 0
+
+
+def last_block(model: TransferModel, features: Features) -> np.ndarray:
+    """The features of the last block alone, which are the last columns."""
+    width = model.features(model.example()).shape[1]
+    return torch.cat([block[:, -width:] for block in features.blocks()]).numpy()
+
+
+def logistic_regression(strength: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
 
 
 if __name__ == "__main__":

@@ -6,23 +6,23 @@ Run it where main_train.py ran: it reads the same features, or computes them. Pr
 --seeds. It does not read the test set.
 """
 
-import argparse
 from dataclasses import dataclass, replace
 from statistics import mean
 
-import torch
-from common import fit, known
+from common import arguments, extract, fit, new_model, print_header, print_row
 from torch import nn
 
-from data import CIFAR10_SIZE, Data, load_data, run_script
-from models import BACKBONES, TransferModel, pick_device, pick_precision
-from train_utils import RECIPE, Recipe, loss_and_accuracy
+from data import Data, load_data
+from engine.console import run_script
+from engine.metrics import loss_and_accuracy
+from models import Classifier, find_backbone
+from train_utils import RECIPE, Recipe
 
 
 @dataclass(frozen=True)
 class Variant:
     recipe: Recipe = RECIPE
-    hidden: int | None = None  # the model's own
+    hidden: int = 512
     dropout: float = 0.0
     views: int = 2
 
@@ -44,44 +44,30 @@ VARIANTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_large_levels")
-    parser.add_argument("--models", nargs="+", choices=BACKBONES, default=names)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args()
-    data, precision = load_data(args.data), pick_precision("auto", pick_device())
-    columns = [accuracies(name, data, args.seeds, precision) for name in args.models]
-    print(f"| validation accuracy | {' | '.join(BACKBONES[name].label for name in args.models)} |")
-    print("| --- |" + " ---: |" * len(args.models))
-    for title, *cells in zip(VARIANTS, *columns, strict=True):
-        print(f"| {title} | {' | '.join(cells)} |")
+    names = ["mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_large_levels"]
+    args = arguments(__doc__, data="cifar10", models=names, seeds=3)
+    data = load_data(args.data)
+    columns = [[cell(name, data, variant, args.seeds) for variant in VARIANTS.values()] for name in args.models]
+    print_header("validation accuracy", *(find_backbone(name).label for name in args.models))
+    for row in zip(VARIANTS, *columns, strict=True):
+        print_row(*row)
     return 0
 
 
-def accuracies(name: str, data: Data, seeds: int, precision: str) -> list[str]:
-    """A column of the table: the mean over the seeds for each variant.
-
-    A pretrained classifier keeps its own hidden layer: "-" for the variants that change it.
-    """
-    cells = []
-    for variant in VARIANTS.values():
-        if BACKBONES[name].keep_classifier and (variant.hidden or variant.dropout):
-            cells.append("-")
-            continue
-        recipe, found, options = variant.recipe, [], {"hidden": variant.hidden} if variant.hidden else {}
-        frozen = TransferModel(name, data.classes, CIFAR10_SIZE)
-        frozen.views = variant.views
-        train, val = known(frozen, (data.train, data.val))
-        for seed in range(seeds):
-            torch.manual_seed(seed)
-            classifier = TransferModel(name, data.classes, CIFAR10_SIZE, **options).classifier
-            if variant.dropout:
-                classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
-            logits = fit(classifier, train, val, seed, recipe, precision)
-            found.append(loss_and_accuracy(logits, val[1])[1])
-        cells.append(f"{mean(found):.2%}")
-    return cells
+def cell(name: str, data: Data, variant: Variant, seeds: int) -> str:
+    """The mean over the seeds. "-" if the variant changes the hidden layer and the classifier is a pretrained one."""
+    found = []
+    for seed in range(seeds):
+        model = new_model(name, data.classes, seed, hidden=variant.hidden)
+        model.views = variant.views
+        if (variant.hidden, variant.dropout) != (512, 0):
+            if not isinstance(model.classifier, Classifier):
+                return "-"
+            model.classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
+        train, val = extract(model, data.train, data.val)
+        _, logits = fit(model.classifier, train, val, seed, variant.recipe)
+        found.append(loss_and_accuracy(logits, val[1])[1])
+    return f"{mean(found):.2%}"
 
 
 if __name__ == "__main__":

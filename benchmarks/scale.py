@@ -15,66 +15,40 @@ so that the forward pass is cheap and the times show everything else. Each size 
 The last column extends the line through the last two sizes.
 """
 
-import argparse
-import io
-import json
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
-from common import fit, known
-from PIL import Image
+from common import arguments, draw_images, extract, fit, print_header, print_row
 
-from data import load_data, run_script
+from data import load_data
+from engine.console import run_script
 from models import TransferModel
 from train_utils import RECIPE
 
 IMAGENET = 1_281_167
-ROWS = {"list": "s", "features": "s", "open": "s", "train": "s", "memory": "MB", "file": "MB"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", nargs="+", type=int, default=[1000, 10_000, 100_000])
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # what the processes for each size do
-    args = parser.parse_args()
-    if len(args.images) < 2:
-        parser.error("--images takes two numbers or more")
-    if args.measure:
-        print(json.dumps(measure(args.measure)))
-        return 0
+    counts = arguments(__doc__, images=[1000, 10_000, 100_000]).images
+    if len(counts) < 2:
+        raise ValueError("--images takes two numbers or more")
     found = []
-    for count in args.images:
-        with tempfile.TemporaryDirectory() as scratch:
-            draw_images(Path(scratch), count)
-            command = [sys.executable, __file__, "--measure", scratch]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    print("| | " + " | ".join(f"{count:,}" for count in args.images) + f" | {IMAGENET:,} |")
-    print("| --- |" + " ---: |" * (len(args.images) + 1))
-    for name, unit in ROWS.items():
-        values = [row[name] for row in found]
-        slope = (values[-1] - values[-2]) / (args.images[-1] - args.images[-2])
-        values.append(values[-1] + slope * (IMAGENET - args.images[-1]))
-        print(f"| {name} | " + " | ".join(f"{value:,.{1 if value < 100 else 0}f} {unit}" for value in values) + " |")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(1, get_context("spawn")) as own_process:
+            draw_images(Path(scratch, "images"), count)
+            found.append(own_process.submit(measure, Path(scratch)).result())
+    print_header("", *(f"{count:,}" for count in (*counts, IMAGENET)))
+    for name in found[0]:
+        values, unit = [row[name] for row in found], "MB" if name in ("memory", "file") else "s"
+        slope = (values[-1] - values[-2]) / (counts[-1] - counts[-2])
+        values.append(values[-1] + slope * (IMAGENET - counts[-1]))
+        print_row(name, *(f"{value:,.{1 if value < 100 else 0}f} {unit}" for value in values))
     return 0
-
-
-def draw_images(folder: Path, count: int) -> None:
-    random, files = np.random.default_rng(0), []
-    for _ in range(100):
-        file = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "JPEG", quality=90)
-        files.append(file.getvalue())
-    for label in range(10):
-        (folder / "images" / str(label)).mkdir(parents=True)
-    for i in range(count):
-        (folder / "images" / str(i % 10) / f"{i}.jpg").write_bytes(files[i % 100])
 
 
 def measure(folder: Path) -> dict[str, float]:
@@ -92,9 +66,8 @@ def measure(folder: Path) -> dict[str, float]:
     torch.manual_seed(0)
     start = stage("list", start)
     model = TransferModel("mobilenet_v3_small", data.classes, image_size=32, pretrained=False)
-    parts = data.train, data.val, data.test
     for name in ("features", "open"):
-        train, val, _ = known(model, parts, folder)
+        train, val, _ = extract(model, data.train, data.val, data.test, folder=folder)
         start = stage(name, start)
     fit(model.classifier, train, val, 0, replace(RECIPE, epochs=1))
     stage("train", start)

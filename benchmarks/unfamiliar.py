@@ -4,117 +4,102 @@
 
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
 more, so that neither resolution nor format gives them away. A cell holds the area under the curve of the score
-(models.Familiarity), in parentheses that of the largest probability alone, and the share of the images called
-unfamiliar, where 95 % of the validation images are not. The last kind is a class that is left out of training.
+(engine.audit.Unfamiliarity), in parentheses that of the largest probability alone, and the share of the images flagged
+as unfamiliar, at 5 % false positives on the validation images. The last kind is a class that is left out of training.
+--images are the training images of each class; 0 takes all.
 """
 
-import argparse
 import io
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import fit, known
+from common import DEVICE, arguments, extract, fit, new_model, print_header, print_row
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
-from data import CIFAR10_SIZE, Data, ImageError, find_images, load_data, read_image, run_script
-from models import TransferModel, fast_copy, pick_device, run_images
-from train_utils import fit_familiarity
+from data import CIFAR10_SIZE, Images, find_images, load_data
+from engine.audit import fit_unfamiliarity
+from engine.console import run_script
+from engine.fast import fast_copy
+from engine.images import ImageError, Item, read_image
+from engine.run import run_images
+from models import TransferModel
 
 COUNT = 300  # images of each kind
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["mobilenet_v2", "mobilenet_v3_large_levels"])
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--foreign", type=Path, help="a folder of images of other things")
-    parser.add_argument("--image-size", type=int, default=CIFAR10_SIZE)
-    parser.add_argument("--left-out", default="truck", metavar="CLASS")
-    parser.add_argument("--images", nargs="+", type=int, default=[0, 100, 20], help="of each class; 0: all")
-    args = parser.parse_args()
+    names = ["mobilenet_v2", "mobilenet_v3_large_levels"]
+    options = {"foreign": None, "image_size": CIFAR10_SIZE, "left_out": "truck", "images": [0, 100, 20]}
+    args = arguments(__doc__, data="cifar10", models=names, **options)
     whole = load_data(args.data)
     size, label = read_image(whole.test.items[0]).shape[1], whole.classes.index(args.left_out)
-    sample = whole.test.subset(torch.arange(0, len(whole.test), max(1, len(whole.test) // COUNT)))
-    own = [once_more(item, size) for item in sample.items]
-    kinds = foreign(size, args.foreign)
-    print(f"| model | images of each class | {' | '.join(kinds)} | {args.left_out}, left out |")
-    print("| --- |" + " ---: |" * (len(kinds) + 2))
+    test = whole.test.subset(torch.arange(0, len(whole.test), max(1, len(whole.test) // COUNT)))
+    kinds, own = foreign(size, args.foreign), recompressed(test.items, size)
+    known = recompressed(only(test, test.labels != label).items, size)
+    left_out = recompressed(only(whole.test, whole.test.labels == label).items[:COUNT], size)
+    print_header("model", "images of each class", *kinds, f"{args.left_out}, left out")
     for name in args.models:
         for count in args.images:
-            data = load_data(args.data, limit=count * len(whole.classes)) if count else whole
-            rows = measure(train(name, data, args.image_size), own, kinds)
-            others = {}
-            for part in ("train", "val", "test"):
-                images = getattr(data, part)
-                others[part] = images.subset((images.labels != label).nonzero().flatten())
-            those = whole.test.subset((whole.test.labels == label).nonzero().flatten()[:COUNT])
-            known = [image for image, its in zip(own, sample.labels.tolist(), strict=True) if its != label]
-            left_out = {args.left_out: [once_more(item, size) for item in those.items]}
-            rows |= measure(train(name, replace(data, **others), args.image_size), known, left_out)
-            cells = (f"{score:.2f} ({probability:.2f}), {caught:.0%}" for score, probability, caught in rows.values())
-            print(f"| {name} | {count or 'all'} | {' | '.join(cells)} |", flush=True)
+            data = load_data(args.data, limit=count * len(whole.classes) or None)
+            parts = data.train, data.val
+            model = train(name, data.classes, parts, args.image_size)
+            cells = [compare(model, own, images) for images in kinds.values()]
+            model = train(name, data.classes, [only(part, part.labels != label) for part in parts], args.image_size)
+            print_row(name, count or "all", *cells, compare(model, known, left_out))
     return 0
 
 
-def once_more(item: Path | np.ndarray | Image.Image, size: int) -> np.ndarray:
-    """The image (size, size, 3) as it comes out of a JPEG file."""
-    file = io.BytesIO()
-    Image.fromarray(read_image(item, 512).permute(1, 2, 0).numpy()).resize((size, size)).save(file, "JPEG", quality=90)
-    return np.array(Image.open(file))
+def only(images: Images, chosen: Tensor) -> Images:
+    return images.subset(chosen.nonzero().flatten())
 
 
-def foreign(size: int, folder: Path | None) -> dict[str, list[np.ndarray]]:
-    """Images of each kind that have nothing to do with any class."""
-    random = np.random.default_rng(0)
-    noise = [Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(COUNT)]
-    digits = [Image.fromarray((16 * digit).clip(0, 255).astype(np.uint8)) for digit in load_digits().images[:COUNT]]
-    kinds = {
-        "noise": noise,
-        "digits": digits,
-        "blurred colours": [image.filter(ImageFilter.GaussianBlur(6)) for image in noise],
-    }
-    if folder:
-        kinds[folder.name] = list(find_images(folder, Counter()))
-    found = {}
-    for kind, images in kinds.items():
-        found[kind] = []
-        for image in images:
-            try:
-                found[kind].append(once_more(image, size))
-            except ImageError:
-                continue
+def recompressed(items: list[Item], size: int) -> list[np.ndarray]:
+    """The images that can be read, (size, size, 3), as they come out of a JPEG file."""
+    found = []
+    for item in items:
+        with suppress(ImageError):
+            image, file = Image.fromarray(read_image(item, 512).permute(1, 2, 0).numpy()), io.BytesIO()
+            image.resize((size, size)).save(file, "JPEG", quality=90)
+            found.append(np.array(Image.open(file)))
     return found
 
 
-def train(name: str, data: Data, image_size: int) -> TransferModel:
-    """The frozen backbone with a classifier for the data."""
-    torch.manual_seed(0)
-    model = TransferModel(name, data.classes, image_size)
-    train, val = known(model, (data.train, data.val))
-    logits = fit(model.classifier, train, val, seed=0)
-    model.familiarity = fit_familiarity(*train, val[0], logits)
-    return fast_copy(model, pick_device())
+def foreign(size: int, folder: str | None) -> dict[str, list[np.ndarray]]:
+    """Images of each kind that have nothing to do with any class."""
+    random = np.random.default_rng(0)
+    noise = [Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(COUNT)]
+    kinds = {
+        "noise": noise,
+        "digits": [Image.fromarray((16 * each).clip(0, 255).astype(np.uint8)) for each in load_digits().images[:COUNT]],
+        "blurred colours": [image.filter(ImageFilter.GaussianBlur(6)) for image in noise],
+    }
+    if folder:
+        kinds[Path(folder).name] = find_images(Path(folder))[0]
+    return {kind: recompressed(images, size) for kind, images in kinds.items()}
 
 
-def measure(model: TransferModel, own: list[np.ndarray], kinds: dict[str, list[np.ndarray]]) -> dict[str, tuple]:
-    """For each kind the area under the curve of the score and of the probability, and the share that is caught."""
+def train(name: str, classes: Sequence[str], parts: Sequence[Images], image_size: int) -> TransferModel:
+    """The frozen backbone with a classifier for the training and validation images."""
+    model = new_model(name, classes, 0, image_size)
+    train, val = extract(model, *parts)
+    _, logits = fit(model.classifier, train, val, seed=0)
+    model.unfamiliarity = fit_unfamiliarity(*train, val[0], logits)
+    return fast_copy(model, DEVICE)
 
-    def answers(images: list[np.ndarray]) -> torch.Tensor:
-        return torch.cat([rows for _, [rows], _ in run_images([model], images, TransferModel.answer)])
 
-    own_answers, rows = answers(own), {}
-    for kind, images in kinds.items():
-        both = torch.cat([own_answers, answers(images)])
-        is_foreign = torch.arange(len(both)) >= len(own)
-        score, probability = both[:, -1], both[:, :-1].softmax(dim=1).amax(dim=1)
-        areas = roc_auc_score(is_foreign, score), roc_auc_score(is_foreign, -probability)
-        rows[kind] = (*areas, (score[is_foreign] > 0).float().mean().item())
-    return rows
+def compare(model: TransferModel, own: list[np.ndarray], others: list[np.ndarray]) -> str:
+    """The areas under the curve of the score and of the probability, and the share of the others that is detected."""
+    rows = torch.cat([batch.outputs[0] for batch in run_images([model], own + others, TransferModel.answer)])
+    is_foreign = torch.arange(len(rows)) >= len(own)
+    score, probability = rows[:, -1], rows[:, :-1].softmax(dim=1).amax(dim=1)
+    areas = [roc_auc_score(is_foreign, values) for values in (score, -probability)]
+    return "{:.2f} ({:.2f}), {:.0%}".format(*areas, (score[is_foreign] > 0).float().mean().item())
 
 
 if __name__ == "__main__":

@@ -6,40 +6,33 @@ Makes wide images of square ones: the rest of a 3:2 or 2:1 canvas is the image's
 as photographers like it, or anywhere. Prints test accuracies, means over three classifiers, in Markdown.
 """
 
-import argparse
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-import torch
-from common import batches, fit, known
+from common import arguments, batches, extract, fit, new_model, print_header, print_row
 from PIL import Image
 
-from data import CIFAR10_SIZE, Data, Images, load_data, read_image, run_script
-from models import TransferModel
+from data import Images, load_data
+from engine.console import run_script
+from engine.images import read_image
 from train_utils import evaluate
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--model", default="mobilenet_v2")
-    parser.add_argument("--limit", type=int, default=5000)
-    args = parser.parse_args()
+    args = arguments(__doc__, data="cifar10", model="mobilenet_v2", limit=5000)
     data = load_data(args.data, limit=args.limit)
-    print("| canvas | image | the middle | squeezed |\n| --- | --- | ---: | ---: |")
+    print_header("canvas", "image", "the middle", "squeezed", texts=2)
     for ratio in (1.5, 2.0):
         for place in ("in the middle", "anywhere"):
             with tempfile.TemporaryDirectory() as scratch:
-                parts = {part: widened(getattr(data, part), ratio, place, Path(scratch, part)) for part in PARTS}
-                cells = [f"{accuracy(args.model, replace(data, **parts), crop, scratch):.1%}" for crop in (True, False)]
-            print(f"| {ratio:g}:1 | {place} | {' | '.join(cells)} |", flush=True)
+                images = enumerate((data.train, data.val, data.test))
+                parts = [widened(part, ratio, place, Path(scratch, str(i))) for i, part in images]
+                found = [accuracy(args.model, data.classes, parts, crop, Path(scratch)) for crop in (True, False)]
+            print_row(f"{ratio:g}:1", place, *(f"{each:.1%}" for each in found))
     return 0
-
-
-PARTS = ("train", "val", "test")
 
 
 def widened(images: Images, ratio: float, place: str, folder: Path) -> Images:
@@ -52,19 +45,17 @@ def widened(images: Images, ratio: float, place: str, folder: Path) -> Images:
         left = more // 2 if place == "in the middle" else int(random.integers(more + 1))
         paths.append(folder / f"{i}.png")
         Image.fromarray(np.pad(pixels, ((0, 0), (left, more - left), (0, 0)), mode="reflect")).save(paths[-1])
-    return Images(paths, images.labels)
+    return Images(paths, images.labels, images.names)
 
 
-def accuracy(name: str, data: Data, crop: bool, scratch: str) -> float:
+def accuracy(name: str, classes: Sequence[str], parts: list[Images], crop: bool, folder: Path) -> float:
     found = []
-    model = TransferModel(name, data.classes, CIFAR10_SIZE)
-    model.preprocessing["crop"] = crop
-    train, val, test = known(model, [getattr(data, part) for part in PARTS], Path(scratch))
     for seed in range(3):
-        torch.manual_seed(seed)
-        classifier = TransferModel(name, data.classes, pretrained=False).classifier
-        fit(classifier, train, val, seed)
-        found.append(evaluate(classifier, batches(test))[1])
+        model = new_model(name, classes, seed)
+        model.preprocessing["crop"] = crop
+        train, val, test = extract(model, *parts, folder=folder)
+        fit(model.classifier, train, val, seed)
+        found.append(evaluate(model.classifier, batches(test))[1])
     return mean(found)
 
 

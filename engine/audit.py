@@ -1,6 +1,6 @@
 """What do the features say about the data: near-duplicates, label errors, unfamiliar images?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from engine.console import Progress, count_of
 from engine.features import Features
-from engine.images import ImageError, read_image
+from engine.images import ImageError, Item, read_image
 from engine.layers import RandomProjection, Standardize
 
 COMPARED = 100_000  # with more images than this, near_duplicates gives up
@@ -17,86 +17,73 @@ CANDIDATES = 10_000  # the maximum number of pairs with similar features whose p
 SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.93  # near-duplicates have a higher cosine and a higher correlation
 SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
 MARGIN = 0.9  # by how much another label must be more probable than an image's own one
-# The maximum number of images for Unfamiliarity, and the weight of the identity in its shrunk covariance
-UNFAMILIARITY_IMAGES, SHRINKAGE = 20_000, 0.9
-
-
-# ---------------------------------------------------------------------- near-duplicates and label errors
+UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
+SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfamiliarity
 
 
 def audit(
-    parts: dict[str, object],
-    features: Sequence[Features],
-    logits: Tensor,
-    classes: Sequence[str],
-    correct: Sequence[int | None],
+    parts: dict[str, object], features: list[Features], logits: Tensor, classes: Sequence[str], hits: list[int | None]
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
-    `parts` are the training, validation and test images (data.Images), and `features` theirs. `logits` (N, classes) of all images
-    come from a model that was fitted without the image. `correct` says which test images another model classifies
-    correctly.
+    `parts` are the training, validation and test images (data.Images), and `features` theirs. `logits` (N, classes) of
+    all images come from a model that was fitted without the image. `hits` says which test images another one has right.
     """
-    images = [(part, i) for part, its in parts.items() for i in range(len(its))]
-    labels = torch.cat([its.labels for its in parts.values()])
-    paths = {part: its.paths() for part, its in parts.items()}
-
-    def describe(k: int) -> dict:
-        part, i = images[k]
-        return {"path": paths[part][i], "part": part, "label": classes[labels[k]]}
-
-    pairs = near_duplicates(features, lambda k: read_image(parts[images[k][0]].items[images[k][1]], 32))
-    report = {
-        "near_duplicates": pairs and [{**pair, "images": [describe(k) for k in pair["images"]]} for pair in pairs],
-        "label_errors": [
-            {**describe(error["image"]), "suggested": classes[error["label"]], "probability": error["probability"]}
-            for error in label_errors(logits, labels)
-        ],
-    }
+    labels = torch.cat([part.labels for part in parts.values()])
+    described = [
+        {"path": path, "part": name, "label": classes[label]}
+        for name, part in parts.items()
+        for path, label in zip(part.paths(), part.labels.tolist(), strict=True)
+    ]
+    errors = [
+        {**described[i], "suggested": classes[label], "probability": probability}
+        for i, label, probability in label_errors(logits, labels)
+    ]
+    pairs = near_duplicates(features, [item for part in parts.values() for item in part.items])
     if pairs is None:
-        return report
-    duplicated = {images[k][1] for pair in pairs for k in pair["images"] if images[k][0] == "test"}
-    others = [hit for i, hit in enumerate(correct) if i not in duplicated and hit is not None]
-    return report | {
-        "conflicting_labels": sum(bool(labels[i] != labels[j]) for i, j in (pair["images"] for pair in pairs)),
-        "test_images_with_near_duplicates": len(duplicated),
+        return {"near_duplicates": None, "label_errors": errors}
+    duplicated = {i for *pair, _ in pairs for i in pair}
+    first = len(labels) - len(hits)  # of the test images
+    others = [hit for i, hit in enumerate(hits, first) if i not in duplicated and hit is not None]
+    return {
+        "near_duplicates": [{"images": [described[i], described[j]], "correlation": c} for i, j, c in pairs],
+        "label_errors": errors,
+        "conflicting_labels": sum(described[i]["label"] != described[j]["label"] for i, j, _ in pairs),
+        "test_images_with_near_duplicates": sum(i >= first for i in duplicated),
         "test_accuracy_without_them": sum(others) / len(others) if others else None,
     }
 
 
 def summary(report: dict) -> str:
     """The report in a line."""
-    errors = count_of(len(report["label_errors"]), "label")
+    errors = f"{count_of(len(report['label_errors']), 'label')} may be wrong"
     if report["near_duplicates"] is None:
-        return f"too many images to look for near-duplicates; {errors} may be wrong"
+        return f"too many images to look for near-duplicates; {errors}"
     leaked, conflicts = report["test_images_with_near_duplicates"], report["conflicting_labels"]
     accuracy = report["test_accuracy_without_them"]
     without = f" (test accuracy without them: {accuracy:.2%})" if leaked and accuracy is not None else ""
-    conflicting = f"{count_of(conflicts, 'pair')} of near-duplicates" if conflicts else "no pair of near-duplicates"
-    verb = "has" if conflicts < 2 else "have"
     tested = f"{count_of(leaked, 'test image')} {'has' if leaked == 1 else 'have'} near-duplicates{without}"
-    return f"{tested}; {conflicting} {verb} conflicting labels; {errors} may be wrong"
+    pairs = f"{count_of(conflicts, 'pair') if conflicts else 'no pair'} of near-duplicates"
+    return f"{tested}; {pairs} {'has' if conflicts < 2 else 'have'} conflicting labels; {errors}"
 
 
-def near_duplicates(parts: Sequence[Features], read: Callable[[int], Tensor]) -> list[dict] | None:
-    """Finds near-duplicates among the training, validation and test images. None for more than COMPARED images.
+def near_duplicates(features: Sequence[Features], items: Sequence[Item]) -> list[tuple[int, int, float]] | None:
+    """Pairs of near-duplicates and their correlation, the highest first. None for more than COMPARED images.
 
-    `parts` are the images' features. An image's index counts from the first training image to the last test image;
-    `read` returns one image, uint8 (3, H, W). A pair is an image and the training or validation image with the most
-    similar features. It is reported if their 16x16 pixels correlate: {"images": (i, j), "correlation"}, the highest
-    correlation first.
+    `features` are those of the training, validation and test images, `items` all images. A pair is an image and the
+    training or validation image with the most similar features, if their 16x16 pixels correlate.
     """
-    if sum(map(len, parts)) > COMPARED:
+    if len(items) > COMPARED:
         return None
-    pairs = []
-    for i, j in _similar_pairs(parts):
+    found = []
+    for i, j in _similar_pairs(features):
         with suppress(ImageError):  # the file may have been deleted
-            one, other = (_thumbnails(read(k)) for k in (i, j))
+            one, other = (_thumbnails(read_image(items[k], 32)) for k in (i, j))
             # an image against the other one and its middle; two middles correlate too easily
             correlation = float((one @ other.T).flatten()[:3].max())
             if correlation > SIMILAR_PIXELS:
-                pairs.append({"images": (i, j), "correlation": correlation})
-    return sorted(pairs, key=lambda pair: -pair["correlation"])
+                found.append((i, j, correlation))
+    return sorted(found, key=lambda pair: -pair[2])
 
 
 @torch.no_grad()
@@ -113,7 +100,8 @@ def _similar_pairs(parts: Sequence[Features]) -> list[tuple[int, int]]:
         for start in range(0, count, 1024):
             cosines = sketches[start : start + 1024] @ candidates.T
             cosines.diagonal(start).fill_(-1)  # of an image with itself
-            for i, (cosine, j) in enumerate(zip(*(best.tolist() for best in cosines.max(dim=1)), strict=True), start):
+            best, nearest = cosines.max(dim=1)
+            for i, (cosine, j) in enumerate(zip(best.tolist(), nearest.tolist(), strict=True), start):
                 if cosine > SIMILAR_FEATURES:
                     pairs[min(i, j), max(i, j)] = cosine
             bar.update(len(cosines))
@@ -128,29 +116,21 @@ def _thumbnails(image: Tensor) -> Tensor:
     return F.normalize((pixels - pixels.mean(dim=2, keepdim=True)).flatten(1))
 
 
-def label_errors(logits: Tensor, labels: Tensor) -> list[dict]:
-    """Finds labels that may be wrong, the clearest first: {"image": i, "label", "probability"}.
-
-    `logits` (N, classes) come from a model that was fitted without the image. A label is reported if another one is
-    much more probable.
-    """
+def label_errors(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
+    """Images whose label may be wrong, with a much more probable label and its probability, the clearest first."""
     probabilities = logits.softmax(dim=1)
     best, label = probabilities.max(dim=1)
     margin = best - probabilities.gather(1, labels[:, None])[:, 0]
     worst = margin.argsort(descending=True)[: int((margin > MARGIN).sum())].tolist()
-    return [{"image": i, "label": int(label[i]), "probability": float(best[i])} for i in worst]
-
-
-# ---------------------------------------------------------------------------------------- unfamiliar images
+    return [(i, int(label[i]), float(best[i])) for i in worst]
 
 
 class Unfamiliarity(nn.Module):
-    """Scores how unlike the training images an image is, so that a model can say "none of these".
+    """Out-of-distribution detection: scores how unlike the training images an image is.
 
-    In the literature this is out-of-distribution detection. The score is a weighted sum of a distance and a doubt. The
-    distance is the Mahalanobis distance to the nearest class mean, with a covariance that all classes share (Lee et al.
-    2018, arXiv 1807.03888), on a random projection of the features. The doubt is 1 - the largest probability, without
-    temperature scaling. `fit_unfamiliarity` sets the buffers.
+    The score is a weighted sum of a distance and a doubt. The distance is the Mahalanobis distance to the nearest class
+    mean, with a covariance that all classes share (Lee et al. 2018, arXiv 1807.03888), on a random projection of the
+    features. The doubt is 1 - the largest probability, without temperature scaling.
     """
 
     SIZE = 512
@@ -176,12 +156,11 @@ class Unfamiliarity(nn.Module):
 
 @torch.no_grad()
 def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Tensor) -> Unfamiliarity:
-    """Fits Unfamiliarity to the features of training images and their labels, and calibrates it on validation images.
+    """Fits the distance to training images and their labels, and the weights to validation images.
 
     `val` and `logits` (M, classes) belong to the validation images; 5 % of these get a score above 0. Distance and
-    doubt are divided by their standard deviations on the validation images; the doubt has less weight if the training
-    images are few. The covariance is shrunk towards a multiple of the identity. Without shrinkage a blank image scores
-    as in-distribution.
+    doubt are divided by their standard deviations there; the doubt has less weight if the training images are few.
+    The covariance is shrunk towards a multiple of the identity, or a blank image would score as in-distribution.
     """
     generator, classes = torch.Generator().manual_seed(0), logits.shape[1]
     chosen = torch.randperm(len(train), generator=generator)[:UNFAMILIARITY_IMAGES]
@@ -189,8 +168,7 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
     table = train[chosen].float()
     score.standardize.fit(table)
     projected = torch.cat([score.project(score.standardize(block)) for block in table.split(1024)])
-    counts = labels.bincount(minlength=classes).clamp(1)
-    score.centers.index_add_(0, labels, projected).div_(counts[:, None])
+    score.centers.index_add_(0, labels, projected).div_(labels.bincount(minlength=classes).clamp(1)[:, None])
     projected -= score.centers[labels]
     covariance = projected.T @ projected / len(projected)
     sphere = (covariance.diagonal().mean() + 1e-6) * torch.eye(Unfamiliarity.SIZE)

@@ -59,14 +59,12 @@ def attempt(what: object, action: Callable[[], object]) -> bool:
 class Progress(tqdm):
     """A progress bar of images: tqdm's own in a terminal, a plain line every 30 seconds in a log."""
 
-    LINE = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} elapsed, {remaining} left"
-
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
         self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
-        style = {"smoothing": 0}  # training and validation differ in speed; the average predicts the time left best
-        if not self.in_terminal:
-            style |= {"file": io.StringIO(), "mininterval": 1, "bar_format": self.LINE, "leave": False}
-        super().__init__(total=total, desc=title, initial=done, unit="img", disable=disable, **style)
+        line = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} elapsed, {remaining} left"
+        log = {} if self.in_terminal else {"file": io.StringIO(), "mininterval": 1, "bar_format": line, "leave": False}
+        # training and validation differ in speed; the average (smoothing=0) predicts the time left best
+        super().__init__(total=total, desc=title, initial=done, unit="img", smoothing=0, disable=disable, **log)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if self.in_terminal:
@@ -113,5 +111,5 @@ def printable(text: str) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """ "1 image", "2 images" """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """For example "1 image", "2 images", "2 classes"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"

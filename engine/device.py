@@ -5,6 +5,7 @@ import os
 import platform
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,31 +53,29 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return cpus
 
 
-_own, _lock = threading.local(), threading.Lock()
-_open, _unlimited = 0, 0  # limits in force in any thread, and the number of threads before the first of them
+_lock, _unlimited = threading.Lock(), 0  # the number of threads before the first limit
+_limits: dict[int, list[int]] = defaultdict(list)  # for each calling thread those in force, the inner ones last
 
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Limits each of torch's CPU operators to `count` threads: 1 if every core has a batch of its own.
 
-    torch keeps one number for the whole process, which several calling threads may limit at the same time.
+    Calling threads have limits of their own. torch starts a new thread with the number that any thread set last.
     """
-    global _open, _unlimited
-    limits = _own.__dict__.setdefault("limits", [])
+    global _unlimited
     with _lock:
-        if not _open:
+        if not any(_limits.values()):
             _unlimited = torch.get_num_threads()
-        _open += 1
-    limits.append(count)
-    torch.set_num_threads(count)
+        own = _limits[threading.get_ident()]
+        own.append(count)
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        limits.pop()
         with _lock:
-            _open -= 1
-            torch.set_num_threads(limits[-1] if limits else _unlimited)
+            own.pop()
+            torch.set_num_threads(own[-1] if own else _unlimited)
 
 
 def synchronized_time(device: torch.device) -> float:

@@ -1,19 +1,15 @@
 """Which part of the work is this process's, and how are the parts joined?
 
-Under torchrun, every process runs the same script from start to end. Each one computes its share of the images; cheap
-steps run everywhere, from the same seed; the first process writes and prints. Without torchrun there is one process,
-and nothing here does anything.
+Under torchrun every process runs the same script, and computes its share of the images. Cheap steps run everywhere,
+from the same seed; the first process writes and prints. Without torchrun there is one process.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-
-T = TypeVar("T")
 
 
 def spmd(main: Callable[[], int]) -> Callable[[], int]:
@@ -58,40 +54,27 @@ def barrier() -> None:
         dist.all_reduce(torch.zeros(1))  # dist.barrier() may need a GPU of its own
 
 
-def gather(own: T) -> list[T]:
+def gather(own: object) -> list:
     """Every process's object, in the order of their ranks, on every process."""
-    if world_size() == 1:
-        return [own]
-    parts = [None] * world_size()
-    dist.all_gather_object(parts, own)
+    parts = [own] * world_size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, own)
     return parts
 
 
 def share(count: int, batch_size: int) -> list[int]:
     """The indices, of 0 to count - 1, that this process works on: whole batches are dealt in turn."""
-    return _share_of(rank(), count, batch_size)
+    process, processes = rank(), world_size()
+    return [i for i in range(count) if i // batch_size % processes == process]
 
 
-def _share_of(process: int, count: int, batch_size: int) -> list[int]:
-    return [i for i in range(count) if i // batch_size % world_size() == process]
-
-
-def shared_map(work: Callable[[Iterable], Iterator[T]], items: Iterable, batch_size: int) -> Iterator[T]:
-    """Yields work's result for each item, in order, on every process. Each process works on its share of the items.
-
-    With one process the results come as they are computed; with several, after all of them are done.
-    """
+def shared_map(work: Callable[[Iterable], Iterator], items: Iterable, batch_size: int) -> Iterator:
+    """Yields work's result for each item, in order, on every process. Each process works on its share of the items."""
     if world_size() == 1:
-        yield from work(items)
+        yield from work(items)  # each result as soon as it is computed
         return
     items = gather(list(items) if is_first() else None)[0]  # only the first process may read from standard input
-    parts = gather(list(work([items[i] for i in share(len(items), batch_size)])))
-    yield from _join(parts, len(items), batch_size)
-
-
-def _join(parts: Sequence[Sequence[T]], count: int, batch_size: int) -> list[T]:
-    results = [None] * count
-    for process, part in enumerate(parts):
-        for i, result in zip(_share_of(process, count, batch_size), part, strict=True):
-            results[i] = result
-    return results
+    own = share(len(items), batch_size)
+    parts = gather(dict(zip(own, work([items[i] for i in own]), strict=True)))
+    results = {i: result for part in parts for i, result in part.items()}
+    yield from (results[i] for i in range(len(items)))

@@ -4,6 +4,7 @@ import copy
 import importlib
 import io
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,24 +29,24 @@ class _Probabilities(nn.Module):
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """Writes a TransferModel in a form that works without this project.
+    """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
-    Input: uint8 RGB images (B, 3, S, S) of the model's size S. Output: calibrated fp32 probabilities (B, classes). The
-    class names are stored as JSON under "classes": an extra file (.pt2) or metadata (.onnx). The exported model is
+    The class names are stored as JSON under "classes": an extra file (.pt2) or metadata (.onnx). The exported model is
     compared with `model` on 16 images of noise before it is written; ONNX only if onnxruntime is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
-    size = model.preprocessing["image_size"]
-    noise = torch.Generator().manual_seed(0)
+    size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
     program = _Probabilities(copy.deepcopy(model)).eval().requires_grad_(False)
     exporters = {".pt2": _torch_export, ".onnx": _onnx_export}
     try:
         if path.suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
-        content, answers = exporters[path.suffix](program, images, json.dumps(model.classes))
-        if answers is not None and not torch.allclose(answers, program(images), atol=1e-4):
-            raise ValueError("its answers differ from those of the checkpoint")
+        content, exported = exporters[path.suffix](program, images, json.dumps(model.classes))
+        if exported:
+            answers = torch.cat([exported(images[:1]), exported(images[1:])])
+            if not torch.allclose(answers, program(images), atol=1e-4):
+                raise ValueError("its answers differ from those of the checkpoint")
     except ImportError as error:
         raise ValueError(f"{path} needs packages: pip install onnx onnxscript ({first_line(error)})") from error
     except Exception as error:  # whatever an exporter raises for a network that it cannot trace
@@ -54,26 +55,22 @@ def export(model: nn.Module, path: Path) -> None:
         file.write(content)
 
 
-def _torch_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Tensor]:
-    """The file's content, and what it answers for the images, in batches of 1 and 15."""
-    shapes = {"images": {0: torch.export.Dim("batch")}}
+def _torch_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Callable]:
+    """The content of the file, and the function from images to probabilities that it holds."""
+    exported = torch.export.export(program, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     buffer = io.BytesIO()
-    exported = torch.export.export(program, (images,), dynamic_shapes=shapes)
     torch.export.save(exported, buffer, extra_files={"classes": classes})
-    content = buffer.getvalue()
-    parts = [torch.export.load(io.BytesIO(content)).module()(part) for part in (images[:1], images[1:])]
-    return content, torch.cat(parts)
+    buffer.seek(0)
+    return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def _onnx_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Tensor | None]:
-    """As _torch_export. The answers are None without onnxruntime."""
-    shapes = {"images": {0: torch.export.Dim("batch")}}
-    names = {"input_names": ["images"], "output_names": ["probabilities"], "verbose": False}
-    exported = torch.onnx.export(program, (images,), dynamo=True, dynamic_shapes=shapes, **names)
+def _onnx_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Callable | None]:
+    """As _torch_export. There is no function without onnxruntime."""
+    options = {"dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}, "dynamo": True, "verbose": False}
+    exported = torch.onnx.export(program, (images,), input_names=["images"], output_names=["probabilities"], **options)
     exported.model.metadata_props["classes"] = classes
     content = exported.model_proto.SerializeToString()
     with suppress(ImportError):
         session = importlib.import_module("onnxruntime").InferenceSession(content)
-        parts = [session.run(None, {"images": part.numpy()})[0] for part in (images[:1], images[1:])]
-        return content, torch.cat([torch.from_numpy(part) for part in parts])
+        return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     return content, None

@@ -191,6 +191,9 @@ class FastFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width), as TransferModel.forward_features"""
+        if not self.early:
+            maps, levels = run_layers(self.late, self.levels, images)
+            return torch.cat([levels, averages(maps, 1)], dim=1)
         parts = [run_layers(self.early, self.levels, part) for part in images.split(self.part)]
         maps, early_levels = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
         maps, late_levels = run_layers(self.late, self.levels, maps, first=len(self.early))
@@ -277,8 +280,8 @@ class _Parts(torch.autograd.Function):
 def without_compiler() -> Iterator[None]:
     """While torchvision is imported, a placeholder stands in for the module of torch's compiler that it asks for.
 
-    torchvision asks for one function, which nothing here calls; importing the compiler takes a third of the time in
-    which inference.py answers. The placeholder imports it when that function is called, or when anything else is used.
+    torchvision asks for a function that nothing here calls; importing the compiler would take a third of the time in
+    which inference.py answers. The placeholder imports the compiler when it is used.
     """
     name = "torch._dynamo.utils"
     placeholder = ModuleType(name)

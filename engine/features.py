@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,6 @@ from engine.images import ImageError, Item
 from engine.run import Batch, run_images
 
 LARGE = 200_000  # features of more images are kept as float16: half the space, the same accuracy (benchmarks/scale.md)
-
-Places = dict[bytes, tuple[int, int]]  # for an image's id, the number of its file and its row there
 
 
 @dataclass
@@ -56,10 +55,9 @@ class Features:
             found[here] = table[rows[here]]
         return found
 
-    def blocks(self, size: int = 1024) -> Iterator[Tensor]:
-        """All features in order, float32, `size` images at a time."""
-        for images in torch.arange(len(self)).split(size):
-            yield self[images].float()
+    def blocks(self) -> Iterator[Tensor]:
+        """All features in order, float32, 1024 images at a time."""
+        return (self[images].float() for images in torch.arange(len(self)).split(1024))
 
     @classmethod
     def in_memory(cls, table: Tensor) -> "Features":
@@ -85,120 +83,96 @@ class _FeatureFiles:
     """
 
     def __init__(self, folder: Path, model: nn.Module, device: torch.device, half: bool):
-        key = {
-            "backbone": model.backbone,
-            "weights": content_hash(model.features.state_dict()),
-            "width": model.width,
-            "preprocessing": model.preprocessing,
-            "precision": model.precision,
-            "device": device.type,
-            "torch": torch.__version__,
-            "views": model.views,
-            **({"kept": "float16"} if half else {}),
-        }
-        kept = "<f2" if half or model.precision == "bf16" else "<f4"  # float16 holds more digits than bf16
+        key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
+        key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
+        key |= {"kept": "float16"} if half else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder, self.name, self.backbone = folder, f"{model.backbone}-{digest}", model.backbone
-        self.layout = np.dtype(
-            [("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), ("features", kept, (model.width,))]
-        )
-        self.own = folder / f"{self.name}.{rank()}.features"
-        self.lock = folder / f".{self.name}.lock"
+        self.folder, self.name, self.model, self.device = folder, f"{model.backbone}-{digest}", model, device
+        kept = "<f2" if half or model.precision == "bf16" else "<f4"  # float16 holds more digits than bf16
+        features = ("features", kept, (model.width,))
+        self.layout = np.dtype([("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), features])
 
-    def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], Places]:
-        """The tables of all files, and the places of the images that they hold undamaged."""
-        tables, places, wanted, damaged = [], {}, set(ids), 0
+    def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], dict[bytes, tuple[int, int]], int]:
+        """The tables of all files, each image's table and row there, and how many images have only damaged records."""
+        tables, places, wanted, damaged = [], {}, set(ids), set()
         for file in sorted(self.folder.glob(f"{self.name}.*.features")):
-            count = file.stat().st_size // self.layout.itemsize
-            if not count:
-                continue
-            table = np.memmap(file, self.layout, mode="c", shape=count)  # read only; torch wants to be able to write
-            found = {image: row for row, image in enumerate(table["image"].tolist()) if image in wanted}
-            for image, row in found.items():
-                if zlib.crc32(table["features"][row]) == table["checksum"][row]:
-                    places[image] = len(tables), row
-                else:
-                    damaged += 1
-            tables.append(table)
+            if count := file.stat().st_size // self.layout.itemsize:
+                table = np.asarray(np.memmap(file, self.layout, mode="c", shape=count))  # torch wants it writable
+                rows = {image: row for row, image in enumerate(table["image"].tolist()) if image in wanted}
+                for image, row in rows.items():
+                    if zlib.crc32(table["features"][row]) == table["checksum"][row]:
+                        places[image] = len(tables), row
+                    else:
+                        damaged.add(image)
+                tables.append(table)
+        return tables or [np.zeros(0, self.layout)], places, len(damaged - places.keys())
+
+    def compute_missing(self, items: Sequence[Item], ids: Sequence[bytes]) -> tuple[int, list[ImageError]]:
+        """Computes this process's share of the missing features. Returns the total and the errors of all processes."""
+        _, places, damaged = self.read(ids)  # under the lock
+        barrier()  # before any process writes
+        missing = [i for i, image in enumerate(ids) if image not in places]
+        done = len(ids) - len(missing)
         if damaged:
             print(f"{self.name}: {damaged} images' features are damaged: computing them again", file=sys.stderr)
-        return tables or [np.zeros(0, self.layout)], places
+        if missing and done:
+            print(f"{self.model.backbone}: {done:,} of {len(ids):,} images have their features")
+        own, errors = [missing[i] for i in share(len(missing), batch_size_for(self.device))], []
+        fast, forward = fast_copy(self.model, self.device), type(self.model).forward_features
+        with Progress(len(ids), f"{self.model.backbone} features", done) as bar:
+            for batch in self.append([ids[i] for i in own], run_images([fast], (items[i] for i in own), forward)):
+                errors += batch.errors.values()
+                bar.update(len(batch.items) * world_size())
+        errors = [error for part in gather(errors) for error in part]  # waits until every process has written its file
+        return len(missing) - len(errors), errors
 
     def append(self, ids: Sequence[bytes], batches: Iterator[Batch]) -> Iterator[Batch]:
         """Appends each batch's records to this process's file. Yields the batch when it is written."""
-        position, before = 0, time.perf_counter()
-        with explain_write_error(self.own), self.own.open("ab") as stream:
+        file, ids, before = self.folder / f"{self.name}.{rank()}.features", iter(ids), time.perf_counter()
+        with explain_write_error(file), file.open("ab") as stream:
             stream.truncate(stream.tell() // self.layout.itemsize * self.layout.itemsize)  # a killed run's last record
             for batch in batches:
-                good = [i for i in range(len(batch.items)) if i not in batch.errors]
+                good = {i: image for i, image in enumerate(islice(ids, len(batch.items))) if i not in batch.errors}
                 records = np.zeros(len(good), self.layout)
-                records["image"] = [ids[position + i] for i in good]
+                records["image"] = list(good.values())
                 with np.errstate(over="ignore"):  # see below
-                    records["features"] = batch.outputs[0][good].numpy()
+                    records["features"] = batch.outputs[0][list(good)].numpy()
                 rows = records["features"]
                 if not np.isfinite(rows).all():
-                    raise FloatingPointError(f"features of {self.backbone} overflow in {rows.dtype}")
+                    raise FloatingPointError(f"features of {self.model.backbone} overflow in {rows.dtype}")
                 records["checksum"] = [zlib.crc32(row) for row in rows]
                 now = time.perf_counter()
                 records["seconds"] = (now - before) / max(1, len(good)) / world_size()
                 stream.write(records.tobytes())
                 stream.flush()
-                position, before = position + len(batch.items), now
+                before = now
                 yield batch
 
 
 def extract_features(
-    model: nn.Module,
-    items: Sequence[Item],
-    ids: Sequence[str],
-    folder: Path,
-    device: torch.device,
-    compute: bool = True,
+    model: nn.Module, items: Sequence[Item], ids: list[str], folder: Path, device: torch.device, compute: bool = True
 ) -> Extraction:
     """Returns the features of images, whose `ids` change if the image does. Computes those that `folder` lacks.
 
-    If `compute` is False, images without features count as unreadable. Records are appended batch by batch: an
-    interrupted run resumes, and a larger data set computes only its new images. An unreadable image leaves no record;
-    the next run tries it again. Under torchrun each process computes a share, and then reads the files of all.
+    If `compute` is False, images without features count as unreadable. An interrupted run resumes; the next run tries
+    unreadable images again. Under torchrun each process computes a share, and then reads the files of all.
     Raises OSError if a file cannot be written, FloatingPointError if features overflow.
     """
     files = _FeatureFiles(folder, model, device, half=len(items) > LARGE)
     ids, computed, errors = [image.encode() for image in ids], 0, []
-    tables, places = files.read(ids)
+    tables, places, _ = files.read(ids)
     if compute and not all(gather(all(image in places for image in ids))):
         # one lock for all processes; another run may be computing the same features
-        with locked(files.lock, wait=True) if is_first() else nullcontext():
+        with locked(folder / f".{files.name}.lock", wait=True) if is_first() else nullcontext():
             barrier()
-            computed, errors = _compute_missing(files, model, items, ids, device)
-            tables, places = files.read(ids)
+            computed, errors = files.compute_missing(items, ids)
+            tables, places, _ = files.read(ids)
             barrier()  # every process has read the files
-    readable = [i for i, image in enumerate(ids) if image in places]
-    located = torch.tensor([places[ids[i]] for i in readable], dtype=torch.int64).reshape(-1, 2)
-    seconds = sum(
-        float(table["seconds"][located[located[:, 0] == number, 1]].sum()) for number, table in enumerate(tables)
-    )
+    found = {i: places[image] for i, image in enumerate(ids) if image in places}
+    seconds = sum(float(tables[number]["seconds"][row]) for number, row in found.values())
+    located = torch.tensor(list(found.values()), dtype=torch.int64).reshape(-1, 2)
     features = Features([torch.from_numpy(table["features"]) for table in tables], located)
-    return Extraction(features, torch.tensor(readable, dtype=torch.int64), seconds, computed, errors)
-
-
-def _compute_missing(
-    files: _FeatureFiles, model: nn.Module, items: Sequence[Item], ids: Sequence[bytes], device: torch.device
-) -> tuple[int, list[ImageError]]:
-    """Computes this process's share of the missing features. Returns the total of all processes, and their errors."""
-    _, places = files.read(ids)  # under the lock
-    barrier()  # before any process writes
-    missing = [i for i, image in enumerate(ids) if image not in places]
-    done = len(ids) - len(missing)
-    if missing and done:
-        print(f"{model.backbone}: {done:,} of {len(ids):,} images have their features")
-    own, errors = [missing[i] for i in share(len(missing), batch_size_for(device))], []
-    with Progress(len(ids), f"{model.backbone} features", done) as bar:
-        batches = run_images([fast_copy(model, device)], (items[i] for i in own), type(model).forward_features)
-        for batch in files.append([ids[i] for i in own], batches):
-            errors += batch.errors.values()
-            bar.update(len(batch.items) * world_size())
-    errors = [error for part in gather(errors) for error in part]  # waits until every process has written its file
-    return len(missing) - len(errors), errors
+    return Extraction(features, torch.tensor(list(found), dtype=torch.int64), seconds, computed, errors)
 
 
 @torch.inference_mode()

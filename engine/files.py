@@ -17,12 +17,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows
+if sys.platform == "win32":
     import msvcrt
-
-    fcntl = None
+else:
+    import fcntl
 
 
 @contextmanager
@@ -48,34 +46,31 @@ def explain_write_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         folder = next(parent for parent in path.absolute().parents if parent.exists())
-        free = f"{shutil.disk_usage(folder).free / 1e6:.0f} MB are free there"
-        raise OSError(f"{path} cannot be written ({error.strerror or error}); {free}") from error
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); {free:.0f} MB are free there") from error
 
 
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Locks the file `path`. The system releases the lock when the process ends, even after a crash.
-
-    If another process holds the lock, waits for it if `wait`, else raises OSError.
-    """
+    """Locks a file until the block or the process ends. If it is locked: waits if `wait`, else raises OSError."""
     with explain_write_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     with file:
         while True:
             try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:
+                if sys.platform == "win32":
                     msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except OSError as error:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # as on some network file systems
                     print(f"{path.parent} cannot be locked ({error.strerror}): run one at a time", file=sys.stderr)
                     break
                 if not wait:
-                    message = f"another run uses {path.parent}: wait for it to end, or choose another --output"
-                    raise OSError(message) from error
+                    advice = "wait for it to end, or choose another --output"
+                    raise OSError(f"another run uses {path.parent}: {advice}") from error
             time.sleep(0.1)
         yield
 
@@ -98,10 +93,7 @@ def save_tensors(path: Path, content: dict) -> None:
 
 
 def load_tensors(path: Path) -> dict:
-    """Loads what `save_tensors` wrote, onto the CPU. Code in the file is never executed.
-
-    Raises FileNotFoundError, or any other exception if the file is damaged or hostile.
-    """
+    """Loads what `save_tensors` wrote, without running code in it. A damaged or hostile file raises any exception."""
     with zipfile.ZipFile(path) as archive:  # torch.save does not compress, so a compressed file may be a zip bomb
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise ValueError("it is compressed")

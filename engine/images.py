@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,17 @@ from engine.console import first_line
 MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
 LARGE = 32_000_000  # bytes of memory beyond which images are decoded one at a time
-_one_large_image = threading.Lock()
+_one_large_image, _one_at_a_time = threading.Lock(), threading.Lock()
 
-Item = Path | np.ndarray | Image.Image  # an image file, a uint8 array (H, W, 3), or an image that Pillow has opened
+# an image file or its path, a uint8 array (H, W, 3), a uint8 tensor (3, H, W), a Pillow image, or a file's content
+Item = Path | str | np.ndarray | Tensor | Image.Image | bytes
+
+
+def is_image(images: object) -> bool:
+    """Whether this is one image, not several."""
+    if isinstance(images, np.ndarray | Tensor):
+        return images.ndim < 4
+    return isinstance(images, Path | str | Image.Image | bytes)
 
 
 class ImageError(OSError):
@@ -32,36 +41,43 @@ class ImageError(OSError):
 def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
-    A wide or tall image is cropped to the square in the middle, unless `crop` is False. An image larger than
-    `max_size` is resized to (3, max_size, max_size), so that a batch of photographs takes no more memory than a batch
-    of thumbnails. `preprocess` resizes smaller images, on the device.
-    Raises ImageError, which names the file, if the image cannot be read for any reason.
+    Crops it to the square in the middle, unless `crop` is False. Resizes an image larger than `max_size` to (3,
+    max_size, max_size), so that a batch of photographs takes no more memory than a batch of thumbnails; `preprocess`
+    resizes smaller images, on the device. Raises ImageError if the image cannot be read for any reason.
     """
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
-        if len(item) <= max_size:  # nothing to decode or to resize
-            return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
-    name = item if isinstance(item, Path) else "image"
+    name = item if isinstance(item, Path | str) else "image"
     try:
-        if not isinstance(item, Path):
-            return _decode(item.copy() if isinstance(item, Image.Image) else Image.fromarray(item), max_size, crop)
-        size = item.stat().st_size
-        if not item.is_file():  # opening a pipe would block
-            raise OSError("not a file")
-        if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-        content = io.BytesIO(item.read_bytes())  # Pillow itself would issue about 40 small reads
-        with Image.open(content, formats=image_formats()) as image:
+        if isinstance(item, Tensor):
+            item = item.permute(1, 2, 0).cpu().numpy()
+        if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
+            if len(item) <= max_size:  # nothing to decode or to resize
+                return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
+        if isinstance(item, np.ndarray):
+            return _decode(Image.fromarray(item), max_size, crop)
+        if isinstance(item, Image.Image):
+            with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
+                item = item.copy()
+            return _decode(item, max_size, crop)
+        content = item if isinstance(item, bytes) else _read_file(Path(item))
+        with Image.open(io.BytesIO(content), formats=image_formats()) as image:
             return _decode(image, max_size, crop)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ImageError(f"{name}: {reason}") from error
+        raise ImageError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
-def read_for_plot(
-    captioned: Iterable[tuple[Item, str]], limit: int, size: int = 224
-) -> tuple[list[np.ndarray], list[str]]:
+def _read_file(path: Path) -> bytes:
+    """The file's content. Pillow itself would issue about 40 small reads."""
+    size = path.stat().st_size
+    if not path.is_file():  # opening a pipe would block
+        raise OSError("not a file")
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
+    return path.read_bytes()
+
+
+def read_for_plot(captioned: Iterable[tuple[Item, str]], limit: int, size: int = 224) -> tuple[list, list[str]]:
     """The first `limit` images that can be read, (H, W, 3), at most `size` large, and their captions."""
     images, captions = [], []
     for item, caption in captioned:
@@ -75,16 +91,13 @@ def read_for_plot(
 
 def is_image_file(path: str, extension: str) -> bool:
     """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
-    formats = image_formats()
-    if Image.EXTENSION.get(extension) in formats:
+    if Image.EXTENSION.get(extension) in image_formats():
         return True
-    if not Path(path).is_file():
-        return False
-    try:
-        with Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]):
+    with suppress(Exception):  # not an image, or not readable
+        if Path(path).is_file():  # opening a pipe would block
+            Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
             return True
-    except Exception:  # not an image, or not readable
-        return False
+    return False
 
 
 @lru_cache
@@ -108,7 +121,9 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
     # a progressive JPEG keeps all of its coefficients in memory
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    memory = _bytes_per_pixel(image) * image.width * image.height + coefficients
+    # bytes that a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes
+    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    memory = {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode) * image.width * image.height + coefficients
     if memory > MAX_MEMORY:
         raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
     with _one_large_image if memory > LARGE else nullcontext():
@@ -116,18 +131,12 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)
         if crop:
-            width, height = image.size
-            left, top, side = max(0, width - height) // 2, max(0, height - width) // 2, min(width, height)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         if max(image.size) > max_size:
             image = image.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
     return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
-
-
-def _bytes_per_pixel(image: Image.Image) -> int:
-    """The most that decoding takes: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
-    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
-    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -138,14 +147,13 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     """
     if image.mode[0] in "IF":
         values = np.array(image, dtype=np.float32)
-        finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-        del finite
-        depths = ([1.0] if image.mode == "F" else []) + [255.0, 4095.0, 65535.0]
-        full = next((depth for depth in depths if low >= 0 and high <= depth), None)
-        low, full = (0.0, full) if full else (low, max(high - low, 1e-6))
+        finite = np.isfinite(values)
+        low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
+        if low >= 0 and high <= 65535:
+            depths = ([1.0] if image.mode == "F" else []) + [255.0, 4095.0, 65535.0]
+            low, high = 0.0, next(depth for depth in depths if high <= depth)
         values -= np.float32(low)
-        values *= np.float32(255 / full)
+        values *= np.float32(255 / max(high - low, 1e-6))
         np.nan_to_num(values, copy=False)
         return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
     if image.has_transparency_data and image.mode != "RGBA":
@@ -160,9 +168,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB in sRGB, transparency on white."""
     profile = image.info.get("icc_profile")
     if image.mode == "RGBA":
-        rgb = Image.new("RGB", image.size, "white")
-        rgb.paste(image, mask=image)
-        image = rgb
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if profile:
         with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another kind of image
             return ImageCms.applyTransform(image, _to_srgb(profile, image.mode))
@@ -192,8 +198,10 @@ def preprocess(
     """
     S = preprocessing["image_size"]
     mean, std = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
-    resized = []
-    for batch in [images] if isinstance(images, Tensor) else _same_size(images):
+    batches, resized = [images], []
+    if not isinstance(images, Tensor):
+        batches = [torch.stack(list(group)) for _, group in groupby(images, lambda image: image.shape)]
+    for batch in batches:
         x = batch.to(device, non_blocking=batch.is_pinned())  # (b, 3, H, W)
         x = ((x / 255 - mean) / std).to(dtype)
         if x.shape[2:] != (S, S):
@@ -207,12 +215,6 @@ def stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
     if device.type == "cuda" and len({image.shape for image in images}) == 1:
         return torch.stack(images).pin_memory()
     return images
-
-
-def _same_size(images: list[Tensor]) -> list[Tensor]:
-    """Batches (b, 3, H, W) of images, in order, a new one wherever the size changes."""
-    changes = [i for i in range(1, len(images)) if images[i].shape != images[i - 1].shape]
-    return [torch.stack(images[i:j]) for i, j in zip([0, *changes], [*changes, len(images)], strict=True)]
 
 
 @lru_cache
@@ -232,10 +234,9 @@ def augment(image: Tensor, draws: Tensor, mean: tuple[float, ...]) -> Tensor:
     rows, columns = _shifted(H, down), _shifted(W, right)
     if mirror < 0.5:
         columns = columns.flip(0)
-    image = image[:, rows[:, None], columns]
     blank = _near(H, row)[:, None] & _near(W, column)
     color = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)[:, None, None]
-    return torch.where(blank, color, image)
+    return torch.where(blank, color, image[:, rows[:, None], columns])
 
 
 def _shifted(size: int, draw: float) -> Tensor:

@@ -1,8 +1,4 @@
-"""Layers that torch.nn lacks: what a classifier reads of a backbone, standardisation, random projection.
-
-A classifier reads the last maps and the averages of every earlier stage (the idea is from Head2Toe: Evci et al. 2022,
-arXiv 2201.03529).
-"""
+"""Layers that torch.nn lacks: what a classifier reads of a backbone, standardisation, random projection."""
 
 from collections.abc import Iterable
 
@@ -12,21 +8,18 @@ from torch import Tensor, nn
 
 
 def stage_ends(features: nn.Module) -> list[int]:
-    """The layers at which a stage of a sequence ends: blocks of several layers, poolings, and the last layer.
-
-    An empty list for a backbone that is not a sequence of layers.
-    """
+    """The layers at which a stage ends: blocks of layers, poolings, the last layer. Empty if it is not a sequence."""
     if not isinstance(features, nn.Sequential):
         return []
-    *layers, _ = features
-    ends = [i for i, layer in enumerate(layers) if any(layer.children()) or "Pool" in type(layer).__name__]
-    return [*ends, len(layers)]
+    ends = {i for i, layer in enumerate(features) if any(layer.children()) or "Pool" in type(layer).__name__}
+    return sorted(ends | {len(features) - 1})
 
 
 def run_layers(layers: Iterable[nn.Module], levels: list[int], maps: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Runs layers one after the other. Returns the last maps (B, C, H, W) and the averages (B, L) of all levels.
+    """Runs layers, counted from `first`, on maps. Returns the last maps (B, C, H, W) and the averages (B, L).
 
-    `levels` are the layers whose output is averaged over each quarter of the image. Layers count from `first`.
+    These are of every layer in `levels`, over each quarter of the image. Reading early layers is an idea from
+    Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     """
     averaged = [maps.new_empty(maps.shape[0], 0)]  # not len(maps), which would fix the batch size of an export
     for i, layer in enumerate(layers, first):
@@ -58,9 +51,9 @@ class Standardize(nn.Module):
 
 
 class RandomProjection(nn.Module):
-    """(B, width) -> (B, size): each feature is added to or subtracted from one of the outputs, chosen at random.
+    """Adds each feature, with a random sign, to one of `size` sums, which keeps distances and angles approximately.
 
-    Keeps distances and angles approximately (count sketch: Charikar et al. 2002).
+    This is a count sketch (Charikar et al. 2002).
     """
 
     def __init__(self, width: int, size: int, generator: torch.Generator | None = None):
@@ -70,5 +63,5 @@ class RandomProjection(nn.Module):
         self.register_buffer("sign", 2.0 * torch.randint(2, (width,), generator=generator) - 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        sums = features.new_zeros(len(features), self.size)
-        return sums.index_add(1, self.bucket, features * self.sign)
+        """(B, width) -> (B, size)"""
+        return features.new_zeros(len(features), self.size).index_add(1, self.bucket, features * self.sign)

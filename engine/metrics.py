@@ -5,14 +5,13 @@ that could not be read: it has no answer, and every metric leaves it out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The prior of the temperature's logarithm: mean 0 and this standard deviation. A few images cannot move it far.
-TEMPERATURE_PRIOR = 0.1
+TEMPERATURE_PRIOR = 0.1  # standard deviation of the temperature's logarithm, whose mean is 0: few images move it little
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -29,9 +28,7 @@ def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_unread(rows: Tensor, readable: Tensor, count: int) -> Tensor:
     """Rows (M, D) of the readable images, whose indices are (M,) -> (count, D), NaN for the other images."""
-    full = torch.full((count, rows.shape[1]), torch.nan)
-    full[readable] = rows
-    return full
+    return torch.full((count, rows.shape[1]), torch.nan).index_copy(0, readable, rows)
 
 
 def correct(logits: Tensor, labels: Tensor) -> list[int | None]:
@@ -45,7 +42,7 @@ def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
     return (logits / temperature).log_softmax(dim=1)
 
 
-def average_models(log_probabilities: Sequence[Tensor]) -> Tensor:
+def average_models(log_probabilities: Iterable[Tensor]) -> Tensor:
     """The ensemble's logits (N, classes): the mean of the models' log-probabilities."""
     return torch.stack(list(log_probabilities)).mean(dim=0)
 
@@ -55,28 +52,24 @@ def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -
     hits = correct(logits, labels)
     logits, labels = answered(logits, labels)
     loss, accuracy = loss_and_accuracy(logits, labels)
-    before, after = calibration(logits, labels), calibration(logits / temperature, labels)
     return {
         "test_loss": loss,
         "test_accuracy": accuracy,
         "test_interval": wilson_interval(accuracy, len(labels)),
+        "test_images": len(labels),
         "correct": hits,
         "top2_accuracy": (logits.topk(min(2, logits.shape[1])).indices == labels[:, None]).any(1).float().mean().item(),
         **class_scores(logits.argmax(dim=1), labels, logits.shape[1]),
-        "calibration": {"before": before, "after": after},
+        "calibration": {"before": calibration(logits, labels), "after": calibration(logits / temperature, labels)},
     }
 
 
 def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
     """Precision, recall and F1 of each class and their means, and the confusion matrix, whose rows are true classes."""
-    confusion = torch.zeros(classes, classes, dtype=torch.int64)
-    confusion.index_put_((labels, predicted), torch.tensor(1), accumulate=True)
+    confusion = (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
     hits, predictions, images = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
-    scores = {
-        "precision": hits / predictions.clamp(1),
-        "recall": hits / images.clamp(1),
-        "f1": 2 * hits / (predictions + images).clamp(1),
-    }
+    scores = {"precision": hits / predictions.clamp(1), "recall": hits / images.clamp(1)}
+    scores["f1"] = 2 * hits / (predictions + images).clamp(1)
     return {
         "per_class": {name: score.tolist() for name, score in scores.items()},
         "macro": {name: score.mean().item() for name, score in scores.items()},
@@ -97,18 +90,14 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior.
-
-    Searches its logarithm from -3.7 to 3.7 in ever finer steps.
-    """
+    """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior."""
     logits, labels = answered(logits, labels)
 
     def improbability(t: float) -> float:
-        loss = F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item()
-        return loss + (t / TEMPERATURE_PRIOR) ** 2 / 2
+        return F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item() + (t / TEMPERATURE_PRIOR) ** 2 / 2
 
     best = 0.0
-    for step in (0.5, 0.1, 0.02, 0.004):
+    for step in (0.5, 0.1, 0.02, 0.004):  # of the temperature's logarithm, from -3.7 to 3.7
         best = min((best + step * i for i in range(-6, 7)), key=improbability)
     return math.exp(best)
 
@@ -124,12 +113,11 @@ def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
 def paired_difference(one: Sequence[int | None], other: Sequence[int | None]) -> tuple[float, float]:
     """By how much one accuracy exceeds another one on the same images, and the margin of its 95 % interval.
 
-    Both are lists from `correct`, of the same images in the same order. A difference smaller than the margin is not
-    significant. Only images that one of the models has right count, as in McNemar's test (interval: Bonett and Price
-    2012).
+    Both are lists from `correct`. A difference smaller than the margin is not significant. Only images that one of the
+    models has right count, as in McNemar's test (interval: Bonett and Price 2012).
     """
     pairs = [pair for pair in zip(one, other, strict=True) if None not in pair]
     count = len(pairs) + 2
-    gains, losses = (sum(pair == kind for pair in pairs) + 1 for kind in ((1, 0), (0, 1)))
+    gains, losses = pairs.count((1, 0)) + 1, pairs.count((0, 1)) + 1
     margin = 1.96 * math.sqrt(gains + losses - (gains - losses) ** 2 / count) / count
     return (gains - losses) / count, margin

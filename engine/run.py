@@ -1,10 +1,8 @@
 """How do many images go through a model, on all cores, on a GPU, on all processes?
 
-A model here is a TransferModel or its fast copy. Feature extraction, test predictions and inference.py all use
-`run_images`: one path from images to outputs.
+`run_images` is the path from images to outputs. A model here is a TransferModel or its fast copy.
 """
 
-import itertools
 import math
 import statistics
 import sys
@@ -14,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,26 +41,24 @@ class Batch(NamedTuple):
 
 
 def run_images(
-    models: Sequence[nn.Module],
-    items: Iterable[Item],
-    output: Output = nn.Module.__call__,
-    batch_size: int | None = None,
+    models: list[nn.Module], items: Iterable[Item], output: Output = nn.Module.__call__, batch_size: int | None = None
 ) -> Iterator[Batch]:
     """Reads images, preprocesses them and runs every model on them, in order, in constant memory.
 
-    On the CPU, each core processes its own batches, from the file to the outputs: a convolution that stays in the
-    cache of one core is up to twice as fast as a convolution that all cores share. For a GPU, threads read large
-    batches, and the GPU runs one batch at a time, which bounds its memory. If memory runs out, batches are halved.
+    On the CPU each core takes its own batches, from the file to the outputs: a convolution that stays in the cache of
+    one core is up to twice as fast as one that all cores share. For a GPU, threads read large batches, and the GPU runs
+    one batch at a time, which bounds its memory. If memory runs out, batches are halved.
     Raises torch.OutOfMemoryError if one image is too large for the GPU.
     """
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
     workers = torch.get_num_threads() if on_cpu else min(16, available_cpus())
-    runner = _Runner(models, output, device, batch_size or batch_size_for(device))
-    items, pool, pending = iter(items), ThreadPoolExecutor(workers), deque()
+    batch_size = batch_size or batch_size_for(device)
+    runner, items, pending = _Runner(models, output, device, batch_size), iter(items), deque()
+    pool = ThreadPoolExecutor(workers)
     with threads(1) if on_cpu else nullcontext():
         try:
-            while batch := list(itertools.islice(items, batch_size or batch_size_for(device))):
+            while batch := list(islice(items, batch_size)):
                 pending.append(pool.submit(runner.run, batch))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
@@ -74,79 +71,69 @@ def run_images(
 class _Runner:
     """Runs models on one batch. Several threads call `run` at the same time."""
 
-    def __init__(self, models: Sequence[nn.Module], output: Output, device: torch.device, batch_size: int):
+    def __init__(self, models: list[nn.Module], output: Output, device: torch.device, batch_size: int):
         self.models, self.output, self.device = models, output, device
         self.limit = batch_size  # images that fit into the GPU's memory
         self.turn = nullcontext() if device.type == "cpu" else threading.Lock()
 
     @torch.inference_mode()
     def run(self, batch: list[Item]) -> Batch:
+        formats = [(model.preprocessing["image_size"], model.preprocessing["crop"]) for model in self.models]
         images, errors = {}, {}
-        for size, crop in {_size_and_crop(model) for model in self.models}:
-            pixels = [self.read(i, item, size, crop, errors) for i, item in enumerate(batch)]
+        for size, crop in set(formats):
+            pixels = [torch.zeros(3, 1, 1, dtype=torch.uint8)] * len(batch)
+            for i, item in enumerate(batch):
+                try:
+                    pixels[i] = read_image(item, size, crop)
+                except ImageError as error:
+                    errors[i] = error
             images[size, crop] = stack(pixels, self.device)
         with self.turn:
-            outputs = [self.forward(model, images[_size_and_crop(model)]) for model in self.models]
-        outputs = [rows.float().cpu() for rows in outputs]
-        for rows in outputs:
-            rows[list(errors)] = math.nan
-        return Batch(batch, outputs, errors)
-
-    def read(self, i: int, item: Item, size: int, crop: bool, errors: dict[int, ImageError]) -> Tensor:
-        try:
-            return read_image(item, size, crop)
-        except ImageError as error:
-            errors[i] = error
-            return torch.zeros(3, 1, 1, dtype=torch.uint8)
+            outputs = [self.forward(model, images[key]) for model, key in zip(self.models, formats, strict=True)]
+        unread = torch.tensor(list(errors), dtype=torch.int64)
+        return Batch(batch, [rows.float().cpu().index_fill(0, unread, math.nan) for rows in outputs], errors)
 
     def forward(self, model: nn.Module, images: Tensor | list[Tensor]) -> Tensor:
         dtype = next(model.features.parameters()).dtype
         while True:
-            parts = [images[i : i + self.limit] for i in range(0, len(images), self.limit)]
+            limit = self.limit
+            parts = (images[i : i + limit] for i in range(0, len(images), limit))
+            batches = (preprocess(part, model.preprocessing, self.device, dtype) for part in parts)
             try:
-                batches = (preprocess(part, model.preprocessing, self.device, dtype) for part in parts)
                 return torch.cat([self.output(model, batch) for batch in batches])
             except torch.OutOfMemoryError:
-                if self.limit == 1:
+                if limit == 1:
                     raise
-            self.limit //= 2  # outside the handler, which keeps the memory of the failed attempt alive
+            self.limit = limit // 2  # outside the handler, which keeps the memory of the failed attempt alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
 
 
-def _size_and_crop(model: nn.Module) -> tuple[int, bool]:
-    return model.preprocessing["image_size"], model.preprocessing["crop"]
-
-
-def outputs_of(
-    model: nn.Module, items: Sequence[Item], title: str, output: Output = nn.Module.__call__
-) -> tuple[Tensor, list[ImageError]]:
+def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> tuple[Tensor, list[ImageError]]:
     """The outputs (N, D) for N images, NaN for the unreadable ones, and their errors. All processes share the work."""
 
     def rows(items: Iterable[Item]) -> Iterator[tuple[Tensor, ImageError | None]]:
-        for batch in run_images([model], items, output):
+        for batch in run_images([model], items):
             bar.update(len(batch.items) * world_size())
             yield from ((row, batch.errors.get(i)) for i, row in enumerate(batch.outputs[0]))
 
     with Progress(len(items), title) as bar:
-        size = batch_size_for(next(model.parameters()).device)
-        outputs, errors = zip(*shared_map(rows, items, size), strict=True)
+        outputs, errors = zip(*shared_map(rows, items, batch_size_for(next(model.parameters()).device)), strict=True)
     return torch.stack(outputs), [error for error in errors if error]
 
 
 def predictions(
-    models: Sequence[nn.Module], items: Iterable[Item], top_k: int, ensemble: bool = False
+    models: list[nn.Module], items: Iterable[Item], top_k: int, ensemble: bool = False
 ) -> Iterator[tuple[Item, list[dict]]]:
     """Yields each item with one record for each model, as in `TransferModel.predict`, or with one error record.
 
     With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
     softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
     """
-    for items, outputs, errors in run_images(models, items, type(models[0]).answer):
-        answers = [
-            log_probabilities(rows[:, :-1], model.temperature) for model, rows in zip(models, outputs, strict=True)
-        ]
+    temperatures = [model.temperature for model in models]
+    for batch, outputs, errors in run_images(models, items, type(models[0]).answer):
+        answers = [log_probabilities(rows[:, :-1], t) for rows, t in zip(outputs, temperatures, strict=True)]
         together = average_models(answers) if ensemble else None
-        for i, item in enumerate(items):
+        for i, item in enumerate(batch):
             path = {"path": str(item) if isinstance(item, Path) else None}
             if i in errors:
                 yield item, [{**path, "error": str(errors[i])}]
@@ -157,24 +144,21 @@ def predictions(
                 if model.unfamiliarity is not None:
                     records[-1]["unfamiliar"] = bool(rows[i, -1] > 0)
             if ensemble:
-                records = [{**path, **_combined(records, _best(together[i], models[0].classes, top_k))}]
+                best = _best(together[i], models[0].classes, top_k)
+                votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
+                if votes:
+                    best["unfamiliar"] = sum(votes) > len(votes) / 2
+                agreement = sum(record["label"] == best["label"] for record in records) / len(records)
+                records = [{**path, "model": "ensemble", **best, "agreement": agreement, "models": records}]
             yield item, records
 
 
 def _best(logits: Tensor, classes: Sequence[str], top_k: int) -> dict:
     """The label of one image's logits (classes), its probability, and the `top_k` best."""
-    probabilities, labels = logits.softmax(dim=0).topk(min(top_k, len(classes)))
-    pairs = zip(labels.tolist(), probabilities.tolist(), strict=True)
+    best = logits.softmax(dim=0).topk(min(top_k, len(classes)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     top = [{"label": classes[label], "probability": probability} for label, probability in pairs]
     return {**top[0], "top": top}
-
-
-def _combined(records: list[dict], best: dict) -> dict:
-    """The ensemble's record from those of its models. It calls an image unfamiliar if most of its models do."""
-    votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
-    unfamiliar = {"unfamiliar": sum(votes) > len(votes) / 2} if votes else {}
-    agreement = sum(record["label"] == best["label"] for record in records) / len(records)
-    return {"model": "ensemble", **best, **unfamiliar, "agreement": agreement, "models": records}
 
 
 def heat_map(model: nn.Module, images: Tensor) -> Tensor:
@@ -192,10 +176,7 @@ def heat_map(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def measure_cost(model: nn.Module, device: torch.device) -> dict:
-    """Multiply-adds of one forward pass, and images a second: one at a time, and many.
-
-    The images are black arrays of the model's size. Many are as many as should take about a second.
-    """
+    """Multiply-adds of one forward pass, and black images a second: one at a time, and as many as take a second."""
     with FlopCounterMode(display=False) as counter, threads(1), torch.no_grad():  # inference_mode hides operators
         model.eval().classifier(model.forward_view(model.example()))
     fast, size = fast_copy(model, device), model.preprocessing["image_size"]
@@ -203,8 +184,7 @@ def measure_cost(model: nn.Module, device: torch.device) -> dict:
 
     def seconds(count: int, batch_size: int) -> float:
         start = time.perf_counter()
-        for _ in run_images([fast], [image] * count, batch_size=batch_size):
-            pass
+        list(run_images([fast], [image] * count, batch_size=batch_size))
         return time.perf_counter() - start
 
     one = statistics.median([seconds(1, 1) for _ in range(6)][1:])  # the first one warms up

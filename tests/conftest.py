@@ -1,9 +1,11 @@
-"""Small images and random weights, made here. No test needs a network, and none finds one."""
+"""Small images, random weights, and the scripts as a user runs them. No test needs a network, and none finds one."""
 
+import json
 import os
+import signal
 import socket
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: tests that share the cores get one thread each
@@ -18,9 +20,28 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data as data_module  # noqa: E402
+import inference  # noqa: E402
+import main_train  # noqa: E402
+from engine.console import run_script  # noqa: E402
+from models import TransferModel  # noqa: E402
 
+CPU = torch.device("cpu")
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+QUICK = ("--image-size", 32, "--epochs", 3)
+SMALL = ("--models", "mobilenet_v3_small")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+# the smallest member of every family of torchvision's classification models, and both ways of reading MobileNetV3-Large
+FAMILIES = [
+    "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3",
+    "maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_large_levels", "mobilenet_v3_small",
+    "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t",
+    "swin_v2_t", "vgg11_bn", "vgg16", "vit_b_32",
+]  # fmt: skip
+ONE_SIZE = {"maxvit_t": 224, "vit_b_32": 224}
+
+
+# ------------------------------------------------------------------------------------------- images and weights
 
 
 def draw(path: Path, color: tuple[int, int, int], seed: int, size: tuple[int, int] = (24, 24)) -> None:
@@ -32,14 +53,10 @@ def draw(path: Path, color: tuple[int, int, int], seed: int, size: tuple[int, in
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """photos/{train,test}/{blue,green,red}/*.png, 20 and 6 of each."""
-    for part, count in (("train", 20), ("test", 6)):
+    for part, count, first in (("train", 20, 0), ("test", 6, 100)):
         for label, (name, color) in enumerate(COLORS.items()):
             for i in range(count):
-                draw(
-                    tmp_path / "photos" / part / name / f"{i}.png",
-                    color,
-                    seed=1000 * label + i + 100 * (part == "test"),
-                )
+                draw(tmp_path / "photos" / part / name / f"{i}.png", color, seed=1000 * label + first + i)
     return tmp_path / "photos"
 
 
@@ -67,6 +84,19 @@ def randomize_statistics(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def random_model(name: str, image_size: int | None = None, classes=("zebra", "ant", "car")) -> TransferModel:
+    torch.manual_seed(0)
+    return randomize_statistics(TransferModel(name, classes, image_size, pretrained=False)).eval()
+
+
+def noise(model: TransferModel, count: int = 2) -> torch.Tensor:
+    size = model.preprocessing["image_size"]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+# ------------------------------------------------------------------------------------------------- the scripts
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     connect, look_up = socket.socket.connect, socket.getaddrinfo
@@ -86,24 +116,98 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path, weights, monkeypatch, capsys):
+def replace(monkeypatch):
+    """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
+
+    def everywhere(name: str, new: object) -> object:
+        files = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+        project = [module for module, file in files if file and Path(file).parent in (ROOT, ROOT / "engine")]
+        holders = [module for module in project if name in vars(module)]
+        before = vars(holders[0])[name]
+        for module in holders:
+            monkeypatch.setattr(module, name, new)
+        return before
+
+    return everywhere
+
+
+@pytest.fixture
+def run(tmp_path, weights, monkeypatch, capsys, replace):
     """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr.
 
-    Training writes into that folder, unless the arguments say otherwise.
+    Training writes into that folder, unless the arguments say otherwise. It does not measure the speed of models.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    # what measures the speed of a model, for a second
-    monkeypatch.setattr("train_utils.run_images_here", lambda *args, **kwargs: [time.sleep(0.01)])
+    speed = {"one": 100.0, "best": 200.0, "best_batch_size": 32}
+    replace("measure_cost", lambda *args: {"multiply_adds": 10**6, "images_per_second": speed})
 
     def command(script, *args):
-        if script.__name__ == "main_train" and "--output" not in args:
+        if script is main_train and "--output" not in args:
             args = ("--output", ".", *args)
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            data_module.run_script(lambda: script.main([str(arg) for arg in args]))
+            run_script(lambda: script.main([str(arg) for arg in args]))
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return left.value.code, out, err
 
     return command
+
+
+@pytest.fixture
+def answers(run):
+    """Runs inference.py, which must succeed. Returns its records."""
+
+    def records(*args) -> list[dict]:
+        code, out, _ = run(inference, *args, "--format", "json")
+        assert code == 0 and out
+        return [json.loads(line) for line in out.splitlines()]
+
+    return records
+
+
+def start(*args, cwd: Path) -> subprocess.Popen:
+    """Starts a script in a process of its own."""
+    command = [sys.executable, *map(str, args)]
+    # a process started in the background ignores SIGINT, and so would its children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ------------------------------------------------------------------------------------------ what they have written
+
+
+def results(folder: Path) -> list[dict]:
+    """The rows of results.json."""
+    return json.loads((folder / "plots" / "results.json").read_text())["runs"]
+
+
+def repeatable(folder: Path) -> dict[str, dict]:
+    """The rows of results.json, by model, without what may differ from run to run, such as times."""
+    rows = results(folder)
+    for row in rows:
+        for key in ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes"):
+            del row[key]
+        for epoch in row["history"]:
+            del epoch["seconds"]
+    return {row["model"]: row for row in rows}
+
+
+def checkpoints(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every checkpoint."""
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    return {file.name: torch.load(file, weights_only=True)["state_dict"] for file in files}
+
+
+def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> bool:
+    """Whether two results of `checkpoints` are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[m][key], b[m][key]) for m in a for key in a[m])
+
+
+def share_right(records: list[dict]) -> float:
+    """The accuracy of inference.py's records, whose images lie in folders named as their classes."""
+    return float(np.mean([record["label"] == Path(record["path"]).parent.name for record in records]))

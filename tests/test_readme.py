@@ -10,13 +10,12 @@ import sys
 from statistics import mean, stdev
 
 import pytest
-import torch
 from conftest import ROOT, draw
 
 import inference
 import main_train
 import models
-from train_utils import difference, interval
+from engine.metrics import paired_difference, wilson_interval
 
 PAGES = {ROOT: (ROOT / "README.md").read_text(encoding="utf-8")}
 PAGES[ROOT / "benchmarks"] = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -31,15 +30,11 @@ def accuracy(run: dict, part: str = "test") -> float:
     return mean(run["accuracy_by_seed"][part])
 
 
-def right(run: dict) -> torch.Tensor:
-    return torch.tensor(list(map(int, run["right"])))
-
-
 def rows(run: dict, best: dict) -> tuple[str, str]:
     """Those of a run in the tables of the two pages."""
     label, seeds = run["label"], run["accuracy_by_seed"]["test"]
-    low, high = interval(accuracy(run), run["test_images"])
-    margin = 100 * difference(right(run), right(best))[1]
+    low, high = wilson_interval(accuracy(run), run["test_images"])
+    margin = 100 * paired_difference(run["correct"], best["correct"])[1]
     change = "best" if run is best else f"{100 * (accuracy(run) - accuracy(best)):+.1f} ± {margin:.1f}"
     trained, total = (run["parameters"][key] / 1e6 for key in ("trainable", "total"))
     ece, rate = run["calibration"], run["images_per_second"]
@@ -75,8 +70,9 @@ def test_links_and_files_are_there():
         for target in re.findall(r'src="([^"]+)"|\]\(((?!http|#)[^)]+)\)', page):
             file, _, heading = "".join(target).partition("#")
             assert (folder / file).exists() and heading in {"", *headings}, target
-    files = re.findall(r"^\| `([a-z_]+\.py)`", PAGES[ROOT], re.MULTILINE)
-    assert sorted(files) == sorted(file.name for file in ROOT.glob("*.py"))
+    cells = re.findall(r"^\| (`.*?) \|", PAGES[ROOT], re.MULTILINE)
+    files = [file for cell in cells for file in re.findall(r"`(\w+\.py)`", cell)]
+    assert sorted(files) == sorted(file.name for folder in (ROOT, ROOT / "engine") for file in folder.glob("[!_]*.py"))
 
 
 @pytest.fixture

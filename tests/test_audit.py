@@ -1,0 +1,67 @@
+"""Near-duplicates, label errors and unfamiliar images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from conftest import QUICK, SMALL
+from PIL import Image
+
+import inference
+import main_train
+from engine.audit import fit_unfamiliarity
+from engine.features import Features
+
+
+def test_planted_near_duplicates_and_label_errors_are_found(run, photos, tmp_path, replace):
+    red, blue = photos / "train" / "red", photos / "train" / "blue"
+    for i in (1, 2, 3):
+        shutil.copy(red / f"{i}.png", photos / "test" / "red" / f"copy{i}.png")
+    shutil.copy(blue / "5.png", photos / "train" / "green" / "blue5.png")
+    (red / "7.png").rename(blue / "red7.png")
+    command = ("--data", photos, "--models", "mobilenet_v2", *QUICK, "--precision", "fp32")
+    code, out, err = run(main_train, *command)  # random weights, whose bf16 features are too coarse
+    assert (code, err) == (0, "") and "3 test images have near-duplicates (test accuracy without them: " in out
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    pairs = {tuple(sorted(Path(image["path"]).name for image in pair["images"])) for pair in report["near_duplicates"]}
+    assert pairs == {("1.png", "copy1.png"), ("2.png", "copy2.png"), ("3.png", "copy3.png"), ("5.png", "blue5.png")}
+    assert report["test_images_with_near_duplicates"] == 3 and 0 <= report["test_accuracy_without_them"] <= 1
+    assert "1 pair of near-duplicates has conflicting labels" in out and report["conflicting_labels"] == 1
+    errors = {(Path(each["path"]).name, each["label"], each["suggested"]) for each in report["label_errors"]}
+    assert ("red7.png", "blue", "red") in errors and len(errors) < 12
+    assert f"{len(errors)} label{'s' * (len(errors) > 1)} may be wrong" in out
+    assert (tmp_path / "plots" / "mobilenet_data.png").exists()
+    replace("COMPARED", 50)
+    out = run(main_train, *command)[1]
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    assert "too many images to look for near-duplicates" in out and report["near_duplicates"] is None
+
+
+def test_unfamiliar_and_unsure_images_are_marked(run, answers, photos, tmp_path):
+    run(main_train, "--data", photos, *SMALL, *QUICK)
+    random = np.random.default_rng(0)
+    for i in range(20):
+        path = tmp_path / "foreign" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+
+    def share(folder):
+        records = answers(folder, "--threshold", 0.5)
+        assert all(record["unsure"] == (record["probability"] < 0.5) for record in records)
+        return np.mean([record["unfamiliar"] for record in records])
+
+    assert share(tmp_path / "foreign") > 0.9 and share(photos / "test") < 0.5
+    assert ", unfamiliar" in run(inference, tmp_path / "foreign")[1]
+
+
+def test_five_percent_of_the_validation_images_are_unfamiliar():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (700,), generator=random)
+    features = torch.randn(700, 40, generator=random) + 3 * F.one_hot(labels, 40)
+    logits, train, val = 4 * features[:, :3], features[:600], features[600:]
+    score = fit_unfamiliarity(Features.in_memory(train), labels[:600], Features.in_memory(val), logits[600:])
+    assert (score(val, logits[600:]) > 0).sum() == 5
+    assert (score(10 * torch.randn(50, 40, generator=random), torch.zeros(50, 3)) > 0).all()

@@ -1,0 +1,100 @@
+"""Errors, exit codes, signals, progress, imports."""
+
+import ast
+import io
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, start
+
+import inference
+import main_train
+from engine.console import Progress, run_script
+
+
+def test_progress_in_a_log_is_an_occasional_line(capsys):
+    bar = Progress(100, "photos", done=10)
+    bar.update(5)
+    bar.close()
+    assert capsys.readouterr() == ("", "")
+    bar = Progress(100, "photos", done=10)
+    bar.mininterval = bar.due = 0
+    bar.update(5)
+    bar.update(5)
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"photos: 15 of 100 images, .* elapsed, .* left\n", err)
+
+
+def test_a_notebooks_stdout_cannot_be_reconfigured(photos, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    command = ["--data", str(photos), *SMALL, "--image-size", "32", "--epochs", "1", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        run_script(lambda: main_train.main([*command, "--cache", str(tmp_path)]))
+    assert left.value.code == 0 and "mobilenet_v3_small" in sys.stdout.getvalue()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_without_a_traceback(tmp_path, photos, signum, code):
+    process = start(ROOT / "main_train.py", "--demo", "--epochs", 100000, cwd=tmp_path)
+    process.stdout.readline()  # the data are loaded
+    time.sleep(1)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and "Traceback" not in err
+    assert code != 130 or err.endswith("Interrupted. Run the same command to resume.\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "expected"),
+    [
+        (main_train, ["--models", "resnet"], "resnet50"),
+        (main_train, ["--device", "tpu"], "mps"),
+        (main_train, ["--epochs", "0"], "positive"),
+        (main_train, ["--lr", "nan"], "--lr"),
+        (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
+        (main_train, ["--seed", "-1"], "--seed"),
+        (main_train, ["--device", "cuda"], "--device auto"),
+        (inference, ["x.png", "--threshold", "80"], "below 1"),
+        (inference, ["x.png"], "main_train.py"),
+        (inference, ["x.png", "--checkpoint", "none.pt"], "none.pt"),
+    ],
+)
+def test_invalid_arguments(run, script, args, expected):
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("there is a GPU here")
+    code, _, err = run(script, *args)
+    assert code == 2 and expected in err
+
+
+SCRIPTS = [path.stem for path in ROOT.glob("*.py")]
+MODULES = [*SCRIPTS, *(f"engine.{path.stem}" for path in (ROOT / "engine").glob("[!_]*.py"))]
+
+
+def test_the_engine_imports_no_script():
+    for path in (ROOT / "engine").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not {name.split(".")[0] for name in imported} & {*SCRIPTS}, path
+
+
+def test_every_module_can_be_imported_first(tmp_path):
+    """Each one in turn after all other modules of the project are forgotten. None prints or writes anything."""
+    assert len(SCRIPTS) == 6 and len(MODULES) > 15
+    program = (
+        f"import importlib, sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
+        f"for name in {MODULES}:\n"
+        f"    for loaded in {{'engine', *{MODULES}}} & {{*sys.modules}}:\n"
+        "        del sys.modules[loaded]\n"
+        "    importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())

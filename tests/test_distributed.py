@@ -1,0 +1,46 @@
+"""Two processes under torchrun."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, SMALL, TORCHRUN, checkpoints, repeatable, same
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_two_processes_give_the_results_of_one(photos, weights, tmp_path, monkeypatch):
+    """Under torchrun: the same features, results and answers, in order. Fine-tuning is the same up to rounding."""
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (photos / "train" / "red" / "broken.png").write_bytes(b"oops")
+    features, rows, state, answers = [], [], [], []
+    for runner in ((), TORCHRUN):
+        folder = tmp_path / str(len(rows))
+        folder.mkdir()
+        code = 0 if runner else 1  # torchrun would take 1 for a crash
+        command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--output", ".")
+        done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.count("test accuracy") == 2, done.stderr
+        assert done.stderr.count("left out: ") == 1
+        files = sorted((folder / "data" / "features").glob("*.features"))
+        assert [file.suffixes[-2] for file in files] == ([".0", ".1"] if runner else [".0"])
+        content = b"".join(file.read_bytes() for file in files)
+        size = len(content) // 78
+        records = [content[i * size : (i + 1) * size] for i in range(78)]
+        features.append({record[:32]: record[40:] for record in records})  # without seconds and checksum
+        rows.append(repeatable(folder))
+        state.append(checkpoints(folder))
+        frozen = "checkpoints/mobilenet_v3_small.pt"
+        command = (ROOT / "inference.py", photos / "train", "--format", "csv", "--checkpoint", frozen)
+        done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == code and done.stdout.count("\n") == 1 + 61, done.stderr
+        answers.append(done.stdout)
+    assert len(features[0]) == 78 and features[0] == features[1]
+    one, two = (
+        [run.pop(f"mobilenet_v3_small_finetuned{end}") for run in runs] for runs, end in ((rows, ""), (state, ".pt"))
+    )
+    for a, b in zip(one[0]["history"], one[1]["history"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert all(torch.allclose(two[0][key], two[1][key], atol=1e-3) for key in two[0])
+    assert rows[0] == rows[1] and same(*state) and answers[0] == answers[1]

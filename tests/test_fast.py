@@ -1,0 +1,100 @@
+"""The fast copy and the training copy compute what the plain model computes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import CPU, FAMILIES, ONE_SIZE, ROOT, noise, random_model
+from PIL import Image
+
+from engine.device import threads
+from engine.fast import fast_copy, training_copy
+from models import TransferModel, save_checkpoint
+
+SIZES = [(name, size) for name in FAMILIES for size in ((None,) if name in ONE_SIZE else (None, 97))]
+
+
+@pytest.mark.parametrize(("name", "image_size"), SIZES)
+def test_the_fast_copy_has_the_same_outputs(name, image_size):
+    model = random_model(name, image_size)
+    model.views = 1
+    images = noise(model)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        fast = fast_copy(model, CPU, "fp32")
+        actual = fast.forward_features(images)
+        one = fast.forward_features(images[:1])  # the weights' layout follows from the batch size
+    assert expected.shape == (2, model.width)
+    tolerance = 1e-4 * expected.abs().max()
+    assert (actual - expected).abs().max() < tolerance and (one - expected[:1]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18"])
+def test_the_fast_copy_in_bf16_and_in_micro_batches(name, replace):
+    replace("LAYER", 1_600_000)  # so that the first stages take these few images in parts
+    model = random_model(name, 64)
+    images = noise(model, 8)
+    with torch.inference_mode():
+        expected = model.forward_features(images)
+        whole = fast_copy(model, CPU, "fp32").forward_features(images)
+        bf16 = fast_copy(model, CPU, "bf16").forward_features(images.bfloat16()).float()
+    assert (whole - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (bf16 - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["_convolution_pointwise", "_reorder_convolution_weight"])
+def test_the_fast_copy_does_without_an_operator_that_fails_or_is_wrong(name, monkeypatch):
+    def missing(*args):
+        raise RuntimeError("could not create a memory")
+
+    def wrong(images, *args):
+        return torch.zeros(1)
+
+    model = random_model("mobilenet_v2", 32)
+    expected = fast_copy(model, CPU, "fp32").forward_features(noise(model))
+    for broken in (missing, wrong):
+        monkeypatch.setattr(torch.ops.mkldnn, name, broken)
+        actual = fast_copy(model, CPU, "fp32").forward_features(noise(model))
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_training_copy_has_the_same_outputs_and_gradients(name):
+    model = random_model(name, ONE_SIZE.get(name, 80))
+    model.unfreeze()
+    model.train()
+    model.features.double()  # or rounding would move an activation across zero here and there
+    images = noise(model).double()
+
+    def gradients(network: torch.nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(0)  # for dropout
+        model.zero_grad()
+        (logits := network(images)).logsumexp(dim=1).sum().backward()
+        return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    expected = gradients(model)
+    with torch.inference_mode():
+        answers = model.eval()(images)
+    for parts in (1, 2):
+        network = training_copy(model.train(), parts)
+        with threads(1):  # for each part
+            for actual, plain in zip(gradients(network), expected, strict=True):
+                assert (actual - plain).abs().max() <= 1e-5 * plain.abs().max() + 1e-9
+            network.eval()
+            with torch.inference_mode():
+                assert torch.allclose(network(images), answers, rtol=1e-5, atol=1e-6)
+
+
+def test_inference_does_not_import_the_compiler(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", TransferModel("mobilenet_v3_small", ("a", "b"), 64, pretrained=False), {})
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import inference\n"
+        "assert inference.main(['x.png', '--checkpoint', 'x.pt']) == 0 and 'torch._dynamo' not in sys.modules\n"
+        "from torchvision.ops.roi_align import is_compile_supported\n"
+        "import torch._dynamo\n"
+        "assert is_compile_supported('cpu') == torch._dynamo.utils.is_compile_supported('cpu')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,107 @@
+"""Locks, and what is left after a write that fails."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import QUICK, ROOT, SMALL, checkpoints, same
+
+import main_train
+from engine.files import locked
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="flock")
+def test_a_held_lock_differs_from_missing_support(tmp_path, monkeypatch, capsys):
+    with locked(tmp_path / "lock", wait=False), pytest.raises(OSError, match="another run"):
+        with locked(tmp_path / "lock", wait=False):
+            pass
+
+    def missing(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    for wait in (True, False):
+        with locked(tmp_path / "lock", wait=wait):
+            assert "No locks available" in capsys.readouterr().err
+
+
+def test_two_runs_cannot_share_an_output_folder(run, photos, tmp_path):
+    with locked(tmp_path / "checkpoints" / ".lock", wait=False):
+        code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 2 and "another run" in err
+    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_failed_write_keeps_the_old_file(run, photos, tmp_path):
+    import resource
+
+    command = ("--data", photos, *SMALL, *QUICK)
+    run(main_train, *command)
+    checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
+    before = checkpoint.read_bytes()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main_train.py", *map(str, command), "--seed", "1"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)),
+    )
+    _, err = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in err
+    assert str(checkpoint.relative_to(tmp_path)) in err and "MB are free" in err
+    assert checkpoint.read_bytes() == before and not list(tmp_path.rglob("*.part"))
+
+
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount", "--net", "sh", "-ec"]
+
+
+def own_mounts_work() -> bool:
+    return bool(shutil.which("unshare")) and subprocess.run([*NAMESPACE, "mount -t tmpfs x /mnt"]).returncode == 0
+
+
+@pytest.mark.skipif(not own_mounts_work(), reason="needs a system that lets users mount")
+def test_full_disk_read_only_folder_and_no_home(photos, weights, tmp_path, monkeypatch):
+    """On real file systems, without a network, from a warm cache of weights."""
+
+    def namespace(script, *args):
+        command = [sys.executable, ROOT / "main_train.py", "--data", photos, *QUICK, "--models", *args]
+        process = subprocess.run(
+            [*NAMESPACE, script, "sh", *map(str, command)], cwd=tmp_path, text=True, capture_output=True
+        )
+        assert "Traceback" not in process.stderr
+        return process.returncode, process.stderr
+
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    for folder in ("out", "data"):
+        (tmp_path / folder).mkdir()
+    # the first checkpoint finds room, the second doesn't; then there is more
+    two = ("mobilenet_v3_small", "mobilenet_v2", "--output", "out")
+    script = """
+        mount -t tmpfs -o size=12m x out
+        "$@" || code=$?
+        test $(ls -A out/checkpoints | wc -l) = 2  # the lock and one checkpoint
+        cat out/plots/results.json >seen
+        exit $code"""
+    code, err = namespace(script, *two)
+    assert code == 1 and "out/checkpoints/mobilenet_v2.pt" in err and "MB are free" in err
+    assert [row["model"] for row in json.loads((tmp_path / "seen").read_text())["runs"]] == ["mobilenet_v3_small"]
+    shutil.rmtree(tmp_path / "data" / "features")
+    script = 'mount -t tmpfs -o size=64k x data; "$@" || code=$?; mount -o remount,size=9m data; "$@"; exit $code'
+    code, err = namespace(script, *two[:1])
+    assert code == 2 and "data/features/mobilenet_v3_small" in err and "No space left" in err and err.count("\n") == 1
+    assert (tmp_path / "runs" / "photos" / "checkpoints" / "mobilenet_v3_small.pt").exists()
+    before = checkpoints(tmp_path / "runs" / "photos")
+
+    code, err = namespace('mount --bind . .; mount -o remount,ro,bind .; cd .; cd "$PWD"; "$@"', *two[:1])
+    assert code == 2 and "Read-only file system" in err and err.count("\n") == 1
+    assert same(checkpoints(tmp_path / "runs" / "photos"), before)
+
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    assert namespace('"$@"', *two[:1])[0] == 0
+    monkeypatch.delenv("TORCH_HOME")
+    code, err = namespace('"$@"', *two[:1])
+    assert code == 2 and "/proc/nowhere" in err.splitlines()[-1]  # matplotlib says a word about it first

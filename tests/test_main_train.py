@@ -1,0 +1,212 @@
+"""Training, from images to answers."""
+
+import csv
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torchvision
+from conftest import QUICK, ROOT, SMALL, draw, repeatable, results, share_right, start
+
+import inference
+import main_train
+from models import load_checkpoint
+
+
+def test_training_evaluation_and_inference_agree(run, answers, photos, tmp_path):
+    models = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
+    code, out, err = run(main_train, "--data", photos, "--models", *models, *QUICK)
+    assert (code, err) == (0, "")
+    rows = repeatable(tmp_path)
+    assert list(rows) == list(models)
+    for name, row in rows.items():
+        assert name in out
+        assert row["test_interval"][0] <= row["test_accuracy"] <= row["test_interval"][1]
+        assert np.sum(row["confusion_matrix"]) == row["test_images"] == 18
+        assert np.trace(row["confusion_matrix"]) / 18 == pytest.approx(row["test_accuracy"])
+    kinds, drawn = ("", "_confusion", "_reliability"), {file.stem for file in (tmp_path / "plots").glob("*.png")}
+    plots = {f"{plot}{kind}" for plot in ("mobilenet", "mobilenet_large", "mobilenet_small") for kind in kinds}
+    assert {name for name in drawn if not name.endswith("_mistakes")} == {"comparison", *plots}  # mistakes: if any
+    assert rows["mobilenet_v2"]["test_accuracy"] > 0.6  # three colours, told apart even by random features
+
+    records = answers(photos / "test")
+    rows["ensemble"] = json.loads((tmp_path / "plots" / "results.json").read_text())["ensemble"]
+    for name, row in rows.items():
+        its = [one for record in records for one in (record, *record["models"]) if one["model"] == name]
+        assert len(its) == 18 and share_right(its) == pytest.approx(row["test_accuracy"])
+    assert len(answers(photos / "test", "--no-ensemble")) == 3 * 18
+    code, out, err = run(inference)
+    assert code == 0 and (tmp_path / "plots" / "predictions.png").exists() and len(out.splitlines()) == 12 + 1
+    assert out.splitlines()[-1] == f"{out.count(' - right')} of 12 right"
+
+    (photos / "test" / "blue").rename(tmp_path / "elsewhere")
+    (photos / "test" / "blue").symlink_to(tmp_path / "elsewhere")  # which training reads, too
+    code, out, err = run(inference, photos / "test", "--evaluate", "--output", "judged")
+    assert (code, err) == (0, "") and "blue" in out
+    for name, row in rows.items():
+        assert f"\n{name}: {row['test_accuracy']:.2%} of 18 images right" in out
+        wrong = list(csv.DictReader((tmp_path / "judged" / f"{name}_wrong.csv").read_text().splitlines()))
+        assert len(wrong) == round(18 * (1 - row["test_accuracy"])) and all(w["true"] != w["label"] for w in wrong)
+        assert (tmp_path / "judged" / f"{name}_confusion.png").exists()
+    one = "checkpoints/mobilenet_v2.pt"
+    assert run(inference, photos / "test", "--evaluate", "--checkpoint", one, one)[0] == 2  # the records would mix
+    (photos / "test" / "blue").rename(photos / "test" / "violet")
+    code, out, err = run(inference, photos / "test", "--evaluate")
+    assert code == 2 and "violet" in err
+
+
+def test_unreadable_images_are_named_and_left_out(run, photos, tmp_path):
+    (photos / "train" / "red" / "3.png").write_bytes(b"oops")
+    (photos / "test" / "blue" / "2.png").write_bytes(b"")
+    for _ in range(2):  # computed, and from the cache
+        code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+        assert code == 1 and "red/3.png" in err and "blue/2.png" in err and "2 images" in err
+        row = repeatable(tmp_path)["mobilenet_v3_small"]
+        assert row["train_images"] + row["val_images"] == 59 and row["test_images"] == 17
+
+
+def test_a_class_without_a_readable_image(run, photos):
+    for image in (photos / "test" / "red").iterdir():
+        image.write_bytes(b"oops")
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 1 and "no test image of 'red' can be read" in err
+    for image in (photos / "train" / "red").iterdir():
+        image.write_bytes(b"oops")
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 2 and "no training image of 'red' can be read" in err
+
+
+def test_the_failure_of_one_model_does_not_end_the_run(run, photos, tmp_path):
+    code, _, err = run(main_train, "--data", photos, "--models", "vgg16", "mobilenet_v3_small", *QUICK)
+    assert code == 1 and list(repeatable(tmp_path)) == ["mobilenet_v3_small"]
+    assert "vgg16-397923af.pth" in err and "checkpoints" in err and "--demo" in err and err.count("error:") == 1
+    started = time.monotonic()
+    code, _, err = run(main_train, *SMALL)
+    assert code == 2 and "cifar-10-python.tar.gz" in err and "--data" in err and "--demo" in err
+    assert time.monotonic() - started < 5 and err.count("\n") == 1
+    assert list((tmp_path / "data").glob("*cifar*")) == []
+
+
+def test_a_failing_plot_or_benchmark_costs_no_result(run, photos, tmp_path, replace, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("nothing works today")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
+    replace("measure_cost", broken)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 1 and err.count("nothing works today") == 3 == len(err.splitlines())
+    assert "mobilenet_v3_small" in out and results(tmp_path)[0]["test_accuracy"] >= 0
+    assert load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
+
+
+def break_tree(photos, how):
+    if how == "no folder":
+        return photos / "nowhere", "nowhere"
+    if how == "no train":
+        shutil.rmtree(photos / "train")
+        return photos, "train/<class>/"
+    if how == "one class":
+        shutil.rmtree(photos / "train" / "red")
+        shutil.rmtree(photos / "train" / "blue")
+        return photos, "one class"
+    if how == "class only in test":
+        draw(photos / "test" / "violet" / "1.png", (0, 0, 0), seed=1)
+        return photos, "violet"
+    if how == "empty class":
+        (photos / "train" / "violet").mkdir()
+        return photos, "violet"
+    if how == "too few":
+        for image in photos.glob("train/*/*.png"):
+            if image.stem != "0":
+                image.unlink()
+        return photos, "too few"
+
+
+@pytest.mark.parametrize("how", ["no folder", "no train", "one class", "class only in test", "empty class", "too few"])
+def test_a_folder_that_is_no_data_set(run, photos, how):
+    folder, expected = break_tree(photos, how)
+    code, _, err = run(main_train, "--data", folder, *SMALL)
+    assert code == 2 and err.startswith("error: ") and expected in err
+
+
+@pytest.mark.parametrize("how", ["two images in all", "all the same", "noise"])
+def test_uninformative_images_give_finite_results(run, photos, how):
+    for label, name in enumerate(("blue", "green", "red")):
+        for i, image in enumerate(sorted((photos / "train" / name).iterdir())):
+            if how == "two images in all" and i > 1:
+                image.unlink()
+            elif how == "all the same":
+                shutil.copy(photos / "test" / "red" / "0.png", image)
+            elif how == "noise":
+                draw(image, (90, 90, 90), seed=100 * label + i)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert (code, err) == (0, "") and "nan" not in out
+    assert run(inference, photos / "test")[0] == 0
+
+
+def test_own_images_get_an_output_folder_of_their_own(photos, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    process = start(ROOT / "main_train.py", "--data", f"{photos}/", *SMALL, *QUICK, cwd=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and not (tmp_path / "plots").exists()
+    assert (tmp_path / "runs" / "photos" / "checkpoints" / "mobilenet_v3_small.pt").exists()
+    *_, last = out.splitlines()
+    command = last.split("next: python ")[1].replace("IMAGE...", f"{photos}/test/red/0.png").split()
+    answer = start(ROOT / command[0], *command[1:], cwd=tmp_path)
+    assert "red" in answer.communicate()[0] and answer.returncode == 0
+
+
+def test_nothing_is_written_outside_of_output_and_cache(run, photos, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--output", "../out", "--cache", "../cache")
+    assert (code, err) == (0, "") and sorted(tmp_path.rglob("*")) == before
+    assert {path.name for path in (tmp_path.parent / "out").iterdir()} == {"checkpoints", "plots"}
+
+
+def test_the_demo_and_a_closed_pipe(tmp_path):
+    deep = ("mobilenet_v3_large", "mobilenet_v3_small")
+    demo = start(ROOT / "main_train.py", "--demo", "--models", *deep, cwd=tmp_path)
+    out, err = demo.communicate()
+    assert (demo.returncode, err) == (0, "") and "not the models" in out
+    assert all(row["test_accuracy"] > 0.5 for row in repeatable(tmp_path / "demo").values())  # by chance a third
+    assert all(row["images_per_second"]["best"] > 0 for row in results(tmp_path / "demo"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
+    files = (tmp_path / "demo" / "checkpoints").glob("*.pt")
+    reader = start(ROOT / "inference.py", "--checkpoint", *files, cwd=tmp_path)
+    reader.stdout.readline()
+    reader.stdout.close()
+    err = reader.stderr.read()
+    assert reader.wait() == 0 and "Traceback" not in err
+
+
+def names_for_the_demo() -> list[str]:
+    """Every model of torchvision with fewer than 4 million parameters, and the smallest of each family."""
+    families = {}
+    for name in torchvision.models.list_models(torchvision.models, exclude="vgg*"):  # a default of the demo
+        size = torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+        families.setdefault(torchvision.models.get_model_builder(name).__module__, []).append((size, name))
+    return sorted(name for family in families.values() for size, name in family if size < 4e6 or size == min(family)[0])
+
+
+NAMES = names_for_the_demo()
+
+
+@pytest.mark.parametrize("names", [NAMES[::2], NAMES[1::2]])
+def test_every_family_runs_in_the_demo(run, tmp_path, monkeypatch, names):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)  # seen in other tests
+    code, out, err = run(main_train, "--demo", "--limit", 8, "--epochs", 1, "--views", 1, "--models", *names)
+    assert (code, err) == (0, "")
+    assert [row["model"] for row in results(tmp_path / "demo")] == names
+    checkpoints = [tmp_path / "demo" / "checkpoints" / f"{name}.pt" for name in names]
+    code, out, err = run(inference, "--checkpoint", *checkpoints[::8])
+    assert code == 0 and len(out.splitlines()) == 12 + 1
+
+
+def test_a_killed_run_ends_with_the_same_weights():
+    """A few of the points that benchmarks/kill.py can try."""
+    process = start(ROOT / "benchmarks" / "kill.py", "--points", 2, cwd=ROOT)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "the same weights and results" in out

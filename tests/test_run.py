@@ -1,0 +1,122 @@
+"""Images through a model: order, errors, memory, batches, heat maps, cost."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, QUICK, SMALL, noise, random_model, repeatable, results, share_right
+from PIL import Image
+
+import inference
+import main_train
+from engine.run import heat_map, measure_cost, run_images
+from models import BACKBONES, TransferModel, load_checkpoint
+
+
+def test_run_images_keeps_the_order_and_names_unreadable_images(tmp_path):
+    paths = []
+    for i in range(30):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(paths[-1])
+    paths[7].write_bytes(b"not an image")
+    paths[8].write_bytes(paths[9].read_bytes()[:50])
+    paths[20].unlink()
+    model = TransferModel("squeezenet1_1", "ab", 32, pretrained=False)
+    model.preprocessing |= {"image_size": 4, "mean": [0.0] * 3, "std": [1.0] * 3}
+    for size in (1, 3, 64):
+        values, broken = [], {}
+        batches = run_images([model], paths, lambda model, images: 255 * images[:, 0, 0, :1], batch_size=size)
+        for items, [outputs], errors in batches:
+            broken |= {items[i].name: str(error) for i, error in errors.items()}
+            values += outputs.flatten().tolist()
+        assert sorted(broken) == ["20.png", "7.png", "8.png"]
+        assert all(name in message for name, message in broken.items())
+        assert [i for i, value in enumerate(values) if np.isnan(value)] == [7, 8, 20]
+        assert values == pytest.approx([np.nan if i in (7, 8, 20) else i for i in range(30)], abs=1e-3, nan_ok=True)
+
+
+def test_the_heat_map_is_grad_cam():
+    """Its textbook form: the last maps, weighted by the average of the gradient of the label's logit."""
+    model, maps = random_model("mobilenet_v2", 96), []
+    images = noise(model, 3)
+    heat = heat_map(model, images)
+    model.views = 1
+    model.features[-1].register_forward_hook(lambda module, inputs, output: maps.append(output.requires_grad_()))
+    [gradient] = torch.autograd.grad(model(images).max(dim=1).values.sum(), maps)
+    expected = (gradient.mean(dim=(2, 3), keepdim=True) * maps[0]).sum(dim=1).relu()
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True)
+    assert torch.allclose(heat.reshape_as(expected), expected, atol=1e-5)
+
+
+def test_out_of_memory_halves_the_batch(run, answers, photos, tmp_path, replace):
+    command = ("--data", photos, *SMALL, *QUICK, "--precision", "fp32")
+    run(main_train, *command)
+    expected = repeatable(tmp_path)["mobilenet_v3_small"]
+    question = (photos / "test", "--format", "json", "--precision", "fp32")
+    records, room = answers(*question), 4
+    shutil.rmtree(tmp_path / "data")
+
+    def greedy(images, *args, **kwargs):
+        if len(images) > room:
+            raise torch.OutOfMemoryError("no room")
+        return whole(images, *args, **kwargs)
+
+    whole = replace("preprocess", greedy)
+    code, out, err = run(inference, *question)
+    assert code == 0 and "batches of 4" in err
+    for line, record in zip(out.splitlines(), records, strict=True):
+        assert json.loads(line)["probability"] == pytest.approx(record["probability"], abs=1e-4)
+    code, _, err = run(main_train, *command)
+    assert code == 0 and "batches of 4" in err
+    assert repeatable(tmp_path)["mobilenet_v3_small"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    room = 0
+    code, _, err = run(inference, *question)
+    assert code == 2 and err.splitlines()[-1] == "error: no room"
+
+
+def test_predictions_are_batch_invariant(run, answers, photos, replace):
+    """They depend neither on the other images and their order nor on the number of threads."""
+    replace("CPU_BATCH", 4)
+    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+    files, cores = sorted((photos / "test").rglob("*.png")), torch.get_num_threads()
+    for precision, tolerance in (("fp32", 1e-4), ("bf16", 1e-2)):
+
+        def by_path(files, precision=precision):
+            return {record["path"]: record for record in answers(*files, "--precision", precision)}
+
+        together = by_path(files)
+        others = [by_path(files[::-1]), *(by_path([file]) for file in files[::5])]
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            others.append(by_path(files))
+        torch.set_num_threads(cores)
+        assert len(together) == 18 and [len(other) for other in others] == [18, 1, 1, 1, 1, 18, 18]
+        for path, record in [pair for other in others for pair in other.items()]:
+            assert record["probability"] == pytest.approx(together[path]["probability"], abs=tolerance)
+            assert precision == "bf16" or record["label"] == together[path]["label"]
+
+
+def test_predictions_have_the_precision_of_the_training(run, answers, photos, tmp_path):
+    run(main_train, "--data", photos, *SMALL, *QUICK, "--precision", "bf16", "--device", "cpu")
+    [row], records = results(tmp_path), answers(photos / "test")
+    assert row["precision"]["features"] == "bf16" and share_right(records) == pytest.approx(row["test_accuracy"])
+    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
+    predicted = model.predict([record["path"] for record in records])
+    fp32 = answers(photos / "test", "--precision", "fp32")
+    bf16, predicted, fp32 = ([record["probability"] for record in each] for each in (records, predicted, fp32))
+    assert np.allclose(predicted, bf16, atol=0.02) and fp32 != bf16
+    assert model.features[0][0].weight.dtype == torch.float32
+
+
+def test_measure_cost_agrees_with_torchvision(replace):
+    replace("run_images", lambda *args, **kwargs: [time.sleep(0.01)])
+    model = random_model("mobilenet_v2")
+    cost = measure_cost(model, CPU)
+    assert cost["multiply_adds"] == pytest.approx(1e9 * BACKBONES["mobilenet_v2"].weights.meta["_ops"], rel=0.02)
+    assert 0 < cost["images_per_second"]["one"] < 100 and cost["images_per_second"]["best_batch_size"] > 1
+    model.unfreeze()
+    model.views = 1
+    assert measure_cost(model, CPU)["multiply_adds"] == cost["multiply_adds"]

@@ -1,0 +1,184 @@
+"""The classifier, its ridge regression, and fine-tuning."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, QUICK, SMALL, checkpoints, repeatable, results, same, share_right
+from sklearn.linear_model import Ridge
+from torch import nn
+
+import main_train
+from data import load_data
+from engine.batches import Batches, feature_loader
+from engine.metrics import fit_temperature
+from models import Classifier, balanced_weights, load_checkpoint
+from train_utils import FINE_TUNING, RECIPE, RIDGE_IMAGES, Training, fit, fit_classifier
+
+
+@pytest.mark.parametrize("class_weights", [False, True])
+@pytest.mark.parametrize(("images", "width"), [(24, 100), (90, 7)])
+def test_fit_ridge_agrees_with_sklearn_and_leaves_each_image_out(images, width, class_weights):
+    torch.manual_seed(images)
+    labels = torch.randint(3, (images,)).clamp(max=2)
+    labels[:3] = torch.arange(3)
+    features = 5 + 3 * torch.randn(images, width)
+    features[:, 0] += labels
+    features[:, 1] = 7  # constant
+    classifier = Classifier(width, 3, 4)
+    left_out = classifier.fit_ridge(features, labels, class_weights)
+    x, targets = classifier.standardize(features).double().numpy(), F.one_hot(labels).double().numpy()
+    weights = balanced_weights(labels)[labels].numpy() if class_weights else np.ones(images)
+    theirs = Ridge(alpha=width).fit(x, targets, weights).predict(x)
+    ours = classifier.linear(classifier.standardize(features)).detach().numpy()
+    factor = ours.std() / theirs.std()
+    assert np.allclose(ours, factor * theirs, atol=1e-3 * factor)
+    for i in range(0, images, 7):
+        others = np.arange(images) != i
+        alone = Ridge(alpha=width).fit(x[others], targets[others], weights[others]).predict(x[i : i + 1])
+        assert np.allclose(left_out[i], factor * alone[0], atol=1e-3 * factor)
+
+
+@pytest.mark.parametrize(
+    "case", ["one image in a class", "all the same", "constant features", "two of each", "both labels", "large values"]
+)
+def test_degenerate_features_give_a_finite_classifier(case):
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 2
+    features = torch.randn(40, 64) + 2 * labels[:, None]
+    if case == "one image in a class":
+        labels = (torch.arange(40) == 5).long()
+    elif case == "all the same":
+        features = features[:1].expand(40, -1).contiguous()
+    elif case == "constant features":
+        features[:, ::2] = 3.0
+    elif case == "two of each":
+        features, labels = features[:4], labels[:4]
+    elif case == "both labels":
+        features[20:], labels[20:] = features[:20], 1 - labels[:20]
+    elif case == "large values":
+        features *= 20000
+    classifier = Classifier(64, 2, 16)
+    val = torch.arange(len(labels)) % 4 == 3 if len(labels) > 4 else torch.arange(len(labels)) == 3
+    parts = [
+        Batches(feature_loader(features[part], CPU), labels[part], 32, CPU, seed)
+        for part, seed in ((~val, 0), (val, None))
+    ]
+    _, logits = fit_classifier(classifier, *parts, RECIPE, "fp32", case)
+    answers = classifier(features).softmax(dim=1)
+    assert logits.isfinite().all() and answers.isfinite().all() and len(logits) == val.sum()
+    accuracy = (answers.argmax(dim=1) == labels).float().mean()
+    assert accuracy >= (0.5 if case in ("all the same", "both labels") else 0.97)
+    assert 0.5 < fit_temperature(logits, labels[val]) < 2
+
+
+def test_ridge_regression_includes_rare_classes():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (20_001,), generator=random)
+    labels[19_999] = 2
+    load = feature_loader(torch.randn(len(labels), 8, generator=random), CPU)
+    train, val = (Batches(load, labels, 512, CPU, seed) for seed in (0, None))
+    chosen = torch.randperm(2 * len(labels), generator=torch.Generator().manual_seed(0))[:RIDGE_IMAGES]
+    assert 2 not in torch.cat([labels, labels])[chosen]  # a sample at random would not do
+    classifier = Classifier(8, 3, 4)
+    fit_classifier(classifier, train, val, dataclasses.replace(RECIPE, epochs=1), "fp32", "")
+    assert classifier.linear.weight[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, FINE_TUNING])
+def test_training_takes_any_number_of_steps(recipe):
+    for steps in range(1, 13):
+        labels = torch.arange(8 * steps) % 2
+        load = feature_loader(torch.randn(len(labels), 4), CPU)
+        train, val = (Batches(load, labels, 8, CPU, seed) for seed in (0, None))
+        training = Training(nn.Linear(4, 2), train, val, dataclasses.replace(recipe, epochs=1))
+        fit(training)
+        assert train.steps == steps and len(training.history) == 1
+
+
+def test_fine_tuning_resumes(run, answers, photos, tmp_path, replace):
+    def worse(*args):
+        history, logits = fit_classifier(*args)
+        return history, -10 * logits
+
+    replace("fit_classifier", worse)  # so that every epoch of fine-tuning is better
+    (photos / "train" / "red" / "3.png").write_bytes(b"oops")
+    names = ["mobilenet_v3_small", "mobilenet_v3_large"]
+    command = ("--data", photos, *QUICK, "--fine-tune", 2, "--seeds", 2, "--models", *names)
+    code, out, _ = run(main_train, *command)
+    assert code == 1 and "mobilenet_v3_small_finetuned: test accuracy" in out
+    expected, state = repeatable(tmp_path), checkpoints(tmp_path)
+    assert list(expected) == [f"{name}{tuned}" for name in names for tuned in ("", "_finetuned")]
+    assert len(expected["mobilenet_v3_small"]["accuracy_by_seed"]["test"]) == 2
+
+    frozen, tuned = state["mobilenet_v3_small.pt"], state["mobilenet_v3_small_finetuned.pt"]
+    for key in frozen:
+        is_fixed = "running" in key or "num_batches" in key or "standardize" in key
+        assert torch.equal(frozen[key], tuned[key]) == is_fixed, key
+    records = answers(photos / "test", "--checkpoint", "checkpoints/mobilenet_v3_small_finetuned.pt")
+    assert share_right(records) == pytest.approx(expected["mobilenet_v3_small_finetuned"]["test_accuracy"])
+
+    (tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt").unlink()
+    first, second = 2 * 3 + 2, 2 * 3 + 1  # two classifiers and two epochs of fine-tuning, of the second model only one
+    epochs = []
+
+    def interrupted(*args):
+        epochs.append(0)
+        if len(epochs) == first + second + 1:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    whole = replace("train_one_epoch", interrupted)
+    assert run(main_train, *command)[0] == 130
+    epochs.clear()
+    code, out, _ = run(main_train, *command)
+    assert code == 1 and "resuming after 2 of 2 epochs" in out and "resuming after 1 of 2 epochs" in out
+    assert len(epochs) == 2 * (2 * 3) + 1
+    assert repeatable(tmp_path) == expected and same(checkpoints(tmp_path), state)
+    assert not list(tmp_path.rglob("*.resume"))
+
+
+def test_fine_tuning_keeps_the_frozen_weights_if_no_epoch_is_better(run, photos, tmp_path):
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--fine-tune-lr", 0.1)
+    assert (code, err) == (0, "") and "no epoch is better on validation than the frozen model" in out
+    frozen, tuned = checkpoints(tmp_path).values()
+    assert frozen.keys() == tuned.keys() and all(torch.equal(frozen[key], tuned[key]) for key in frozen)
+
+
+def test_a_loss_that_is_not_finite_stops_one_model(run, photos, tmp_path, replace):
+    epochs = []
+
+    def diverges(*args):
+        epochs.append(0)
+        return (float("nan"), 0.1) if len(epochs) == 3 else whole(*args)
+
+    whole = replace("train_one_epoch", diverges)
+    code, _, err = run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
+    assert code == 1 and "mobilenet_v3_small classifier: the loss is nan in training" in err
+    assert "in epoch 3, at a learning rate of" in err
+    rows = repeatable(tmp_path)
+    assert [len(row["history"]) for row in rows.values()] == [2, 3]
+    metrics = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").metrics
+    assert metrics["val_loss"] == rows["mobilenet_v3_small"]["val_loss"]
+
+
+def test_files_deleted_during_fine_tuning_are_left_out(run, photos, tmp_path, replace):
+    data = load_data(str(photos))
+    deleted = [part.items[1] for part in (data.train, data.val, data.test)]
+
+    def delete(*args):
+        for file in deleted:
+            file.unlink()
+        return whole(*args)
+
+    whole = replace("load_progress", delete)
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1)
+    assert code == 1 and "error" not in err and "3 images cannot be read: left out" in err
+    assert all(err.count(f"left out: {file}: ") == 1 for file in deleted)
+    frozen, tuned = results(tmp_path)
+    for part in ("train_images", "val_images", "test_images"):
+        assert tuned[part] == frozen[part] - 1
+    assert None not in frozen["correct"] and [i for i, hit in enumerate(tuned["correct"]) if hit is None] == [1]
+    assert 0 <= tuned["test_accuracy"] <= 1

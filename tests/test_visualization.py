@@ -1,0 +1,56 @@
+"""Plots and the report page."""
+
+import os
+import shutil
+import sys
+from html import escape
+
+import numpy as np
+import pytest
+from conftest import QUICK, SMALL, results
+from matplotlib.text import Text
+from PIL import Image
+
+import inference
+import main_train
+import visualization
+
+
+def test_the_report_page_is_complete(run, photos, tmp_path):
+    photos = photos.rename(tmp_path / "<b>&pets")
+    run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
+    page = (tmp_path / "plots" / "report.html").read_text()
+    for row in results(tmp_path):
+        assert f"<td>{row['model']}</td>" in page and f"<td>{row['test_accuracy']:.2%}</td>" in page
+    drawn = list((tmp_path / "plots").glob("*.png"))
+    assert page.count("src=") == page.count("data:image/png;base64,") == len(drawn)  # nothing from elsewhere
+    assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux allows")
+def test_class_names_are_not_interpreted(run, answers, photos):
+    """Class names with mathtext, escape sequences, foreign scripts, and bytes that are no text."""
+    names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9"), "犬" * 50, "😀"]
+    for part in ("train", "test"):
+        for old, new in zip(("blue", "green", "red"), names[:3], strict=True):
+            (photos / part / old).rename(photos / part / new)
+        for name in names[3:]:
+            shutil.copytree(photos / part / names[0], photos / part / name)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert (code, err) == (0, "")
+    code, out, err = run(inference, photos / "test")
+    assert code == 0 and len(out.splitlines()) == 30 and "Ba$$in_{x} " in out
+    assert "\x1b" not in out + err
+    assert {guess["label"] for record in answers(photos / "test") for guess in record["top"]} <= {*names}
+    assert run(inference)[0] == 0
+
+
+def test_the_plot_of_a_thousand_classes_has_a_limited_size(tmp_path):
+    matrix = np.diag(np.full(1000, 9))
+    matrix[3, 7] = 5
+    figure = visualization.plot_confusion("x", matrix.tolist(), [f"class {i}" for i in range(1000)])
+    figure.savefig(tmp_path / "x.png", dpi=visualization.DPI)
+    width, height = Image.open(tmp_path / "x.png").size
+    assert max(width, height) < 2500
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    assert {text for text in texts if "taken for" in text} == {"class 3 taken for class 7"}
