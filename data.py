@@ -1,13 +1,12 @@
 """Where images and labels come from, and how they are split.
 
-data = load_data("cifar10", root=Path("data"))      # or a folder with train/<class>/ and test/<class>/
-data.train.items[0], data.train.labels[0]
+    data = load_data("cifar10", root=Path("data"))      # or a folder with train/<class>/ and test/<class>/
+    data.train.items[0], data.train.labels[0]
 """
 
 import hashlib
+import json
 import os
-from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,56 +15,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from engine.console import count_of, first_line, printable
-from engine.files import locked
-from engine.images import is_image_file
+from engine.console import first_line
+from engine.files import atomic_write, locked
+from engine.folders import SPLITS, Images, not_used, read_folder
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-EXPECTED_TREE = """
-    {root}/<class>/*.jpg          one folder for each class; the folder's name is the label
-or
-    {root}/train/<class>/*.jpg    training images
-    {root}/test/<class>/*.jpg     test images of the same classes; if missing, 20 % of train/ is held out
-    {root}/val/<class>/*.jpg      validation images; if missing, 20 % of the other training images are held out"""
-SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
-PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
-
-
-@dataclass
-class Images:
-    """N images, as files or as one uint8 array (N, H, W, 3), and their labels, int64 (N,)."""
-
-    items: list[Path] | np.ndarray
-    labels: Tensor
-    names: list[str]  # the path below the data set's folder, or the part and the number: "test 17"
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, indices: Tensor) -> "Images":
-        chosen = indices.numpy()
-        items = self.items[chosen] if isinstance(self.items, np.ndarray) else [self.items[i] for i in chosen]
-        return Images(items, self.labels[indices], [self.names[i] for i in chosen])
-
-    def paths(self) -> list[str]:
-        """For each image the path of its file, or its name."""
-        return self.names if isinstance(self.items, np.ndarray) else [str(item) for item in self.items]
-
-    def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file's path, size and times. It changes if the image does."""
-        return [hashlib.blake2b(_identity(item), digest_size=16).hexdigest() for item in self.items]
-
-
-def _identity(item: Path | np.ndarray) -> bytes | np.ndarray:
-    if isinstance(item, np.ndarray):
-        return np.ascontiguousarray(item)
-    identity = os.fsencode(item.absolute())
-    with suppress(OSError):  # the file is gone; reading it will raise an ImageError
-        file = item.stat()
-        identity += f"\0{file.st_size}\0{file.st_mtime_ns}\0{file.st_ctime_ns}".encode()
-    return identity
 
 
 @dataclass
@@ -90,6 +45,12 @@ class Data:
         split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         return {"content": self.content, "split": split, "classes": list(self.classes)}
 
+    def save_split(self, file: Path) -> None:
+        """Saves which image is in which part, by name and hash."""
+        split = {part: dict(zip(images.names, images.ids(), strict=True)) for part, images in self.parts.items()}
+        with atomic_write(file) as stream:
+            stream.write(json.dumps(split).encode())
+
 
 def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
@@ -98,15 +59,7 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
     `limit` keeps that many training images, and that share of the others, balanced over the classes.
     Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
     """
-    notes = []
-    if source == "cifar10":
-        classes, parts = CIFAR10_CLASSES, _cifar10(root)
-    elif source == "demo":
-        classes, parts = _demo()
-        notes.append("drawn shapes and random backbones: this tests the installation, not the models")
-    else:
-        classes, parts, skipped = _folder(Path(source))
-        notes += [not_used(skipped)] if skipped.total() else []
+    classes, parts, notes = _read_source(source, root)
     content = _content(classes, parts)
     if "test" not in parts:
         parts["train"], parts["test"] = _hold_out(parts["train"], seed, at_least=3)
@@ -128,6 +81,37 @@ def load_data(source: str, root: Path = Path("data"), limit: int | None = None, 
         needed = "training needs two, validation and test need one each"
         raise ValueError(f"too few images in {source}: {needed}; add some, or raise --limit")
     return Data(classes, parts["train"], parts["val"], parts["test"], content, tuple(notes))
+
+
+def load_split(source: str, root: Path, file: Path) -> Data:
+    """Loads the data of an earlier run, each image in the part in which it was in that run (`Data.save_split`).
+
+    Its notes tell how many images are gone or have changed. Raises OSError or ValueError if nothing can be loaded.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing: it says which images the model was trained on")
+    classes, parts, _ = _read_source(source, root)
+    everything, split, notes = Images.joined(parts.values()), {}, []
+    places = {name: i for i, name in enumerate(everything.names)}
+    for part, ids in json.loads(file.read_text()).items():
+        found = [places[name] for name in ids if name in places]
+        split[part] = everything.subset(torch.tensor(found, dtype=torch.int64))
+        changed = sum(a != b for a, b in zip(split[part].ids(), (ids[n] for n in split[part].names), strict=True))
+        if gone := len(ids) - len(found):
+            notes.append(f"{gone} of {len(ids)} {part} images of the run are gone")
+        if changed:
+            notes.append(f"{changed} of {len(ids)} {part} images have changed since the run")
+    return Data(classes, **split, content="", notes=tuple(notes))
+
+
+def _read_source(source: str, root: Path) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+    """The classes, the parts that the source has, and notes for the user."""
+    if source == "cifar10":
+        return CIFAR10_CLASSES, _cifar10(root), []
+    if source == "demo":
+        return *_demo(), ["drawn shapes and random backbones: this tests the installation, not the models"]
+    classes, parts, skipped = read_folder(Path(source))
+    return classes, parts, [not_used(skipped)] if skipped.total() else []
 
 
 def _content(classes: tuple[str, ...], parts: dict[str, Images]) -> str:
@@ -211,121 +195,3 @@ def _demo(train: int = 600, test: int = 200) -> tuple[tuple[str, ...], dict[str,
 
 def _arrays(part: str, images: np.ndarray, labels: Tensor) -> Images:
     return Images(images, labels, [f"{part} {i}" for i in range(len(images))])
-
-
-def _folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[str]]:
-    """The classes of an image folder, its parts, and how many files are not used, by reason."""
-    root, expected = source, f"a data set looks like this:{EXPECTED_TREE.format(root=source)}"
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}; {expected}")
-    names, skipped = class_folders(root)
-    if len(names) == 1 and not _part_folders(root, names) and class_folders(root / names[0])[0]:  # an unpacked archive
-        root /= names[0]
-        names, more = class_folders(root)
-        skipped += more
-    folders = _part_folders(root, names)
-    if not folders:
-        classes, folders = tuple(names), {"train": root}
-    elif "train" not in folders:
-        raise ValueError(f"no train/ in {root}; {expected}")
-    else:
-        for name in names:
-            if root / name not in folders.values():
-                skipped[f"in {printable(name)}/"] += _count_files(root / name)
-        names, more = class_folders(folders["train"])
-        classes, skipped = tuple(names), skipped + more
-    if not classes:
-        raise ValueError(f"no class folders in {folders['train']}; {expected}")
-    if len(classes) == 1:
-        raise ValueError(f"{folders['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
-    parts = {}
-    for part, folder in folders.items():
-        if part != "train":
-            names, more = class_folders(folder)
-            skipped += more
-            if unknown := ", ".join(sorted(set(names) - set(classes))):
-                lacking = f"{folder} has a class that the training images lack: {unknown}"
-                raise ValueError(f"{lacking}; rename it, or add it to the training images")
-        parts[part], more = labelled_images(folder, classes, source)
-        skipped += more
-    return classes, parts, skipped
-
-
-def _part_folders(root: Path, names: list[str]) -> dict[str, Path]:
-    """The folders that hold a part of the data set: train, val, test."""
-    folders = {}
-    for part, spellings in SPLITS.items():
-        found = [name for name in names if name.lower() in spellings]
-        if len(found) > 1:
-            raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
-        if found:
-            folders[part] = root / found[0]
-    return folders
-
-
-def class_folders(folder: Path) -> tuple[list[str], Counter[str]]:
-    """The sorted names of the visible folders in `folder`, and the numbers of files beside them, by reason."""
-    names, skipped = [], Counter()
-    for entry in os.scandir(folder):
-        is_folder = os.path.isdir(entry.path)  # or a link to one
-        if is_folder and not _is_hidden(entry.name):
-            names.append(entry.name)
-        else:
-            skipped["in hidden folders" if is_folder else "beside the class folders"] += _count_files(entry.path)
-    return sorted(names), skipped
-
-
-def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
-    """The images in the class folders of `folder`, named by their paths below `source`, and numbers of unused files."""
-    items, labels, skipped = [], [], Counter()
-    for label, name in enumerate(classes):
-        if (folder / name).is_dir():  # a class may be missing
-            found, more = find_images(folder / name)
-            items += found
-            labels += [label] * len(found)
-            skipped += more
-    names = [str(item).removeprefix(f"{source}{os.sep}") for item in items]
-    return Images(items, torch.tensor(labels, dtype=torch.int64), names), skipped
-
-
-def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The images below `folder`, sorted, and the numbers of files that are not used, by reason."""
-    images, skipped = [], Counter()
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError:
-        return [], Counter({"folders that cannot be opened": 1})
-    for entry in entries:
-        extension = os.path.splitext(entry.name)[1].lower()
-        if entry.is_symlink() and not os.path.exists(entry.path):
-            skipped["links to nothing"] += 1
-        elif entry.is_symlink() and os.path.isdir(entry.path):
-            skipped["linked folders"] += 1
-        elif entry.is_dir(follow_symlinks=False) and _is_hidden(entry.name):
-            skipped["in hidden folders"] += _count_files(entry.path)
-        elif entry.is_dir(follow_symlinks=False):
-            found, more = find_images(Path(entry.path))
-            images += found
-            skipped += more
-        elif entry.name.startswith("."):
-            skipped["hidden"] += 1
-        elif is_image_file(entry.path, extension):
-            images.append(Path(entry.path))
-        else:
-            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else ""
-            skipped[(printable(extension) or "without extension") + hint] += 1
-    return images, skipped
-
-
-def not_used(skipped: Counter[str]) -> str:
-    """A line about the files that are not used."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common() if count)
-    return f"{count_of(skipped.total(), 'file')} not used: {reasons}"
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
-
-
-def _count_files(path: str | Path) -> int:
-    return sum(len(names) for *_, names in os.walk(path)) if os.path.isdir(path) else 1

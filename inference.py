@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from data import class_folders, find_images, labelled_images, load_data, not_used
+from data import Data, load_data, load_split
 from engine.console import HelpFormatter, Progress, first_line, positive, printable, run_script
 from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, spmd
@@ -35,6 +35,7 @@ from engine.export import export
 from engine.fast import fast_copy
 from engine.features import extract_features, most_similar
 from engine.files import atomic_write
+from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
 from engine.metrics import class_scores, wilson_interval
 from engine.run import heat_map, predictions, run_images
@@ -148,20 +149,25 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
     """The images to classify, their paths and true labels if these are known, and counts of unused files by reason."""
     skipped = Counter()
     if not args.paths:
-        data = load_data(model.metrics.get("data", "cifar10"), args.cache)
+        data = data_of(model, args.cache)
+        print(*data.notes, sep="\n", end="\n" if data.notes else "", file=sys.stderr)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:SAMPLE]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
         folder, classes = Path(args.paths[0]), model.classes
-        names, skipped = class_folders(folder)
-        if unknown := sorted(set(names) - set(classes)):
-            raise ValueError(f"{folder} has folders that are no classes of the model: {', '.join(unknown[:5])}")
-        images, more = labelled_images(folder, classes, folder)
-        skipped += more
+        images, skipped = labelled_images(folder, classes, folder)
     else:
         return expand(args.paths, args.separator, skipped), [], skipped
     labels = [classes[label] for label in images.labels]
     return images.items, list(zip(images.paths(), labels, strict=True)), skipped
+
+
+def data_of(model: TransferModel, cache: Path) -> Data:
+    """The images of the run that trained the model, in the parts in which they were then."""
+    source = model.metrics.get("data", "cifar10")
+    if "split" not in model.metrics:  # saved without main_train.py
+        return load_data(source, cache)
+    return load_split(source, cache, model.path.with_name(f"split-{model.metrics['split']}.json"))
 
 
 def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Iterator[Path]:
@@ -241,7 +247,8 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
     width = max(map(len, names))
     print(f"{'':{width}}  images  precision  recall     f1")
     for label, row, precision, recall, f1 in zip(names, matrix, *scores["per_class"].values(), strict=True):
-        print(f"{label:{width}} {sum(row):7,} {precision:10.1%} {recall:7.1%} {f1:6.3f}")
+        figures = f" {precision:10.1%} {recall:7.1%} {f1:6.3f}" if sum(row) else ""
+        print(f"{label:{width}} {sum(row):7,}{figures}")
     wrong = sorted((r for r in records if r["label"] != r["true"]), key=lambda r: -r["probability"])
     table = io.StringIO(newline="")
     lines = csv.DictWriter(table, ("path", "true", "label", "probability"), extrasaction="ignore")
@@ -298,8 +305,8 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
     if isinstance(model.features, torch.nn.Sequential):
         heat = torch.cat([batch.outputs[0] for batch in run_images([model.to(args.device)], images, heat_map)])
         side = math.isqrt(heat.shape[1])
-        for row, image, its_heat in zip(rows, images, heat.reshape(-1, side, side).numpy(), strict=True):
-            row.append((image, "what decided", its_heat))
+        for row, image, one in zip(rows, images, heat.reshape(-1, side, side).numpy(), strict=True):
+            row.append((image, "what decided", one))
     try:
         for row, similar in zip(rows, similar_training_images(model, images, args), strict=True):
             row += similar
@@ -311,7 +318,7 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
 
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
-    data, cache = load_data(model.metrics.get("data", "cifar10"), args.cache), args.cache / "features"
+    data, cache = data_of(model, args.cache), args.cache / "features"
     known = extract_features(model, data.train.items, data.train.ids(), cache, args.device, compute=False)
     if not len(known.readable):
         raise FileNotFoundError(f"their features are not in {cache}")

@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         data = load_data(args.data, args.cache, args.limit)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
         print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
+        if is_first():
+            data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
         rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
         trained = train_models(args, data, device, facts, rows)
         if not trained:

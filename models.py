@@ -164,7 +164,8 @@ class TransferModel(nn.Module):
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
         self.views = 2
         self.unfamiliarity: Unfamiliarity | None = None  # of a frozen backbone's features
-        self.metrics: dict = {}  # of a loaded checkpoint
+        self.metrics: dict = {}  # of a loaded checkpoint, like the following one
+        self.path: Path | None = None
 
         self.features = _features_of(network).requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
@@ -360,9 +361,11 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
             raise ValueError("checksum mismatch")
-        return _rebuild(values, tensors)
+        model = _rebuild(values, tensors)
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
+    model.path = path
+    return model
 
 
 def _rebuild(values: dict, tensors: dict[str, Tensor]) -> TransferModel:

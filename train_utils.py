@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data import Images
 from engine.batches import Batches, ImageLoader, feature_loader  # noqa: F401
 from engine.console import Progress
-from engine.device import synchronized_time, threads
+from engine.device import full_precision, synchronized_time, threads
 from engine.fast import training_copy
 from engine.features import Features
 from engine.files import load_tensors
@@ -288,7 +288,7 @@ def fine_tune(
     if progress:
         training.load_state_dict(progress)
     try:
-        with threads(cores // parts):
+        with threads(cores // parts), full_precision():
             fit(training, model.name, lambda: after_epoch(training))
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of memory: use --batch-size {max(1, recipe.batch_size // 2)}") from error

@@ -15,15 +15,17 @@ from statistics import mean
 from string import Template
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.font_manager import get_font_names
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from engine.console import printable
+from engine.console import printable, without_user_settings
 from engine.files import atomic_write
 from engine.images import Item, read_for_plot
 from engine.metrics import wilson_interval
+
+with without_user_settings():
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -99,7 +101,8 @@ def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequenc
         bars.set_xlabel("images", fontsize=12)
         return figure
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11, **TEXT)
-    recalls = [f"{name}  {recall:.0%}" for name, recall in zip(names, shares[right], strict=True)]
+    rows = zip(names, shares[right], counts.sum(axis=1), strict=True)
+    recalls = [f"{name}  {recall:.0%}" if count else name for name, recall, count in rows]
     axes.set_yticks(range(len(names)), recalls, fontsize=11, **TEXT)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > (0.5 if row == column else 0.6 * largest) else "black"

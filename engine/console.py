@@ -9,8 +9,8 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -21,12 +21,17 @@ from engine.device import available_cpus
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
     """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
+    for name in (
+        "stdout",
+        "stderr",
+    ):  # a program without a console has none, and what it opens next would take its place
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     with suppress(ValueError):  # signals can be set in the main thread only, and a notebook may use another
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     socket.setdefaulttimeout(30)  # of a download from a server that sends nothing
     warnings.filterwarnings("ignore", module="PIL")
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
-    torch.backends.cudnn.allow_tf32 = False  # TF32 has 10 bits of precision; "fp32" should mean 23
     if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
         sys.stdin.reconfigure(errors="surrogateescape")  # file names may be invalid text
     if hasattr(sys.stdout, "reconfigure"):
@@ -98,6 +103,19 @@ def seed_number(text: str) -> int:
     if not 0 <= (number := int(text)) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not a seed: use 0 to {2**32 - 1}")
     return number
+
+
+@contextmanager
+def without_user_settings() -> Iterator[None]:
+    """Hides the user's settings while matplotlib is imported: the backend of a notebook may not be installed here."""
+    hidden = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+    before = {name: os.environ.get(name) for name in hidden}
+    os.environ.update(hidden)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def first_line(error: Exception) -> str:

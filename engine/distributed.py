@@ -13,13 +13,20 @@ import torch.distributed as dist
 
 
 def spmd(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints.
+
+    Other programs set WORLD_SIZE, too; without torchrun it means nothing here.
+    """
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return main
 
     def joined() -> int:
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                raise ValueError(
+                    f"each process needs a GPU of its own: use --nproc_per_node={torch.cuda.device_count()}"
+                )
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if is_first():
             code = main()

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ class _FeatureFiles:
     def __init__(self, folder: Path, model: nn.Module, device: torch.device, half: bool):
         key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
         key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
+        key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
         key |= {"kept": "float16"} if half else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder, self.name, self.model, self.device = folder, f"{model.backbone}-{digest}", model, device

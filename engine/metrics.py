@@ -65,14 +65,20 @@ def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -
 
 
 def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
-    """Precision, recall and F1 of each class and their means, and the confusion matrix, whose rows are true classes."""
+    """Precision, recall and F1 of each class and their means, and the confusion matrix, whose rows are true classes.
+
+    They are None for a class without images, which the means leave out.
+    """
     confusion = (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
     hits, predictions, images = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
     scores = {"precision": hits / predictions.clamp(1), "recall": hits / images.clamp(1)}
     scores["f1"] = 2 * hits / (predictions + images).clamp(1)
     return {
-        "per_class": {name: score.tolist() for name, score in scores.items()},
-        "macro": {name: score.mean().item() for name, score in scores.items()},
+        "per_class": {
+            name: [value if count else None for value, count in zip(score.tolist(), images.tolist(), strict=True)]
+            for name, score in scores.items()
+        },
+        "macro": {name: score[images > 0].mean().item() for name, score in scores.items()},
         "confusion_matrix": confusion.tolist(),
     }
 

@@ -125,9 +125,11 @@ def read_results(file: Path) -> dict[str, dict]:
 
 
 def write_results(file: Path, rows: dict[str, dict], ensemble: dict | None = None) -> None:
-    results = {"schema": SCHEMA, "runs": list(rows.values())} | ({"ensemble": ensemble} if ensemble else {})
+    """Writes results.json, a run in each line."""
+    runs = ",\n".join(map(json.dumps, rows.values()))
+    extra = f',\n"ensemble": {json.dumps(ensemble)}' if ensemble else ""
     with atomic_write(file) as stream:
-        stream.write(json.dumps(results, indent=1).encode())
+        stream.write(f'{{"schema": {SCHEMA}, "runs": [\n{runs}\n]{extra}}}\n'.encode())
 
 
 def comparable(rows: dict[str, dict], row: dict) -> dict[str, dict]:
@@ -151,7 +153,7 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
         cells["seconds"] = f"{sum(row['seconds'].values()):.1f}"
         if max(images) > 3 * min(images):  # accuracy alone would hide the rare classes
             cells["macro F1"] = f"{row['macro']['f1']:.3f}"
-            cells["worst recall"] = f"{min(row['per_class']['recall']):.2%}"
+            cells["worst recall"] = f"{min(r for r in row['per_class']['recall'] if r is not None):.2%}"
         table.append(cells)
     return [list(table[0]), *(list(cells.values()) for cells in table)]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.console import Progress
-from engine.device import available_cpus, batch_size_for, threads
+from engine.device import available_cpus, batch_size_for, full_precision, threads
 from engine.distributed import shared_map, world_size
 from engine.fast import fast_copy
 from engine.images import ImageError, Item, preprocess, read_image, stack
@@ -56,7 +56,7 @@ def run_images(
     batch_size = batch_size or batch_size_for(device)
     runner, items, pending = _Runner(models, output, device, batch_size), iter(items), deque()
     pool = ThreadPoolExecutor(workers)
-    with threads(1) if on_cpu else nullcontext():
+    with threads(1) if on_cpu else full_precision():
         try:
             while batch := list(islice(items, batch_size)):
                 pending.append(pool.submit(runner.run, batch))
@@ -134,7 +134,7 @@ def predictions(
         answers = [log_probabilities(rows[:, :-1], t) for rows, t in zip(outputs, temperatures, strict=True)]
         together = average_models(answers) if ensemble else None
         for i, item in enumerate(batch):
-            path = {"path": str(item) if isinstance(item, Path) else None}
+            path = {"path": str(item) if isinstance(item, Path | str) else None}
             if i in errors:
                 yield item, [{**path, "error": str(errors[i])}]
                 continue

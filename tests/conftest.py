@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,8 +150,7 @@ def run(tmp_path, weights, monkeypatch, capsys, replace):
         with pytest.raises(SystemExit) as left:
             run_script(lambda: script.main([str(arg) for arg in args]))
         out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return left.value.code, out, err
+        return left.value.code, out, without_progress(err)
 
     return command
 
@@ -167,15 +167,27 @@ def answers(run):
     return records
 
 
-def start(*args, cwd: Path) -> subprocess.Popen:
-    """Starts a script in a process of its own."""
+def start(*args: object, cwd: Path, **options) -> subprocess.Popen:
+    """Starts Python with a script in a process of its own."""
     command = [sys.executable, *map(str, args)]
     # a process started in the background ignores SIGINT, and so would its children
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Waits for a process. Returns exit code, stdout and stderr."""
+    out, err = process.communicate(timeout=500)
+    return process.returncode, out, without_progress(err)
+
+
+def without_progress(err: str) -> str:
+    """What a script has written to stderr, without the lines that tell of its progress if the machine is slow."""
+    assert "Traceback" not in err, err
+    return re.sub(r"^.* of .* images, .* elapsed, .* left\n", "", err, flags=re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------ what they have written

@@ -5,7 +5,6 @@ import http.server
 import io
 import pickle
 import shutil
-import subprocess
 import sys
 import tarfile
 import threading
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw
+from conftest import ROOT, draw, finish, start
 from torchvision.datasets import CIFAR10
 
 from data import find_images, load_data
@@ -157,8 +156,7 @@ def test_ids_identify_images_and_content_identifies_copies(photos, tmp_path):
 def test_extensions_are_known_in_a_fresh_process(tmp_path):
     (tmp_path / "0.jpg").touch()
     found = f"from data import find_images, Path; print(*find_images(Path({str(tmp_path)!r}))[0])"
-    done = subprocess.run([sys.executable, "-c", found], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == str(tmp_path / "0.jpg"), done.stderr
+    assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
 
 
 @pytest.fixture

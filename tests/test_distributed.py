@@ -1,11 +1,10 @@
 """Two processes under torchrun."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, TORCHRUN, checkpoints, repeatable, same
+from conftest import QUICK, ROOT, SMALL, TORCHRUN, checkpoints, finish, repeatable, same, start
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
@@ -20,9 +19,8 @@ def test_two_processes_give_the_results_of_one(photos, weights, tmp_path, monkey
         folder.mkdir()
         code = 0 if runner else 1  # torchrun would take 1 for a crash
         command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--output", ".")
-        done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == code and done.stdout.count("test accuracy") == 2, done.stderr
-        assert done.stderr.count("left out: ") == 1
+        found, out, err = finish(start(*runner, *command, cwd=folder))
+        assert found == code and out.count("test accuracy") == 2 and err.count("left out: ") == 1, err
         files = sorted((folder / "data" / "features").glob("*.features"))
         assert [file.suffixes[-2] for file in files] == ([".0", ".1"] if runner else [".0"])
         content = b"".join(file.read_bytes() for file in files)
@@ -33,9 +31,9 @@ def test_two_processes_give_the_results_of_one(photos, weights, tmp_path, monkey
         state.append(checkpoints(folder))
         frozen = "checkpoints/mobilenet_v3_small.pt"
         command = (ROOT / "inference.py", photos / "train", "--format", "csv", "--checkpoint", frozen)
-        done = subprocess.run([sys.executable, *runner, *map(str, command)], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == code and done.stdout.count("\n") == 1 + 61, done.stderr
-        answers.append(done.stdout)
+        found, out, err = finish(start(*runner, *command, cwd=folder))
+        assert found == code and out.count("\n") == 1 + 61, err
+        answers.append(out)
     assert len(features[0]) == 78 and features[0] == features[1]
     one, two = (
         [run.pop(f"mobilenet_v3_small_finetuned{end}") for run in runs] for runs, end in ((rows, ""), (state, ".pt"))

@@ -1,11 +1,8 @@
 """The fast copy and the training copy compute what the plain model computes."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import CPU, FAMILIES, ONE_SIZE, ROOT, noise, random_model
+from conftest import CPU, FAMILIES, ONE_SIZE, ROOT, finish, noise, random_model, start
 from PIL import Image
 
 from engine.device import threads
@@ -44,7 +41,7 @@ def test_the_fast_copy_in_bf16_and_in_micro_batches(name, replace):
 
 
 @pytest.mark.parametrize("name", ["_convolution_pointwise", "_reorder_convolution_weight"])
-def test_the_fast_copy_does_without_an_operator_that_fails_or_is_wrong(name, monkeypatch):
+def test_the_fast_copy_falls_back_to_plain_modules(name, monkeypatch):
     def missing(*args):
         raise RuntimeError("could not create a memory")
 
@@ -96,5 +93,5 @@ def test_inference_does_not_import_the_compiler(tmp_path):
         "import torch._dynamo\n"
         "assert is_compile_supported('cpu') == torch._dynamo.utils.is_compile_supported('cpu')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, err = finish(start("-c", program, cwd=tmp_path))
+    assert code == 0, err

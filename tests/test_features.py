@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, checkpoints, draw, repeatable, results, same, start
+from conftest import QUICK, ROOT, SMALL, checkpoints, draw, finish, repeatable, results, same, start
 
 import main_train
 from engine.features import Features
@@ -111,7 +111,7 @@ def test_two_runs_share_a_cache(photos, weights, tmp_path, monkeypatch):
     folders = [tmp_path / "a", tmp_path / "b"]
     command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--output")
     runs = [start(*command, folder, cwd=tmp_path) for folder in folders]
-    assert [(process.communicate()[1], process.returncode) for process in runs] == [("", 0)] * 2
+    assert [finish(process)[::2] for process in runs] == [(0, "")] * 2
     assert repeatable(folders[0]) == repeatable(folders[1])
     assert same(checkpoints(folders[0]), checkpoints(folders[1]))
     assert len(list((tmp_path / "data" / "features").glob("*.features"))) == 1
@@ -132,7 +132,7 @@ def test_the_time_of_a_resumed_extraction_is_the_sum_of_its_parts(run, photos, t
     assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 130
     replace("run_images", whole)
     run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert 1 < results(tmp_path)[0]["seconds"]["features"] < 6
+    assert 1.5 < results(tmp_path)[0]["seconds"]["features"] < 30
 
 
 def test_features_of_several_files_are_read_by_place():

