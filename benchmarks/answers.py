@@ -17,8 +17,8 @@ from statistics import median
 
 from common import ROOT, arguments, extraction_seconds
 
-from data import find_images
 from engine.console import run_script
+from engine.folders import find_images
 from models import load_checkpoint
 
 IMPORT = "import torch, torchvision.models"

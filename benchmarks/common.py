@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import CIFAR10_SIZE, Images
+from data import CIFAR10_SIZE
 from engine.batches import Batches, feature_loader
 from engine.device import pick_device, pick_precision, threads
 from engine.features import Features, extract_features
+from engine.folders import Images
 from models import TransferModel
 from train_utils import RECIPE, Recipe, fit_classifier
 

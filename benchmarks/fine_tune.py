@@ -16,10 +16,10 @@ import torch
 from common import DEVICE, PRECISION, arguments, draw_images
 from torch import nn
 
-from data import Images, labelled_images
 from engine.batches import Batches, ImageLoader
 from engine.console import run_script
 from engine.device import synchronized_time, threads
+from engine.folders import Images, labelled_images
 from models import TransferModel
 from train_utils import FINE_TUNING, Training, fine_tune
 

@@ -40,10 +40,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import visualization
-from data import find_images
 from engine.console import run_script
 from engine.device import DTYPES, batch_size_for, synchronized_time, threads
 from engine.fast import fast_copy
+from engine.folders import find_images
 from models import TransferModel, find_backbone
 from train_utils import RECIPE
 

@@ -22,10 +22,11 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from data import CIFAR10_SIZE, Images, find_images, load_data
+from data import CIFAR10_SIZE, load_data
 from engine.audit import fit_unfamiliarity
 from engine.console import run_script
 from engine.fast import fast_copy
+from engine.folders import Images, find_images
 from engine.images import ImageError, Item, read_image
 from engine.run import run_images
 from models import TransferModel

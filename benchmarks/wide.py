@@ -15,8 +15,9 @@ import numpy as np
 from common import arguments, batches, extract, fit, new_model, print_header, print_row
 from PIL import Image
 
-from data import Images, load_data
+from data import load_data
 from engine.console import run_script
+from engine.folders import Images
 from engine.images import read_image
 from train_utils import evaluate
 

@@ -54,7 +54,9 @@ class Images:
 
     def paths(self) -> list[str]:
         """For each image the path of its file, or its name."""
-        return [str(item) if isinstance(item, Path) else name for item, name in zip(self.items, self.names, strict=True)]
+        return [
+            str(item) if isinstance(item, Path) else name for item, name in zip(self.items, self.names, strict=True)
+        ]
 
     def ids(self) -> list[str]:
         """For each image a hash of its pixels, or of its file's size, beginning and end. It follows the image."""

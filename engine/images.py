@@ -47,24 +47,35 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
     """
     name = item if isinstance(item, Path | str) else "image"
     try:
-        if isinstance(item, Tensor):
-            item = item.permute(1, 2, 0).cpu().numpy()
-        if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.shape == (len(item), len(item), 3):
-            if len(item) <= max_size:  # nothing to decode or to resize
+        if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
+            if item.shape[2] == 3 and 0 < item.shape[0] == item.shape[1] <= max_size:  # nothing to decode or to resize
                 return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
-        if isinstance(item, np.ndarray):
-            return _decode(Image.fromarray(item), max_size, crop)
-        if isinstance(item, Image.Image):
-            with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
-                item = item.copy()
-            return _decode(item, max_size, crop)
-        content = item if isinstance(item, bytes) else _read_file(Path(item))
-        with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-            return _decode(image, max_size, crop)
+        if isinstance(item, Path | str | bytes):
+            content = item if isinstance(item, bytes) else _read_file(Path(item))
+            with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+                return _decode(image, max_size, crop)
+        return _decode(_pillow_image(item), max_size, crop)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
+
+
+def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
+    if isinstance(item, Image.Image):
+        with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
+            return item.copy()
+    if isinstance(item, Tensor) and item.ndim == 3:
+        item = item.permute(1, 2, 0).cpu().numpy()
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size and item.ndim in (2, 3):
+        return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
+    given = (
+        f"{type(item).__name__} {tuple(item.shape)} of {item.dtype}" if hasattr(item, "dtype") else type(item).__name__
+    )
+    raise TypeError(
+        "an image is a path, a file's bytes, a Pillow image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
+        f"or a uint8 tensor (C, H, W), not {given}"
+    )
 
 
 def _read_file(path: Path) -> bytes:
@@ -91,11 +102,12 @@ def read_for_plot(captioned: Iterable[tuple[Item, str]], limit: int, size: int =
 
 def is_image_file(path: str, extension: str) -> bool:
     """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
-    if Image.EXTENSION.get(extension) in image_formats():
+    formats = image_formats()  # first, because it registers the extensions
+    if Image.EXTENSION.get(extension) in formats:
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
-            Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
+            Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
             return True
     return False
 
@@ -203,10 +215,10 @@ def preprocess(
         batches = [torch.stack(list(group)) for _, group in groupby(images, lambda image: image.shape)]
     for batch in batches:
         x = batch.to(device, non_blocking=batch.is_pinned())  # (b, 3, H, W)
-        x = ((x / 255 - mean) / std).to(dtype)
+        x = (x / 255 - mean) / std
         if x.shape[2:] != (S, S):
-            x = F.interpolate(x, (S, S), mode="bilinear", antialias=True)
-        resized.append(x)
+            x = F.interpolate(x, (S, S), mode="bilinear", antialias=True)  # not implemented for bf16 on CPUs
+        resized.append(x.to(dtype))
     return torch.cat(resized).contiguous(memory_format=torch.channels_last)
 
 

@@ -37,7 +37,11 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **{package: version(package) for package in ("torchvision", "numpy")},
+        },
         "device": device_name(device),
     }
 
