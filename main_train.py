@@ -203,7 +203,8 @@ def extract(
         raise ValueError(f"no training image of {empty} can be read")
     if not len(readable["val"]) or not len(readable["test"]):
         raise ValueError("no image for validation or testing can be read")
-    if empty := without_images(data.classes, readable["test"]):
+    empty = without_images(data.classes, readable["test"])
+    if empty and empty != without_images(data.classes, data.test):
         print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
     return features, {part: images.labels for part, images in readable.items()}
 

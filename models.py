@@ -10,6 +10,7 @@ Every classification model of torchvision is a backbone. BACKBONES holds those t
 """
 
 import difflib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def _features_of(backbone: nn.Module) -> nn.Module:
 # ------------------------------------------------------------------------------------------------- the model
 
 
+_making_fast_copy = threading.Lock()
 _fast_copies: WeakKeyDictionary["TransferModel", tuple[list, "TransferModel"]] = WeakKeyDictionary()
 
 
@@ -252,9 +254,10 @@ class TransferModel(nn.Module):
         tensors = [*self.parameters(), *self.buffers()]
         version = [self.classes, self.precision, self.temperature, self.views]
         version += [(id(tensor), tensor._version) for tensor in tensors]
-        if _fast_copies.get(self, [None])[0] != version:
-            _fast_copies[self] = version, fast_copy(self, tensors[0].device)
-        return _fast_copies[self][1]
+        with _making_fast_copy:
+            if _fast_copies.get(self, [None])[0] != version:
+                _fast_copies[self] = version, fast_copy(self, tensors[0].device)
+            return _fast_copies[self][1]
 
     def example(self) -> Tensor:
         """A black image, preprocessed: (1, 3, S, S)."""

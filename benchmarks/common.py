@@ -58,14 +58,13 @@ def print_header(*cells: object, texts: int = 1) -> None:
 
 
 def draw_images(folder: Path, count: int) -> Path:
-    """Writes JPEG files of 32x32 pixels, 100 different ones, into ten class folders. Returns the folder."""
+    """Writes different JPEG files of 32x32 pixels into ten class folders. Returns the folder."""
     random = np.random.default_rng(0)
-    small = [Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(100)]
-    drawn = [image.resize((32, 32), Image.Resampling.BICUBIC) for image in small]
     for label in range(10):
         (folder / str(label)).mkdir(parents=True)
     for i in range(count):
-        drawn[i % 100].save(folder / str(i % 10) / f"{i}.jpg")
+        small = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((32, 32), Image.Resampling.BICUBIC).save(folder / str(i % 10) / f"{i}.jpg")
     return folder
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -89,8 +90,10 @@ class Batches:
 
         The order and the augmentation are the same in all processes of torchrun, dropout is not.
         """
-        self.generator = torch.Generator().manual_seed(self.seed + (epoch << 32))
-        torch.manual_seed(self.seed + (epoch << 32) + (self.process << 48))
+        # a hash, because torch uses only 32 bits of a seed
+        order, *dropout = np.random.SeedSequence([self.seed, epoch]).generate_state(1 + self.processes).tolist()
+        self.generator = torch.Generator().manual_seed(order)
+        torch.manual_seed(dropout[self.process])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.labels)

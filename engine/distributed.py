@@ -28,12 +28,15 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
                 )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if is_first():
-            code = main()
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            if is_first():
                 code = main()
-        barrier()  # a process that leaves early would end the connections of the others
+            else:
+                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    code = main()
+            barrier()  # a process that leaves early would end the connections of the others
+        except RuntimeError as error:  # of a collective: another process was killed, or the network is down
+            raise OSError(f"the processes cannot go on: {str(error).splitlines()[0]}") from error
         dist.destroy_process_group()
         return 0 if code == 1 else code  # torchrun takes 1, "some inputs failed", for a crash, and would start again
 

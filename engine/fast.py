@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -73,10 +74,43 @@ def _fast_sequence(features: nn.Sequential, levels: list[int], images: Tensor, p
     return FastFeatures(stages, [i for i, end in enumerate(ends) if end in levels], early, part)
 
 
+# torch.fx patches every module of the process while it traces one, so no other thread may run a model then
+_turn, _running, _waiting = threading.Condition(), 0, 0
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Surrounds every forward pass that may take place while another thread makes a fast copy."""
+    global _running
+    with _turn:
+        _turn.wait_for(lambda: not _waiting)
+        _running += 1
+    try:
+        yield
+    finally:
+        with _turn:
+            _running -= 1
+            _turn.notify_all()
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    global _waiting
+    with _turn:
+        _waiting += 1
+        try:
+            _turn.wait_for(lambda: not _running)
+            yield
+        finally:
+            _waiting -= 1
+            _turn.notify_all()
+
+
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
     """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
     with suppress(Exception):  # torch.fx cannot trace every network
-        stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
+        with _tracing():
+            stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
     stage.to(dtype=images.dtype, memory_format=torch.channels_last)
     if not isinstance(stage, fx.GraphModule):
         return stage, (outputs := stage(images)), outputs.numel()

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, threads
 from engine.distributed import shared_map, world_size
-from engine.fast import fast_copy
+from engine.fast import fast_copy, running
 from engine.images import ImageError, Item, preprocess, read_image, stack
 from engine.layers import averages, run_layers
 from engine.metrics import average_models, log_probabilities
@@ -88,7 +88,7 @@ class _Runner:
                 except ImageError as error:
                     errors[i] = error
             images[size, crop] = stack(pixels, self.device)
-        with self.turn:
+        with self.turn, running():
             outputs = [self.forward(model, images[key]) for model, key in zip(self.models, formats, strict=True)]
         unread = torch.tensor(list(errors), dtype=torch.int64)
         return Batch(batch, [rows.float().cpu().index_fill(0, unread, math.nan) for rows in outputs], errors)

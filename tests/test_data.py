@@ -1,21 +1,20 @@
-"""Which images are found, how they are split, and CIFAR-10."""
+"""How images are split, and CIFAR-10."""
 
 import hashlib
 import http.server
 import io
 import pickle
 import shutil
-import sys
 import tarfile
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw, finish, start
+from conftest import draw
 from torchvision.datasets import CIFAR10
 
-from data import find_images, load_data
+from data import load_data, load_split
 from engine.console import run_script
 from engine.images import read_image
 
@@ -59,19 +58,6 @@ def test_limit_is_balanced_seeded_and_proportional(photos):
         load_data(str(photos), limit=2)
 
 
-def test_labels_are_folder_names(photos):
-    for image in (photos / "test" / "blue").iterdir():
-        image.unlink()
-    (photos / "test" / "blue").rmdir()
-    (photos / "train" / ".ipynb_checkpoints").mkdir()
-    draw(photos / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
-    data = load_data(str(photos))
-    assert data.classes == ("blue", "green", "red") and "no test image of 'blue'" in data.notes
-    assert all(
-        data.classes[label] == path.parent.name for label, path in zip(data.test.labels, data.test.items, strict=True)
-    )
-
-
 def test_missing_test_images_are_held_out(photos, tmp_path):
     for i, (part, name) in enumerate([("train", "blue"), ("train", "red"), ("test", "green")]):
         shutil.copytree(photos / part / name, tmp_path / "pets" / "unpacked" / f"{name}{i}")
@@ -85,78 +71,19 @@ def test_missing_test_images_are_held_out(photos, tmp_path):
     assert data.test.items == load_data(str(tmp_path / "pets")).test.items
 
 
-def test_part_folders_have_several_spellings(photos):
-    for name in ("blue", "green", "red"):
-        draw(photos / "Validation" / name / "a.png", (0, 0, 0), seed=5)
-    (photos / "train").rename(photos / "Training")
-    (photos / "test").rename(photos / "TEST")
-    data = load_data(str(photos))
-    assert (len(data.train), len(data.val), len(data.test), data.notes) == (60, 3, 18, ())
-    (photos / "TEST").rename(photos / "holdout")
-    data = load_data(str(photos))
-    assert data.notes[0] == "18 files not used: 18 in holdout/" and len(data.test) == 12
-
-
-def test_unused_files_are_counted_by_reason(photos):
-    red = photos / "train" / "red"
-    shutil.copy(red / "0.png", red / "no_extension")
-    shutil.copy(red / "0.png", red / "x.jpg_1280x")
-    for name in ("a.heic", "b.heic", "c.jxl", "video.mp4", "notes.txt", ".DS_Store", "empty"):
-        (red / name).write_bytes(b"" if name == "empty" else b"\0\0\0\x18ftypheic")
-    for folder in (".thumbnails", "@eaDir", "deeper"):
-        draw(red / folder / "x.png", (200, 50, 40), seed=1)
-    for part in ("train", "test"):
-        draw(photos / part / "loose.png", (0, 0, 0), seed=1)
-    draw(photos / "more" / "x.png", (0, 0, 0), seed=1)
-    shutil.rmtree(photos / "test" / "green")
-    data = load_data(str(photos))
-    assert len(data.train) + len(data.val) == 63  # 60, two by their content, one deeper
-    assert data.notes[0].startswith("12 files not used: ")
-    for reason in (
-        *("2 .heic (pip install pillow-heif)", "1 .jxl (pip install pillow-jxl-plugin)", "1 .mp4", "1 .txt"),
-        *("1 hidden", "1 without extension", "2 in hidden folders", "2 beside the class folders", "1 in more/"),
-    ):
-        assert reason in data.notes[0]
-    assert data.notes[1:] == ("no test image of 'green'",)
-    for image in (photos / "train" / "green").iterdir():
-        image.unlink()
-        image.with_suffix(".heic").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(ValueError, match=r"no training image of 'green'.*22 \.heic \(pip install pillow-heif\)"):
-        load_data(str(photos))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="links and permissions")
-def test_links_are_followed_to_files_only(photos):
-    red = photos / "train" / "red"
-    (red / "gone.png").symlink_to("nowhere.png")
-    (red / "round").symlink_to(photos)
-    (red / "one.png").symlink_to(photos / "test" / "red" / "0.png")
-    (red / "loop.png").symlink_to("loop.png")
-    data = load_data(str(photos))
-    assert data.notes == ("3 files not used: 2 links to nothing, 1 linked folders",)
-    assert red / "one.png" in data.train.items + data.val.items and len(find_images(photos)[0]) == 79
-
-
-def test_ids_identify_images_and_content_identifies_copies(photos, tmp_path):
-    data = load_data(str(photos))
-    before = data.train.ids()
-    assert before == load_data(str(photos)).train.ids() and len(set(before)) == len(before)
-    draw(data.train.items[3], (1, 2, 3), seed=77)
-    changed = load_data(str(photos))
-    assert [a != b for a, b in zip(before, changed.train.ids(), strict=True)] == [i == 3 for i in range(len(before))]
-    shutil.copytree(photos, tmp_path / "copy")
-    copied = load_data(str(tmp_path / "copy"))
-    assert copied.content == changed.content and copied.train.ids() != changed.train.ids()
-    draw(tmp_path / "copy" / "train" / "red" / "another.png", (1, 2, 3), seed=78)
-    assert load_data(str(tmp_path / "copy")).content != changed.content
-    data.train.items[3].unlink()
-    assert len(data.train.ids()) == len(before)  # a file that is gone costs nothing here
-
-
-def test_extensions_are_known_in_a_fresh_process(tmp_path):
-    (tmp_path / "0.jpg").touch()
-    found = f"from data import find_images, Path; print(*find_images(Path({str(tmp_path)!r}))[0])"
-    assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
+def test_a_saved_split_is_loaded_again(photos, tmp_path):
+    data = load_data(str(photos), limit=30, seed=3)
+    data.save_split(tmp_path / "split.json")
+    again = load_split(str(photos), tmp_path, tmp_path / "split.json")
+    assert (again.classes, again.notes, again.identity["split"]) == (data.classes, (), data.identity["split"])
+    assert [part.items for part in again.parts.values()] == [part.items for part in data.parts.values()]
+    data.val.items[0].unlink()
+    draw(data.train.items[1], (1, 2, 3), seed=77)
+    again = load_split(str(photos), tmp_path, tmp_path / "split.json")
+    assert again.val.items == data.val.items[1:] and again.train.items == data.train.items
+    assert sorted(again.notes) == [
+        "1 of 24 train images have changed since the run", "1 of 6 val images of the run are gone"
+    ]  # fmt: skip
 
 
 @pytest.fixture

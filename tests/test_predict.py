@@ -1,0 +1,105 @@
+"""TransferModel.predict in other people's programs: what it accepts, threads, modes, precision, foreign modules."""
+
+import io
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, ROOT, SMALL, random_model
+from PIL import Image
+
+import inference
+import main_train
+from models import load_checkpoint, save_checkpoint
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+
+
+def test_what_is_an_image_and_what_is_not():
+    model, file = random_model("mobilenet_v3_small", 64), io.BytesIO()
+    Image.fromarray(PIXELS).save(file, "PNG")
+    forms = [PIXELS, Image.fromarray(PIXELS), file.getvalue(), torch.from_numpy(PIXELS).permute(2, 0, 1)]
+    grey = [PIXELS[..., 0], PIXELS[..., :1]]
+    bad = [np.zeros((0, 50, 3), np.uint8), PIXELS / 255, torch.rand(3, 8, 8), b"oops", 7, None, np.uint8(3), "none.png"]
+    for several in ([*forms, *grey, *bad], (*forms, *grey, *bad), iter([*forms, *grey, *bad])):
+        records = model.predict(several)
+        answers = [record.get("probability") for record in records]
+        assert answers[:4] == pytest.approx([answers[0]] * 4) and answers[4] == pytest.approx(answers[5])
+        assert all("error" in record for record in records[6:]) and len(records) == 14
+    for record in records[6:9]:
+        assert "a uint8 array (H, W)" in record["error"] and "not " in record["error"]
+    assert [one["label"] for one in model.predict(PIXELS[None])] == [model.predict(PIXELS)["label"]]
+
+
+def test_one_lazily_opened_image_in_many_batches(tmp_path, replace):
+    replace("CPU_BATCH", 2)
+    Image.fromarray(np.tile(PIXELS, (20, 20, 1))).save(tmp_path / "x.jpg")
+    model = random_model("mobilenet_v3_small", 64)
+    expected = model.predict(tmp_path / "x.jpg")["probability"]
+    for _ in range(5):
+        with Image.open(tmp_path / "x.jpg") as image:
+            found = [record.get("probability") for record in model.predict([image] * 40)]
+        assert found == pytest.approx([expected] * 40, abs=0.02)  # a file is decoded at a smaller size
+
+
+def test_overlapping_calls_leave_the_number_of_threads_as_it_was():
+    model, before = random_model("mobilenet_v3_small", 64), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: model.predict([PIXELS] * 40), range(8)))
+            assert set(pool.map(lambda _: torch.get_num_threads(), range(8))) == {3}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_predict_does_not_depend_on_the_mode_and_follows_changes():
+    model = random_model("mobilenet_v3_large", 64)
+    expected = model.predict(PIXELS)["probability"]
+    assert model.train().predict(PIXELS)["probability"] == expected
+    model.temperature = 4.0
+    assert model.predict(PIXELS)["probability"] < expected
+    with torch.no_grad():
+        model.classifier[-1].weight.zero_()
+        model.classifier[-1].bias.copy_(torch.tensor([0.0, 0.0, 99.0]))
+    assert model.predict(PIXELS)["label"] == "car"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predict_inference_and_export_agree(run, answers, photos, tmp_path, precision):
+    command = ("--data", photos, *SMALL, *QUICK, "--precision", precision, "--device", "cpu")
+    assert run(main_train, *command)[0] == 0
+    records = answers(photos / "test")
+    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
+    images = [Image.open(record["path"]).resize((32, 32)) for record in records]
+    paths, arrays = model.predict([record["path"] for record in records]), model.predict(images)
+    assert [record["probability"] for record in paths] == pytest.approx([r["probability"] for r in records], abs=1e-4)
+    assert run(inference, "--export", "x.pt2")[0] == 0
+    batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+    exported = torch.export.load("x.pt2").module()(batch).max(dim=1).values.tolist()
+    tolerance = 1e-4 if precision == "fp32" else 0.02
+    assert exported == pytest.approx([record["probability"] for record in arrays], abs=tolerance)
+    if precision == "bf16":
+        code, _, err = run(inference, "--export", "x.onnx")
+        assert code == 2 and "ONNX does not keep bf16" in err
+
+
+def test_a_program_with_modules_of_the_same_names(tmp_path):
+    """As the README shows it: the project's folder comes first on the path."""
+    save_checkpoint(tmp_path / "x.pt", random_model("mobilenet_v3_small", 64), {})
+    Image.fromarray(PIXELS).save(tmp_path / "cat.png")
+    (tmp_path / "data.py").write_text("raise RuntimeError('the program\\'s own')")
+    [line] = re.findall(r"`(sys\.path\.insert\(.*?\))`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    line = line.replace("path/to/this/project", str(ROOT))
+    (tmp_path / "program.py").write_text(
+        f"import sys\n{line}\nfrom models import load_checkpoint\nprint(load_checkpoint('x.pt').predict('cat.png'))\n"
+    )
+    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "'label'" in done.stdout, done.stderr
+    assert Path(tmp_path / "x.pt").exists()
