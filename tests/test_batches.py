@@ -28,11 +28,19 @@ def test_many_images_are_shuffled_in_blocks():
     assert len((first // 64).unique()) < 2100 and first.diff().abs().median() > 10_000
 
 
-def test_a_seed_determines_the_orders():
-    def epochs(seed):
-        batches = Batches(lambda batch, _: (batch, batch), torch.zeros(100), 8, CPU, seed)
-        return [torch.cat([batch for batch, _ in batches]).tolist() for _ in range(3)]
+def test_the_seed_and_the_epoch_determine_all_that_is_random():
+    """Without what was drawn before, so that a resumed training draws the same."""
 
-    assert epochs(1) == epochs(1) != epochs(2)
-    assert len(set(map(tuple, epochs(1)))) == 3  # every epoch has another order
-    assert epochs(None) == [list(range(100))] * 3
+    def epoch(seed, number):
+        drawn = []
+        batches = Batches(lambda batch, draws: (drawn.append(draws), batch)[1:] * 2, torch.zeros(100), 8, CPU, seed)
+        batches.start_epoch(number)
+        order = torch.cat([batch for batch, _ in batches]).tolist()
+        return (*order, *torch.cat(drawn).flatten().tolist(), *torch.rand(3).tolist())
+
+    every = [epoch(seed, number) for seed in (1, 2) for number in range(5)]
+    assert every == [epoch(seed, number) for seed in (1, 2) for number in range(5)]
+    for part in (slice(100), slice(100, 600), slice(600, None)):  # order, augmentation, dropout
+        assert len({each[part] for each in every}) == 10
+    batches = Batches(lambda batch, _: (batch, batch), torch.zeros(100), 8, CPU)
+    assert torch.cat([batch for batch, _ in batches]).tolist() == list(range(100))

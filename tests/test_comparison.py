@@ -1,17 +1,14 @@
 """What is compared, is compared on the same images; what is missing is named; nothing is replaced without a word."""
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SMALL, checkpoints, results
+from conftest import QUICK, SMALL, results
 
 import main_train
 from engine.metrics import class_scores, classification_metrics, correct, paired_difference
 from engine.results import ensemble_row
-from models import load_checkpoint
 
 
 def test_models_that_cannot_read_an_image_each_are_compared_on_the_others():
@@ -45,27 +42,6 @@ def test_a_class_without_test_images(run, photos):
     assert len(shown) == 2 and f"{min(shown):.2%}" in out and f"{row['macro']['f1']:.3f}" in out
 
 
-def test_images_that_vanish_during_fine_tuning_are_named(run, photos, tmp_path, replace):
-    def fine_tune(frozen, data, *args):
-        for part in data.parts.values():
-            part.items[1].unlink()
-        return whole(frozen, data, *args)
-
-    whole = replace("fine_tune", fine_tune) if False else main_train.fine_tune
-    main_train.fine_tune = fine_tune
-    try:
-        code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1)
-    finally:
-        main_train.fine_tune = whole
-    frozen, tuned = results(tmp_path)
-    assert code == 1 and err.count("left out: ") == 3 and "3 images cannot be read" in err
-    assert [frozen[key] - tuned[key] for key in ("train_images", "val_images", "test_images")] == [1, 1, 1]
-    assert len(tuned["correct"]) == len(frozen["correct"]) and tuned["correct"].count(None) == 1
-    assert (
-        "mobilenet_v3_small_finetuned  " in out and "ensemble  " in out and (tmp_path / "plots" / "data.json").exists()
-    )
-
-
 def test_a_detector_that_fails_is_not_forgotten(run, photos, replace):
     def fail(*args):
         raise RuntimeError("no detector today")
@@ -93,15 +69,3 @@ def test_no_checkpoint_is_replaced_without_a_word(run, photos, tmp_path):
     (photos / "train" / "red" / "0b.png").write_bytes((photos / "train" / "red" / "1.png").read_bytes())
     code, out, _ = run(main_train, *command)
     assert code == 0 and "on other images at the same place" in out
-
-
-def test_fine_tuning_never_ends_below_the_frozen_model(run, photos, tmp_path):
-    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--fine-tune-lr", 0.05)
-    state = checkpoints(tmp_path)
-    frozen, tuned = state["mobilenet_v3_small.pt"], state["mobilenet_v3_small_finetuned.pt"]
-    assert code == 0 and "no epoch is better on validation than the frozen model" in out
-    assert all(torch.equal(frozen[key], tuned[key]) for key in tuned)
-    rows = results(tmp_path)
-    assert json.dumps(rows[0]["confusion_matrix"]) == json.dumps(rows[1]["confusion_matrix"])
-    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt")
-    assert np.isfinite(model.predict(photos / "test" / "red" / "0.png")["probability"])

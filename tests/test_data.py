@@ -14,7 +14,7 @@ import pytest
 from conftest import draw
 from torchvision.datasets import CIFAR10
 
-from data import load_data, load_split
+from data import load_data
 from engine.console import run_script
 from engine.images import read_image
 
@@ -69,21 +69,6 @@ def test_missing_test_images_are_held_out(photos, tmp_path):
     assert len({*data.train.items, *data.val.items, *data.test.items}) == 46
     assert "held out for testing" in data.notes[0]
     assert data.test.items == load_data(str(tmp_path / "pets")).test.items
-
-
-def test_a_saved_split_is_loaded_again(photos, tmp_path):
-    data = load_data(str(photos), limit=30, seed=3)
-    data.save_split(tmp_path / "split.json")
-    again = load_split(str(photos), tmp_path, tmp_path / "split.json")
-    assert (again.classes, again.notes, again.identity["split"]) == (data.classes, (), data.identity["split"])
-    assert [part.items for part in again.parts.values()] == [part.items for part in data.parts.values()]
-    data.val.items[0].unlink()
-    draw(data.train.items[1], (1, 2, 3), seed=77)
-    again = load_split(str(photos), tmp_path, tmp_path / "split.json")
-    assert again.val.items == data.val.items[1:] and again.train.items == data.train.items
-    assert sorted(again.notes) == [
-        "1 of 24 train images have changed since the run", "1 of 6 val images of the run are gone"
-    ]  # fmt: skip
 
 
 @pytest.fixture

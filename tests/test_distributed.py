@@ -42,3 +42,28 @@ def test_two_processes_give_the_results_of_one(photos, weights, tmp_path, monkey
         assert a == pytest.approx(b, rel=1e-3)
     assert all(torch.allclose(two[0][key], two[1][key], atol=1e-3) for key in two[0])
     assert rows[0] == rows[1] and same(*state) and answers[0] == answers[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+def test_fine_tuning_with_dropout_repeats_and_resumes(photos, weights, tmp_path, monkeypatch):
+    """With two processes, each of which draws its own dropout."""
+    monkeypatch.setenv("TORCH_HOME", str(weights))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--data", photos, "--models", "mobilenet_v3_large", *QUICK, "--fine-tune", 2, "--output", "."]
+    (tmp_path / "interrupted.py").write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"
+        "from engine.console import run_script\nfrom engine.distributed import spmd\n"
+        "save = main_train.save_tensors\n"
+        "main_train.save_tensors = lambda *args: (save(*args), os._exit(9))\n"  # after the first epoch
+        "run_script(spmd(main_train.main))\n"
+    )
+    states = []
+    for number, scripts in enumerate(([ROOT / "main_train.py"], [tmp_path / "interrupted.py", ROOT / "main_train.py"])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for script in scripts:
+            process = start(*TORCHRUN, script, *arguments, cwd=folder)
+            out, _ = process.communicate(timeout=300)
+            assert (process.returncode == 0) == (script.name == "main_train.py")
+        states.append(checkpoints(folder))
+    assert "resuming after 1 of 2 epochs" in out and len(states[0]) == 2 and same(*states)

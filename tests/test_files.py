@@ -78,7 +78,7 @@ def test_full_disk_read_only_folder_and_no_home(photos, weights, tmp_path, monke
     script = """
         mount -t tmpfs -o size=12m x out
         "$@" || code=$?
-        test $(ls -A out/checkpoints | wc -l) = 2  # the lock and one checkpoint
+        test $(ls -A out/checkpoints | wc -l) = 3  # the lock, the split and one checkpoint
         cat out/plots/results.json >seen
         exit $code"""
     code, err = namespace(script, *two)

@@ -126,21 +126,14 @@ def test_predict_agrees_with_inference(run, tmp_path):
     assert [answer.keys() for answer in answers] == [record.keys() for record in records]
     assert answers[3] == records[3] and "3.png" in answers[3]["error"]
     images = [Image.open(file) for file in files[:3]]
-    arrays = [np.array(image) for image in images]
-    tensors = [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]
-    contents = (Path(file).read_bytes() for file in files[:3])
-    for forms in (answers, *map(loaded.predict, (images, arrays, tensors, contents))):
+    for forms in (answers, loaded.predict(images), loaded.predict([np.array(image) for image in images])):
         for answer, record in zip(forms[:3], records[:3], strict=True):
             assert answer["label"] == record["label"] == answer["top"][0]["label"]
             assert answer["probability"] == pytest.approx(record["probability"], abs=1e-5)
-    assert loaded.predict(arrays[1]) == loaded.predict(arrays[1][None])[0]  # an array of images
     alone = loaded.predict(Path(files[0]))
     assert alone["path"] == files[0] and alone["probability"] == pytest.approx(answers[0]["probability"], abs=1e-5)
     loaded.temperature = 1e-3  # probabilities are calibrated
     assert loaded.predict(files[0])["probability"] > answers[0]["probability"]
-    with torch.no_grad():
-        loaded.classifier.linear.bias[1] += 1000
-    assert loaded.predict(files[0])["label"] == "ant"
 
 
 def test_a_checkpoint_of_another_schema_is_refused(tmp_path, replace):

@@ -145,6 +145,10 @@ def test_fine_tuning_keeps_the_frozen_weights_if_no_epoch_is_better(run, photos,
     assert (code, err) == (0, "") and "no epoch is better on validation than the frozen model" in out
     frozen, tuned = checkpoints(tmp_path).values()
     assert frozen.keys() == tuned.keys() and all(torch.equal(frozen[key], tuned[key]) for key in frozen)
+    frozen, tuned = results(tmp_path)
+    assert frozen["confusion_matrix"] == tuned["confusion_matrix"]
+    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt")
+    assert np.isfinite(model.predict(photos / "test" / "red" / "0.png")["probability"])
 
 
 def test_a_loss_that_is_not_finite_stops_one_model(run, photos, tmp_path, replace):
@@ -174,8 +178,9 @@ def test_files_deleted_during_fine_tuning_are_left_out(run, photos, tmp_path, re
         return whole(*args)
 
     whole = replace("load_progress", delete)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1)
+    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1)
     assert code == 1 and "error" not in err and "3 images cannot be read: left out" in err
+    assert "ensemble  " in out and (tmp_path / "plots" / "data.json").exists()
     assert all(err.count(f"left out: {file}: ") == 1 for file in deleted)
     frozen, tuned = results(tmp_path)
     for part in ("train_images", "val_images", "test_images"):
