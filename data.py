@@ -1,7 +1,9 @@
 """Where images and labels come from, and how they are split.
 
-data = load_data("cifar10", root=Path("data"))      # or a folder with train/<class>/ and test/<class>/
-data.train.items[0], data.train.labels[0]
+    data = load_data("cifar10", root=Path("data"))      # or a folder of class folders
+    data.train.items[0], data.train.labels[0]
+
+How a folder is read is in engine/folders.py.
 """
 
 import hashlib

@@ -9,8 +9,8 @@
     python inference.py --export model.pt2 --checkpoint checkpoints/mobilenet_v2.pt      for use without this project
     python inference.py                                     a sample of the test images -> plots/predictions.png
 
-All checkpoints with the same classes form an ensemble: the mean of their log-probabilities is more accurate than the
-best of them. Individual predictions are printed too.
+If all checkpoints have the same classes, they form an ensemble: the mean of their log-probabilities is usually more
+accurate than the best of them. Individual predictions are printed too.
 """
 
 import csv
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--checkpoint", nargs="+", metavar="FILE", help="models, or patterns (default: checkpoints/*.pt)")
     add("--evaluate", action="store_true", help="PATH is a folder of class folders: measure how many answers are right")
     add("--output", type=Path, default="evaluation", metavar="DIR",
-        help="of --evaluate: confusion matrices, mistakes, and MODEL_wrong.csv")  # fmt: skip
+        help="where --evaluate writes confusion matrices, mistakes, and MODEL_wrong.csv")  # fmt: skip
     add("--ensemble", action=BooleanOptionalAction,
         help="one answer of all models (default: if all have the same classes)")  # fmt: skip
     add("--top-k", type=positive(int), default=3, metavar="K", help="labels for each image")
@@ -181,7 +181,7 @@ def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Itera
             images, more = find_images(match) if match.is_dir() else ([match], Counter())
             found += images
             skipped.update(more)
-        yield from dict.fromkeys(found)  # ** matches folders and their files
+        yield from dict.fromkeys(found)  # ** matches both a folder and its files
 
 
 def matches(pattern: str) -> list[str]:

@@ -6,9 +6,9 @@
     python main_train.py --limit 2000 --output quick      a quick look, beside the full models
     python main_train.py --fine-tune 6                    trains the backbones, too: hours without a GPU
 
-Writes checkpoints/<model>.pt, plots/*.png and plots/results.json. Each image goes through a backbone once: its features
-are kept in data/features/, so a second run trains within seconds. Run the same command again to resume an interrupted
-run.
+Writes checkpoints/<model>.pt, plots/*.png, plots/results.json and plots/report.html. Each image goes through a backbone
+once: its features are kept in data/features/, so a second run trains within seconds. Run the same command again to
+resume an interrupted run.
 """
 
 import argparse
@@ -77,7 +77,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=positive(int), metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
-    add("--limit", type=positive(int), metavar="N", help="use N training images and that share of the test images")
+    add(
+        "--limit",
+        type=positive(int),
+        metavar="N",
+        help="use N images for training and validation, and that share of the test images",
+    )
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *DTYPES), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
@@ -227,7 +232,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         torch.manual_seed(seed)
         start, title = synchronized_time(device), f"{name} classifier"
         fit = batches("train", seed), batches("val"), recipe, precision, title
-        with threads(1):  # more gain little, and wait long for each other if anything else runs
+        with threads(1):  # more threads hardly help, and lose time waiting for each other if other programs run
             history, val_logits = train_utils.fit_classifier(classifier, *fit)
             logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
         return logits, history, synchronized_time(device) - start
@@ -275,11 +280,11 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     train, val = (data.parts[part].subset(frozen.features[part].readable) for part in ("train", "val"))
     if min(len(train), len(val)) < world_size():
         raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
-    # on a CPU the backward pass is slower in bf16
+    # bf16 makes the backward pass slower on a CPU
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     size = min(args.batch_size, FINE_TUNING.batch_size)
     recipe = recipe_of(args, FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr)
-    # not the classifier, which a GPU may not train twice to the last digit
+    # the key leaves out the classifier, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"

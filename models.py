@@ -6,7 +6,7 @@
     model = load_checkpoint("checkpoints/mobilenet_v2.pt")
     model.predict("cat.jpg")                            # {"path": "cat.jpg", "label": "cat", "probability": 0.97, ...}
 
-Every classification model of torchvision is a backbone. BACKBONES holds those that the report names or tunes.
+Every classification model of torchvision is a backbone. BACKBONES holds those in the table of the README.
 """
 
 import difflib
@@ -45,7 +45,8 @@ class Backbone:
     # The classifier reads the last maps, averaged over the image. With every_level it also reads those of each earlier
     # stage, averaged over each quarter of the image. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
-    keep_classifier: bool = False  # keep the pretrained classifier and replace only its last layer
+    # keep the pretrained classifier, which must be a sequence that reads averages, and replace only its last layer
+    keep_classifier: bool = False
 
     @property
     def weights(self) -> models.WeightsEnum:
@@ -85,7 +86,10 @@ def find_backbone(name: str) -> Backbone:
 
 def _build(row: Backbone, pretrained: bool) -> nn.Module:
     """Torchvision's model. Raises OSError if its weights are not in torchvision's cache and cannot be downloaded."""
-    has_auxiliary = row.architecture in ("googlenet", "inception_v3")  # classifiers for their training from scratch
+    has_auxiliary = row.architecture in (
+        "googlenet",
+        "inception_v3",
+    )  # extra classifiers, used only in training from scratch
     options = {"init_weights": False} if has_auxiliary else {}
     if row.architecture.startswith("vit_"):  # without weights, torchvision would build it for 224 pixels
         options["image_size"] = row.weights.transforms().crop_size[0]
@@ -166,8 +170,8 @@ class TransferModel(nn.Module):
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
         self.views = 2
         self.unfamiliarity: Unfamiliarity | None = None  # of a frozen backbone's features
-        self.metrics: dict = {}  # of a loaded checkpoint, like the following one
-        self.path: Path | None = None
+        self.metrics: dict = {}  # what a loaded checkpoint says of its training
+        self.path: Path | None = None  # of a loaded checkpoint
 
         self.features = _features_of(network).requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
@@ -250,7 +254,7 @@ class TransferModel(nn.Module):
         return records[0] if single else records
 
     def fast(self) -> "TransferModel":
-        """The fast copy that answers. It is made again when the model has changed."""
+        """The fast copy that `predict` uses. It is made again when the model has changed."""
         tensors = [*self.parameters(), *self.buffers()]
         version = [self.classes, self.precision, self.temperature, self.views]
         version += [(id(tensor), tensor._version) for tensor in tensors]
@@ -260,7 +264,7 @@ class TransferModel(nn.Module):
             return _fast_copies[self][1]
 
     def example(self) -> Tensor:
-        """A black image, preprocessed: (1, 3, S, S)."""
+        """An image of the mean colour, preprocessed: (1, 3, S, S)."""
         size = self.preprocessing["image_size"]
         return next(self.features.parameters()).new_zeros(1, 3, size, size)
 

@@ -1,4 +1,4 @@
-"""How a classifier is trained: the recipe, the batches, the training loop, fine-tuning.
+"""How a classifier is trained: the recipe, the training loop, fine-tuning.
 
     train = Batches(feature_loader(features, device), labels, RECIPE.batch_size, device, seed=0)
     fit_classifier(model.classifier, train, val, RECIPE, "fp32", "classifier")
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Images
-from engine.batches import Batches, ImageLoader, feature_loader  # noqa: F401
+from engine.batches import Batches, ImageLoader
 from engine.console import Progress
 from engine.device import full_precision, synchronized_time, threads
 from engine.fast import training_copy
@@ -177,7 +177,7 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
             val_loss, val_accuracy = evaluate(training.network, val)
         if not math.isfinite(train_loss + val_loss):
             losses = f"the loss is {train_loss:.3g} in training and {val_loss:.3g} in validation"
-            where = f"{losses} in epoch {epoch}, at a learning rate of {training.recipe.lr:.2g}"
+            where = f"{losses} in epoch {epoch}, at a peak learning rate of {training.recipe.lr:.2g}"
             if not history:
                 raise FloatingPointError(f"{where}: use a smaller learning rate")
             print(f"error: {name}: {where}: training stops here and keeps the best epoch", file=sys.stderr)
@@ -192,7 +192,7 @@ def fit(training: Training, name: str = "", after_epoch: Callable[[], None] = la
     training.model.load_state_dict(training.best)
 
 
-# ---------------------------------------------------------------------------------------------- the two trainings
+# ------------------------------------------------------------------------ classifier training and fine-tuning
 
 
 def fit_classifier(
@@ -235,7 +235,7 @@ def _fit_linear(classifier: Classifier, train: Batches, val: Batches, recipe: Re
 
 
 def sample(labels: Tensor, count: int) -> Tensor:
-    """The indices of `count` images at random, in order, and of at least one image of each class."""
+    """The indices, ascending, of `count` random images, and of one image of each class that these lack."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     _, first_of_each_class = np.unique(labels[order].numpy(), return_index=True)
     return torch.cat([order[:count], order[first_of_each_class]]).unique()
@@ -243,7 +243,7 @@ def sample(labels: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def out_of_sample_logits(parts: Sequence[Features], labels: Sequence[Tensor], classes: int) -> Tensor:
-    """Logits (N, classes) of all images, from ridge regression on the first part, fitted without the image itself."""
+    """Logits (N, classes) of all images, from ridge regression on the first part, whose images are left out in turn."""
     chosen, ridge = sample(labels[0], RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
     loo_logits = ridge.fit_ridge(parts[0][chosen].float(), labels[0][chosen])
     logits = torch.cat([ridge.linear(ridge.standardize(block)) for part in parts for block in part.blocks()])

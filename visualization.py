@@ -34,7 +34,10 @@ FONTS = (  # those that are installed are used, each character from the first fo
     "DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP",
     "Hiragino Sans", "PingFang SC", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Emoji",
 )  # fmt: skip
-TEXT = {"family": [name for name in FONTS if name in get_font_names()], "parse_math": False}  # of labels: no TeX
+TEXT = {
+    "family": [name for name in FONTS if name in get_font_names()],
+    "parse_math": False,
+}  # of labels, which may hold $: no TeX
 KINDS = ("", "_confusion", "_reliability", "_mistakes", "_data")  # of a model's plots
 SHOWN = 12  # images in a plot
 MANY = 20  # a confusion matrix of more classes has no room for names and numbers

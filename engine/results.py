@@ -102,7 +102,7 @@ def ensemble_row(rows: Sequence[dict], logits: dict[str, list[Tensor]], labels: 
     return {
         **{key: rows[0][key] for key in (*COMPARABLE, "date", "command", "versions", "device", "data")},
         "model": "ensemble",
-        "label": f"all {len(rows)} together",
+        "label": f"{len(rows)} models together",
         "backbone": "ensemble",
         "fine_tuned": any(row["fine_tuned"] for row in rows),
         "val_accuracy": accuracies["val"],
