@@ -119,7 +119,7 @@ class TrainedModel:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, device)
+    args.precision = gather(pick_precision(args.precision, device))[0]
     if args.precision == "bf16" and not computes_in_bf16(device):
         print("this processor has no bf16 instructions: expect up to forty times the time of fp32", file=sys.stderr)
     facts = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
@@ -288,14 +288,14 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
-    if progress := train_utils.load_progress(file, key):
+    if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
         print(f"{model.name}: resuming after {len(progress['history'])} of {recipe.epochs} epochs")
 
     def save_progress(training: train_utils.Training) -> None:
         if is_first():
             attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
 
-    start_loss, _ = loss_and_accuracy(frozen.logits["val"], data.val.labels)
+    start_loss = gather(loss_and_accuracy(frozen.logits["val"], data.val.labels)[0])[0]
     training = train_utils.fine_tune(
         model.cpu(), train, val, recipe, precision, device, args.seed, start_loss, progress, save_progress
     )

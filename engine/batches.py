@@ -1,4 +1,4 @@
-"""How do features or images come in batches? In another order every epoch, in shares under torchrun."""
+"""How do features or images come in batches? In a new order each epoch; under torchrun each process gets a share."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -47,8 +47,8 @@ class ImageLoader:
     def read(self, i: int, draws: Tensor | None) -> Tensor | None:
         try:
             image = read_image(self.images.items[i], self.preprocessing["image_size"], self.preprocessing["crop"])
-        except ImageError as error:  # it could be read before
-            self.errors[i] = error
+        except ImageError as error:  # it was readable during extraction
+            self.errors[i] = ImageError(str(error))  # without its traceback, which keeps the image in memory
             return None
         return image if draws is None else augment(image, draws, self.preprocessing["mean"])
 
@@ -88,7 +88,7 @@ class Batches:
     def start_epoch(self, epoch: int) -> None:
         """Seeds all that is random in an epoch, so that a resumed training draws the same numbers.
 
-        The order and the augmentation are the same in all processes of torchrun, dropout is not.
+        The order and the augmentation are the same in all processes of torchrun; dropout differs.
         """
         # a hash, because torch uses only 32 bits of a seed
         order, *dropout = np.random.SeedSequence([self.seed, epoch]).generate_state(1 + self.processes).tolist()

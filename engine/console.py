@@ -56,7 +56,7 @@ def attempt(what: object, action: Callable[[], object]) -> bool:
     try:
         action()
         return True
-    except Exception as error:  # any exception: the trained model is already on disk
+    except Exception as error:  # any exception: an optional step must not end the run
         print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
         return False
 

@@ -24,7 +24,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = next(device for device, available in present.items() if available)
     if not present[name]:
         raise ValueError(f"no {name} device here: --device auto uses what is available")
-    return torch.device(name)
+    # a thread of its own starts on the first GPU, whichever its process uses
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -55,7 +56,7 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Makes fp32 mean 23 bits of precision in cuDNN, whose default is TF32 with 10."""
+    """Makes cuDNN compute fp32 with its 23 mantissa bits, instead of the 10 of TF32."""
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
@@ -69,9 +70,9 @@ _limits: dict[int, list[int]] = defaultdict(list)  # for each calling thread tho
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Limits each of torch's CPU operators to `count` threads: 1 if every core has a batch of its own.
+    """Limits each of torch's CPU operators to `count` threads: 1 where every core has a batch of its own.
 
-    Calling threads have limits of their own. torch starts a new thread with the number that any thread set last.
+    Each calling thread has its own limit. A new thread starts with the number that any thread set last.
     """
     global _unlimited
     with _lock:

@@ -7,9 +7,14 @@ from the same seed; the first process writes and prints. Without torchrun there 
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+from engine.console import first_line
+
+WAIT = timedelta(hours=6)  # for another process, which may wait for another run to finish the same features
 
 
 def spmd(main: Callable[[], int]) -> Callable[[], int]:
@@ -24,10 +29,11 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
         if torch.cuda.is_available():
             if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
                 raise ValueError(
-                    f"each process needs a GPU of its own: use --nproc_per_node={torch.cuda.device_count()}"
+                    f"each process needs a GPU: use --nproc_per_node={torch.cuda.device_count()}, or hide the GPUs"
                 )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=WAIT)
         try:
             if is_first():
                 code = main()
@@ -35,8 +41,8 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
                 with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
                     code = main()
             barrier()  # a process that leaves early would end the connections of the others
-        except RuntimeError as error:  # of a collective: another process was killed, or the network is down
-            raise OSError(f"the processes cannot go on: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:  # mostly because another process was killed, or the network is down
+            raise OSError(f"this process cannot go on: {first_line(error)}") from error
         dist.destroy_process_group()
         return 0 if code == 1 else code  # torchrun takes 1, "some inputs failed", for a crash, and would start again
 
@@ -79,7 +85,7 @@ def share(count: int, batch_size: int) -> list[int]:
 
 
 def shared_map(work: Callable[[Iterable], Iterator], items: Iterable, batch_size: int) -> Iterator:
-    """Yields work's result for each item, in order, on every process. Each process works on its share of the items."""
+    """Yields `work`'s result for each item, in order, on every process. Each process works on its share of the items."""
     if world_size() == 1:
         yield from work(items)  # each result as soon as it is computed
         return

@@ -80,7 +80,7 @@ _turn, _running, _waiting = threading.Condition(), 0, 0
 
 @contextmanager
 def running() -> Iterator[None]:
-    """Surrounds every forward pass that may take place while another thread makes a fast copy."""
+    """Surrounds a forward pass that may take place while another thread makes a fast copy."""
     global _running
     with _turn:
         _turn.wait_for(lambda: not _waiting)
@@ -224,7 +224,7 @@ class FastFeatures(nn.Module):
         self.levels, self.part = levels, part
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width), as TransferModel.forward_features"""
+        """(B, 3, H, W) -> (B, width), as TransferModel.forward_view"""
         if not self.early:
             maps, levels = run_layers(self.late, self.levels, images)
             return torch.cat([levels, averages(maps, 1)], dim=1)

@@ -79,7 +79,7 @@ class Extraction:
 class _FeatureFiles:
     """The files of one model's features, one for each process that has computed some.
 
-    Their name holds a hash of everything but the image that determines the features. A record holds the image's id, the
+    Their name holds a hash of everything that determines the features, except the image. A record holds the image's id, the
     seconds spent on it, its features and their checksum, so stale or damaged features are never used.
     """
 
@@ -171,6 +171,8 @@ def extract_features(
             tables, places, _ = files.read(ids)
             barrier()  # every process has read the files
     found = {i: places[image] for i, image in enumerate(ids) if image in places}
+    if compute and len(found) + len(errors) < len(ids):
+        raise OSError(f"features of other processes are not in {folder}: is it on shared storage?")
     seconds = sum(float(tables[number]["seconds"][row]) for number, row in found.values())
     located = torch.tensor(list(found.values()), dtype=torch.int64).reshape(-1, 2)
     features = Features([torch.from_numpy(table["features"]) for table in tables], located)

@@ -136,7 +136,7 @@ def _unnested(folder: Path) -> Path:
 
 
 def _refuse_nested_classes(root: Path) -> None:
-    """Raises ValueError if all class folders hold folders of the same names: these are the classes, perhaps."""
+    """Raises ValueError if all class folders hold folders of the same names, which may be the real classes."""
     folders = list(class_folders(root)[0].values())
     if _has_folders(folders[0]):
         inner = [sorted(class_folders(folder)[0]) for folder in folders]
@@ -161,7 +161,10 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
         elif _is_output(Path(entry.path)):
             skipped["in folders that main_train.py has made"] += _count_files(entry.path)
         else:
-            folders[unicodedata.normalize("NFC", entry.name)] = Path(entry.path)
+            name = unicodedata.normalize("NFC", entry.name)
+            if name in folders:
+                raise ValueError(f"{folder} has two folders whose names look the same: {name}")
+            folders[name] = Path(entry.path)
     return dict(sorted(folders.items())), skipped
 
 

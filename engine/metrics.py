@@ -119,8 +119,8 @@ def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
 def paired_difference(one: Sequence[int | None], other: Sequence[int | None]) -> tuple[float, float]:
     """By how much one accuracy exceeds another one on the same images, and the margin of its 95 % interval.
 
-    Both are lists from `correct`. A difference smaller than the margin is not significant. Only images that one of the
-    models has right count, as in McNemar's test (interval: Bonett and Price 2012).
+    Both are lists from `correct`. A difference smaller than the margin is not significant. Only images that exactly one
+    of the models has right count, as in McNemar's test (interval: Bonett and Price 2012).
     """
     pairs = [pair for pair in zip(one, other, strict=True) if None not in pair]
     count = len(pairs) + 2

@@ -55,7 +55,7 @@ def run_images(
     workers = torch.get_num_threads() if on_cpu else min(16, available_cpus())
     batch_size = batch_size or batch_size_for(device)
     runner, items, pending = _Runner(models, output, device, batch_size), iter(items), deque()
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])
     with threads(1) if on_cpu else full_precision():
         try:
             while batch := list(islice(items, batch_size)):
@@ -86,7 +86,7 @@ class _Runner:
                 try:
                     pixels[i] = read_image(item, size, crop)
                 except ImageError as error:
-                    errors[i] = error
+                    errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
             images[size, crop] = stack(pixels, self.device)
         with self.turn, running():
             outputs = [self.forward(model, images[key]) for model, key in zip(self.models, formats, strict=True)]
@@ -114,7 +114,7 @@ def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> tuple[Ten
     def rows(items: Iterable[Item]) -> Iterator[tuple[Tensor, ImageError | None]]:
         for batch in run_images([model], items):
             bar.update(len(batch.items) * world_size())
-            yield from ((row, batch.errors.get(i)) for i, row in enumerate(batch.outputs[0]))
+            yield from ((row.clone(), batch.errors.get(i)) for i, row in enumerate(batch.outputs[0]))
 
     with Progress(len(items), title) as bar:
         outputs, errors = zip(*shared_map(rows, items, batch_size_for(next(model.parameters()).device)), strict=True)
