@@ -85,7 +85,7 @@ def share(count: int, batch_size: int) -> list[int]:
 
 
 def shared_map(work: Callable[[Iterable], Iterator], items: Iterable, batch_size: int) -> Iterator:
-    """Yields `work`'s result for each item, in order, on every process. Each process works on its share of the items."""
+    """Yields `work`'s result for each item, in order, on every process. Each one works on its share of the items."""
     if world_size() == 1:
         yield from work(items)  # each result as soon as it is computed
         return

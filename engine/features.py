@@ -79,8 +79,8 @@ class Extraction:
 class _FeatureFiles:
     """The files of one model's features, one for each process that has computed some.
 
-    Their name holds a hash of everything that determines the features, except the image. A record holds the image's id, the
-    seconds spent on it, its features and their checksum, so stale or damaged features are never used.
+    Their name holds a hash of everything that determines the features, except the image. A record holds the image's id,
+    the seconds spent on it, its features and their checksum, so stale or damaged features are never used.
     """
 
     def __init__(self, folder: Path, model: nn.Module, device: torch.device, half: bool):
