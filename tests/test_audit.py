@@ -16,7 +16,7 @@ from engine.audit import fit_unfamiliarity
 from engine.features import Features
 
 
-def test_planted_near_duplicates_and_label_errors_are_found(run, photos, tmp_path, replace):
+def test_planted_near_duplicates_and_label_errors_are_found(run, plots, photos, tmp_path, replace):
     red, blue = photos / "train" / "red", photos / "train" / "blue"
     for i in (1, 2, 3):
         shutil.copy(red / f"{i}.png", photos / "test" / "red" / f"copy{i}.png")

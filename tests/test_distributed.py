@@ -6,34 +6,38 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, SMALL, TORCHRUN, checkpoints, finish, repeatable, same, start
 
+import inference
+import main_train
+
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-def test_two_processes_give_the_results_of_one(photos, weights, tmp_path, monkeypatch):
+def test_two_processes_give_the_results_of_one(run, photos, tmp_path, monkeypatch):
     """Under torchrun: the same features, results and answers, in order. Fine-tuning is the same up to rounding."""
-    monkeypatch.setenv("TORCH_HOME", str(weights))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (photos / "train" / "red" / "broken.png").write_bytes(b"oops")
     features, rows, state, answers = [], [], [], []
-    for runner in ((), TORCHRUN):
-        folder = tmp_path / str(len(rows))
-        folder.mkdir()
-        code = 0 if runner else 1  # torchrun would take 1 for a crash
-        command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--output", ".")
-        found, out, err = finish(start(*runner, *command, cwd=folder))
-        assert found == code and out.count("test accuracy") == 2 and err.count("left out: ") == 1, err
-        files = sorted((folder / "data" / "features").glob("*.features"))
-        assert [file.suffixes[-2] for file in files] == ([".0", ".1"] if runner else [".0"])
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        checkpoint = folder / "checkpoints" / "mobilenet_v3_small.pt"
+        tasks = {
+            main_train: ["--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--output", folder, "--cache", folder],
+            inference: [photos / "train", "--format", "csv", "--checkpoint", checkpoint],
+        }
+        if folder.name == "one":
+            done = [run(script, *args) for script, args in tasks.items()]
+        else:
+            done = [finish(start(*TORCHRUN, script.__file__, *args, cwd=tmp_path)) for script, args in tasks.items()]
+        (code, out, err), (found, answer, _) = done
+        assert code == found == (1 if folder.name == "one" else 0)  # torchrun would take 1 for a crash
+        assert out.count("test accuracy") == 2 and err.count("left out: ") == 1 and answer.count("\n") == 1 + 61
+        answers.append(answer.splitlines())
+        files = sorted((folder / "features").glob("*.features"))
+        assert [file.suffixes[-2] for file in files] == ([".0"] if folder.name == "one" else [".0", ".1"])
         content = b"".join(file.read_bytes() for file in files)
         size = len(content) // 78
         records = [content[i * size : (i + 1) * size] for i in range(78)]
         features.append({record[:32]: record[40:] for record in records})  # without seconds and checksum
         rows.append(repeatable(folder))
         state.append(checkpoints(folder))
-        frozen = "checkpoints/mobilenet_v3_small.pt"
-        command = (ROOT / "inference.py", photos / "train", "--format", "csv", "--checkpoint", frozen)
-        found, out, err = finish(start(*runner, *command, cwd=folder))
-        assert found == code and out.count("\n") == 1 + 61, err
-        answers.append(out)
     assert len(features[0]) == 78 and features[0] == features[1]
     one, two = (
         [run.pop(f"mobilenet_v3_small_finetuned{end}") for run in runs] for runs, end in ((rows, ""), (state, ".pt"))

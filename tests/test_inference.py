@@ -70,7 +70,7 @@ def test_a_checkpoint_needs_no_metrics(run, photos, tmp_path):
     assert code == 0 and ".png: " in out
 
 
-def test_explain_draws_heat_maps_and_similar_training_images(run, photos, tmp_path, monkeypatch):
+def test_explain_draws_heat_maps_and_similar_training_images(run, plots, photos, tmp_path, monkeypatch):
     texts, saved = [], Figure.savefig
 
     def savefig(figure, *args, **kwargs):

@@ -15,7 +15,7 @@ import main_train
 from models import load_checkpoint
 
 
-def test_training_evaluation_and_inference_agree(run, answers, photos, tmp_path):
+def test_training_evaluation_and_inference_agree(run, answers, plots, photos, tmp_path):
     models = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
     code, out, err = run(main_train, "--data", photos, "--models", *models, *QUICK)
     assert (code, err) == (0, "")
@@ -132,7 +132,7 @@ def test_a_folder_that_is_no_data_set(run, photos, how):
 
 
 @pytest.mark.parametrize("how", ["two images in all", "all the same", "noise"])
-def test_uninformative_images_give_finite_results(run, photos, how):
+def test_uninformative_images_give_finite_results(run, plots, photos, how):
     for label, name in enumerate(("blue", "green", "red")):
         for i, image in enumerate(sorted((photos / "train" / name).iterdir())):
             if how == "two images in all" and i > 1:
@@ -188,14 +188,13 @@ NAMES = sorted(FIRST.values())  # a backbone of each family but VGG, which takes
 
 
 @pytest.mark.parametrize("names", [NAMES[::2], NAMES[1::2]])
-def test_every_family_runs_in_the_demo(run, tmp_path, monkeypatch, names):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **kwargs: None)  # seen in other tests
+def test_every_family_runs_in_the_demo(run, tmp_path, names):
     code, out, err = run(main_train, "--demo", "--limit", 8, "--epochs", 1, "--views", 1, "--models", *names)
     assert (code, err) == (0, "")
     assert [row["model"] for row in results(tmp_path / "demo")] == names
     checkpoints = [tmp_path / "demo" / "checkpoints" / f"{name}.pt" for name in names]
     code, out, err = run(inference, "--checkpoint", *checkpoints[::8])
-    assert code == 0 and len(out.splitlines()) == 12 + 1
+    assert code == 0 and out.splitlines()[-1].endswith(f"of {len(out.splitlines()) - 1} right")
 
 
 def test_a_killed_run_ends_with_the_same_weights():

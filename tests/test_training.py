@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_one_model(run, photos, tmp_path, replac
     whole = replace("train_one_epoch", diverges)
     code, _, err = run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
     assert code == 1 and "mobilenet_v3_small classifier: the loss is nan in training" in err
-    assert "in epoch 3, at a learning rate of" in err
+    assert "in epoch 3, at a peak learning rate of" in err
     rows = repeatable(tmp_path)
     assert [len(row["history"]) for row in rows.values()] == [2, 3]
     metrics = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").metrics
