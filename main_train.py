@@ -32,15 +32,7 @@ from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, positive, printable, run_script, seed_number
-from engine.device import (
-    DTYPES,
-    batch_size_for,
-    computes_in_bf16,
-    pick_device,
-    pick_precision,
-    synchronized_time,
-    threads,
-)
+from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
@@ -220,7 +212,9 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
     features, labels = extract(model, data, args, device)
-    recipe = recipe_of(args, RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr)
+    recipe = replace(
+        RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
+    )
     precision = pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
 
     def batches(part: str, seed: int | None = None) -> Batches:
@@ -243,7 +237,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     row = {
         "weights": "random" if args.demo else models.find_backbone(name).weights.name,
         "seed": args.seed,
-        "features": {"batch_size": batch_size_for(device), **results.extraction_row(features)},
+        "features": results.extraction_row(features, device),
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
         **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
     }
@@ -254,10 +248,6 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*detector))
     )
     return trained
-
-
-def recipe_of(args: argparse.Namespace, default: Recipe, **chosen: float) -> Recipe:
-    return replace(default, class_weights=args.class_weights, **chosen)
 
 
 def training_row(
@@ -283,7 +273,9 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     # bf16 makes the backward pass slower on a CPU
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     size = min(args.batch_size, FINE_TUNING.batch_size)
-    recipe = recipe_of(args, FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr)
+    recipe = replace(
+        FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr, class_weights=args.class_weights
+    )
     # the key leaves out the classifier, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
     key = content_hash(model.features.state_dict(), settings)
