@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: tests that share the cores get one thread each
@@ -24,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 import inference  # noqa: E402
 import main_train  # noqa: E402
 from engine.console import run_script  # noqa: E402
+from engine.fast import fast_copy  # noqa: E402
+from engine.files import content_hash  # noqa: E402
 from models import TransferModel  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -40,6 +43,8 @@ FAMILIES = [
     "swin_v2_t", "vgg11_bn", "vit_b_32",
 ]  # fmt: skip
 ONE_SIZE = {"maxvit_t": 224, "vit_b_32": 224}
+LARGE = ("convnext_tiny", "efficientnet_v2_s", "maxvit_t", "swin_v2_t", "vgg11_bn", "vit_b_32")
+SMALL_FAMILIES = [name for name in FAMILIES if name not in LARGE]  # which have all kinds of layers
 
 
 # ------------------------------------------------------------------------------------------- images and weights
@@ -116,20 +121,21 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
 
 
+def replace_everywhere(name: str, new: object, setattr: Callable = setattr) -> object:
+    """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
+    files = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
+    project = [module for module, file in files if file and Path(file).parent in (ROOT, ROOT / "engine")]
+    holders = [module for module in project if name in vars(module)]
+    before = vars(holders[0])[name]
+    for module in holders:
+        setattr(module, name, new)
+    return before
+
+
 @pytest.fixture
 def replace(monkeypatch):
-    """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
-
-    def everywhere(name: str, new: object) -> object:
-        files = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
-        project = [module for module, file in files if file and Path(file).parent in (ROOT, ROOT / "engine")]
-        holders = [module for module in project if name in vars(module)]
-        before = vars(holders[0])[name]
-        for module in holders:
-            monkeypatch.setattr(module, name, new)
-        return before
-
-    return everywhere
+    """`replace_everywhere`, until the end of the test."""
+    return lambda name, new: replace_everywhere(name, new, monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -142,6 +148,7 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
     """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr.
 
     Training writes into that folder, unless the arguments say otherwise. It does not measure the speed of models.
+    Equal models share a fast copy.
     """
     if "plots" not in request.fixturenames:
         blank = Image.new("RGB", (1, 1))
@@ -150,6 +157,7 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
     monkeypatch.setenv("TORCH_HOME", str(weights))
     speed = {"one": 100.0, "best": 200.0, "best_batch_size": 32}
     replace("measure_cost", lambda *args: {"multiply_adds": 10**6, "images_per_second": speed})
+    replace("fast_copy", shared_fast_copy)
 
     def command(script, *args):
         if script is main_train and "--output" not in args:
@@ -161,6 +169,21 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
         return left.value.code, out, without_progress(err)
 
     return command
+
+
+FAST_COPIES: dict[str, torch.nn.Module] = {}
+
+
+def shared_fast_copy(
+    model: TransferModel, device: torch.device, precision: str | None = None, packed: bool = True
+) -> torch.nn.Module:
+    values = [model.name, model.classes, model.preprocessing, model.temperature, model.views, model.precision]
+    key = content_hash(model.state_dict(), [*values, str(device), precision, packed])
+    if key not in FAST_COPIES:
+        if len(FAST_COPIES) > 20:
+            FAST_COPIES.clear()
+        FAST_COPIES[key] = fast_copy(model, device, precision, packed)
+    return FAST_COPIES[key]
 
 
 @pytest.fixture

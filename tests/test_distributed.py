@@ -53,21 +53,34 @@ def test_fine_tuning_with_dropout_repeats_and_resumes(photos, weights, tmp_path,
     """With two processes, each of which draws its own dropout."""
     monkeypatch.setenv("TORCH_HOME", str(weights))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--data", photos, "--models", "mobilenet_v3_large", *QUICK, "--fine-tune", 2, "--output", "."]
-    (tmp_path / "interrupted.py").write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main_train\n"
-        "from engine.console import run_script\nfrom engine.distributed import spmd\n"
-        "save = main_train.save_tensors\n"
-        "main_train.save_tensors = lambda *args: (save(*args), os._exit(9))\n"  # after the first epoch
-        "run_script(spmd(main_train.main))\n"
-    )
-    states = []
-    for number, scripts in enumerate(([ROOT / "main_train.py"], [tmp_path / "interrupted.py", ROOT / "main_train.py"])):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        for script in scripts:
-            process = start(*TORCHRUN, script, *arguments, cwd=folder)
-            out, _ = process.communicate(timeout=300)
-            assert (process.returncode == 0) == (script.name == "main_train.py")
-        states.append(checkpoints(folder))
-    assert "resuming after 1 of 2 epochs" in out and len(states[0]) == 2 and same(*states)
+    command = ["--data", str(photos), "--models", "mobilenet_v3_large", *map(str, QUICK), "--fine-tune", "2"]
+    (tmp_path / "program.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from conftest import main_train, replace_everywhere, run_script
+from engine.distributed import spmd
+
+def main():
+    main_train.main([*{command}, "--output", "whole"])
+    global train_one_epoch
+    train_one_epoch = replace_everywhere("train_one_epoch", interrupted)
+    try:
+        main_train.main([*{command}, "--output", "resumed"])
+    except KeyboardInterrupt:
+        replace_everywhere("train_one_epoch", train_one_epoch)
+        return main_train.main([*{command}, "--output", "resumed"])
+
+def interrupted(*args):
+    epochs.append(0)
+    if len(epochs) == 5:  # after three epochs of the classifier and one of the whole model
+        raise KeyboardInterrupt
+    return train_one_epoch(*args)
+
+epochs = []
+replace_everywhere("measure_cost", lambda *args: {{}})
+run_script(spmd(main))
+""")
+    code, out, err = finish(start(*TORCHRUN, "program.py", cwd=tmp_path))
+    assert code == 0 and "resuming after 1 of 2 epochs" in out, err
+    whole, resumed = checkpoints(tmp_path / "whole"), checkpoints(tmp_path / "resumed")
+    assert len(whole) == 2 and same(whole, resumed)

@@ -13,7 +13,7 @@ import main_train
 from models import load_checkpoint
 
 
-def test_an_exported_model_agrees_with_its_checkpoint(run, photos, tmp_path, monkeypatch):
+def test_an_exported_model_agrees_with_its_checkpoint(run, photos, tmp_path, replace):
     run(main_train, "--data", photos, *SMALL, *QUICK)
     code, out, err = run(inference, "--export", "exported.pt2")
     assert (code, err) == (0, "") and "(B, 3, 32, 32)" in out
@@ -32,6 +32,6 @@ def test_an_exported_model_agrees_with_its_checkpoint(run, photos, tmp_path, mon
             continue
         code, _, err = run(inference, "--export", name)
         assert code == 2 and name in err and len(err.splitlines()) == 1 and not (tmp_path / name).exists()
-    monkeypatch.setattr("torch.allclose", lambda *args, **kwargs: False)
+    replace("_torch_export", lambda *args: (b"", lambda images: torch.zeros(len(images), 3)))
     code, _, err = run(inference, "--export", "other.pt2")
     assert code == 2 and "differ" in err and not (tmp_path / "other.pt2").exists()

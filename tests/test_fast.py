@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from conftest import CPU, FAMILIES, ONE_SIZE, ROOT, finish, noise, random_model, start
+from conftest import CPU, FAMILIES, ONE_SIZE, ROOT, SMALL_FAMILIES, finish, noise, random_model, start
 from PIL import Image
 
 from engine.device import threads
 from engine.fast import fast_copy, training_copy
 from models import BACKBONES, TransferModel, save_checkpoint
 
-SIZES = [(name, None if name in ONE_SIZE else 97) for name in FAMILIES] + [(name, None) for name in BACKBONES]
+SIZES = [(name, None if name in ONE_SIZE else 97) for name in (*FAMILIES, "vgg16")]
+SIZES += [(name, None) for name in BACKBONES if name != "vgg16"]
 
 
 @pytest.mark.parametrize(("name", "image_size"), SIZES)
@@ -56,9 +57,9 @@ def test_the_fast_copy_falls_back_to_plain_modules(name, monkeypatch):
         assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ONE_SIZE])  # those take too long
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_the_training_copy_has_the_same_outputs_and_gradients(name):
-    model = random_model(name, 80)
+    model = random_model(name, 80 if name in ("alexnet", "inception_v3") else 64)
     model.unfreeze()
     model.train()
     model.features.double()  # or rounding would move an activation across zero here and there

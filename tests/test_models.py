@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import FAMILIES, ONE_SIZE, draw, noise, random_model, randomize_statistics
+from conftest import FAMILIES, ONE_SIZE, SMALL_FAMILIES, draw, noise, random_model, randomize_statistics
 from PIL import Image
 
 import inference
@@ -20,9 +20,9 @@ def test_families_are_complete():
     assert {torchvision.models.get_model_builder(name).__module__ for name in everything} == packages
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_frozen_weights_do_not_change_and_unfrozen_ones_do(name):
-    model = random_model(name, ONE_SIZE.get(name, 96))
+    model = random_model(name, 96)
     images = noise(model, 3)
     before = {key: tensor.clone() for key, tensor in model.features.state_dict().items()}
 
@@ -40,9 +40,9 @@ def test_frozen_weights_do_not_change_and_unfrozen_ones_do(name):
     assert changed and not any("running" in key or "num_batches" in key for key in changed)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_a_checkpoint_restores_the_model(name, tmp_path):
-    model = random_model(name, ONE_SIZE.get(name, 96))
+    model = random_model(name, 96)
     model.temperature = 1.5
     save_checkpoint(tmp_path / "x.pt", model, {"val_accuracy": 0.5})
     again = load_checkpoint(tmp_path / "x.pt")
