@@ -21,16 +21,14 @@ from engine.device import available_cpus
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
     """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
-    for name in (
-        "stdout",
-        "stderr",
-    ):  # a program without a console has none, and what it opens next would take its place
+    for name in ("stdout", "stderr"):  # a program without a console has none; what it opens next would take its place
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     with suppress(ValueError):  # signals can be set in the main thread only, and a notebook may use another
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     socket.setdefaulttimeout(30)  # of a download from a server that sends nothing
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # there is no replacement yet
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
         sys.stdin.reconfigure(errors="surrogateescape")  # file names may be invalid text

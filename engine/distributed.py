@@ -5,6 +5,7 @@ from the same seed; the first process writes and prints. Without torchrun there 
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import timedelta
@@ -44,7 +45,11 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
         except RuntimeError as error:  # mostly because another process was killed, or the network is down
             raise OSError(f"this process cannot go on: {first_line(error)}") from error
         dist.destroy_process_group()
-        return 0 if code == 1 else code  # torchrun takes 1, "some inputs failed", for a crash, and would start again
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # DistributedDataParallel keeps the group's threads alive, and they may abort a process that ends as usual.
+        # torchrun takes 1, "some inputs failed", for a crash, and would start again.
+        os._exit(0 if code == 1 else code)
 
     return joined
 

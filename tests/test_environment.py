@@ -20,8 +20,6 @@ def test_settings_of_matplotlib_and_variables_of_other_programs(photos, weights,
     command = (ROOT / "main_train.py", "--data", photos, *SMALL, *QUICK, "--output", "out")
     assert finish(start(*command, cwd=photos, env=environment))[::2] == (0, "")
     assert (photos / "out" / "plots" / "comparison.png").exists()
-    environment["WORLD_SIZE"] = ""
-    assert finish(start(*command, cwd=photos, env=environment))[0] == 0
 
 
 def test_a_program_without_streams(photos, weights, tmp_path, monkeypatch):
