@@ -23,9 +23,12 @@ from engine.images import Item, read_for_plot
 from engine.metrics import wilson_interval
 
 with without_user_settings():
+    import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.font_manager import get_font_names
     from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    matplotlib.rcdefaults()  # the current folder may hold settings, too
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
@@ -34,10 +37,8 @@ FONTS = (  # those that are installed are used, each character from the first fo
     "DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP",
     "Hiragino Sans", "PingFang SC", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Emoji",
 )  # fmt: skip
-TEXT = {
-    "family": [name for name in FONTS if name in get_font_names()],
-    "parse_math": False,
-}  # of labels, which may hold $: no TeX
+INSTALLED = [name for name in FONTS if name in get_font_names()]
+TEXT = {"family": INSTALLED, "parse_math": False}  # of labels, which may hold $: no TeX
 KINDS = ("", "_confusion", "_reliability", "_mistakes", "_data")  # of a model's plots
 SHOWN = 12  # images in a plot
 MANY = 20  # a confusion matrix of more classes has no room for names and numbers

@@ -25,7 +25,7 @@ from engine.console import run_script
 from engine.files import content_hash, load_tensors
 
 IMPORTS = 2  # seconds in which nothing happens yet
-COMMAND = "--demo --models mobilenet_v3_small --limit 100 --epochs 2 --fine-tune 2 --device cpu".split()
+COMMAND = "--demo --models mobilenet_v3_small --image-size 32 --limit 100 --epochs 2 --fine-tune 2 --device cpu".split()
 VARYING = ("seconds", "features", "images_per_second", "date", "command", "commit", "checkpoint_bytes")
 
 

@@ -1,5 +1,6 @@
 """What do the features say about the data: near-duplicates, label errors, unfamiliar images?"""
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -158,9 +159,9 @@ class Unfamiliarity(nn.Module):
 def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Tensor) -> Unfamiliarity:
     """Fits the distance to training images and their labels, and the weights to validation images.
 
-    `val` and `logits` (M, classes) belong to the validation images; 5 % of these get a score above 0. Distance and
-    doubt are divided by their standard deviations there; the doubt has less weight if the training images are few.
-    The covariance is shrunk towards a multiple of the identity, or a blank image would score as in-distribution.
+    `val` and `logits` (M, classes) belong to the validation images; 5 % of new images like these get a score above 0.
+    Distance and doubt are divided by their standard deviations there; the doubt has less weight if the training images
+    are few. The covariance is shrunk towards a multiple of the identity: else a blank image scores as in-distribution.
     """
     generator, classes = torch.Generator().manual_seed(0), logits.shape[1]
     chosen = torch.randperm(len(train), generator=generator)[:UNFAMILIARITY_IMAGES]
@@ -177,5 +178,17 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
     blocks = zip(val.blocks(), logits.split(1024), strict=True)
     found = torch.cat([score.distance_and_doubt(features, rows) for features, rows in blocks])
     weights = torch.tensor([1, len(train) / (len(train) + train.width)]) / (found.std(dim=0, correction=0) + 1e-6)
-    score.weights.copy_(torch.cat([weights, -(found @ weights).quantile(0.95)[None]]))
+    score.weights.copy_(torch.cat([weights, -_threshold(found @ weights)[None]]))
     return score
+
+
+def _threshold(scores: Tensor) -> Tensor:
+    """A bound that 5 % of new images of the same kind exceed, given the scores (M,) of others (conformal prediction).
+
+    Fewer than 19 scores cannot show it: there, the largest score is extrapolated as if the tail were exponential.
+    """
+    count = len(scores)
+    rank = math.ceil(0.95 * (count + 1))
+    if rank <= count:
+        return scores.sort().values[rank - 1]
+    return scores.max() + scores.std(correction=0) * math.log(20 / (count + 1))
