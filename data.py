@@ -54,18 +54,26 @@ class Data:
             stream.write(json.dumps(split).encode())
 
 
-def load_data(source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0) -> Data:
+def load_data(
+    source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0, test_split: str = "test"
+) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
     If test or validation images are missing, holds out 20 % of the training images of each class, chosen by `seed`.
-    `limit` keeps that many training images, and that share of the others, balanced over the classes.
+    `limit` keeps that many training images, and that share of the others, balanced over the classes. With `test_split`
+    "val", the validation images of the source become the test images.
     Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
     """
     classes, parts, notes = _read_source(source, root)
     content = _content(classes, parts)
+    if test_split == "val":
+        if "val" not in parts or "test" in parts:
+            raise ValueError(f"--test-split val is for data with validation images and without test images: {source}")
+        parts["test"] = parts.pop("val")
     if "test" not in parts:
         parts["train"], parts["test"] = _hold_out(parts["train"], seed, at_least=3)
-        notes.append("no test images: 20 % of each class, chosen at random, are held out for testing")
+        given = ", not of val/, which --test-split val would take instead," if "val" in parts else ""
+        notes.append(f"no test images: 20 % of each class{given} are held out for testing, chosen at random")
     if limit is not None:
         share = limit / max(1, len(parts["train"]))
         for part, images in parts.items():

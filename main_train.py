@@ -69,12 +69,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=positive(int), metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
-    add(
-        "--limit",
-        type=positive(int),
-        metavar="N",
-        help="use N images for training and validation, and that share of the test images",
-    )
+    add("--limit", type=positive(int), metavar="N",
+        help="use N images for training and validation, and that share of the test images")  # fmt: skip
+    add("--test-split", choices=("test", "val"), default="test",
+        help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *DTYPES), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
@@ -117,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     facts = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
     print(f"{args.data}: {', '.join(args.models)} on {facts['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
-        data = load_data(args.data, args.cache, args.limit)
+        data = load_data(args.data, args.cache, args.limit, test_split=args.test_split)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
         print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
         if is_first():
@@ -359,13 +357,17 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
         results.print_table(results.comparison_table(list(compared.values())))
         visualization.draw_comparison(compared, plots)
 
-    def write_page() -> None:
-        visualization.write_page(compared, results.comparison_table(list(compared.values())), new[0], plots)
+    def check() -> None:
+        reports.append(check_data(best, data, plots))
 
+    def write_page() -> None:
+        visualization.write_page(compared, new[0], reports[0] if reports else None, plots)
+
+    reports: list[dict] = []
     best = max(trained, key=lambda each: each.row["val_accuracy"])
     complete = attempt("ensemble", add_ensemble) if len(trained) > 1 else True
     complete &= attempt("comparison", compare)
-    complete &= attempt("check of the data", lambda: check_data(best, data, plots))
+    complete &= attempt("check of the data", check)
     complete &= attempt("report page", write_page)
     unreadable = sorted({reason for row in new for reason in row["features"]["unreadable"]})
     for reason in unreadable:
@@ -375,19 +377,21 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     return complete and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
-def check_data(trained: TrainedModel, data: Data, folder: Path) -> None:
-    """Finds near-duplicates and label errors. Prints a summary, writes data.json and draws a plot."""
+def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
+    """Finds near-duplicates and label errors. Prints a summary, writes data.json, draws a plot, returns the report."""
     parts = {part: data.parts[part].subset(found.readable) for part, found in trained.features.items()}
-    features, labels = [found.features for found in trained.features.values()], [p.labels for p in parts.values()]
+    features = [found.features for found in trained.features.values()]
+    labels = torch.cat([images.labels for images in parts.values()])
     correct = [trained.row["correct"][i] for i in trained.features["test"].readable.tolist()]
     print("\nlooking for near-duplicates and label errors")
     with threads(1):
         logits = train_utils.out_of_sample_logits(features, labels, len(data.classes))
-        report = audit(parts, features, logits, data.classes, correct)
+        report = {"model": trained.model.name, **audit(parts, features, logits, data.classes, correct)}
     with atomic_write(folder / "data.json") as file:
-        file.write(json.dumps({"model": trained.model.name, **report}, indent=1).encode())
+        file.write(json.dumps(report, indent=1).encode())
     print(f"{summary(report)}: see {folder / 'data.json'}")
     visualization.draw_audit(report, parts, folder / f"{trained.row['plot']}_data.png")
+    return report
 
 
 if __name__ == "__main__":

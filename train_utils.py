@@ -242,10 +242,16 @@ def sample(labels: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def out_of_sample_logits(parts: Sequence[Features], labels: Sequence[Tensor], classes: int) -> Tensor:
-    """Logits (N, classes) of all images, from ridge regression on the first part, whose images are left out in turn."""
-    chosen, ridge = sample(labels[0], RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
-    loo_logits = ridge.fit_ridge(parts[0][chosen].float(), labels[0][chosen])
+def out_of_sample_logits(parts: Sequence[Features], labels: Tensor, classes: int) -> Tensor:
+    """Logits (N, classes) of all images, from ridge regression on a sample of them, each of which is left out in turn.
+
+    `parts` are the features of the training, validation and test images, `labels` (N,) all their labels.
+    """
+    chosen, ridge = sample(labels, RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
+    ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
+    which = torch.bucketize(chosen, ends[1:], right=True)
+    features = torch.cat([part[chosen[which == k] - ends[k]].float() for k, part in enumerate(parts)])
+    loo_logits = ridge.fit_ridge(features, labels[chosen])
     logits = torch.cat([ridge.linear(ridge.standardize(block)) for part in parts for block in part.blocks()])
     logits[chosen] = loo_logits
     return logits

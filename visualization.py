@@ -17,10 +17,12 @@ from string import Template
 import numpy as np
 from torch import Tensor
 
+from engine.audit import summary
 from engine.console import printable, without_user_settings
 from engine.files import atomic_write
 from engine.images import Item, read_for_plot
 from engine.metrics import wilson_interval
+from engine.results import comparison_table, headline
 
 with without_user_settings():
     import matplotlib
@@ -57,10 +59,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=DPI)
 
 
-def plot_history(title: str, history: list[dict], color: str) -> Figure:
-    """Loss and accuracy over epochs, training dashed and validation solid."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    figure.suptitle(title, fontsize=15)
+def plot_history(row: dict, color: str) -> Figure:
+    """Loss and accuracy over epochs, training dashed and validation solid. A dotted line is that of the saved model."""
+    figure, history = Figure(figsize=(8, 3.6), layout="constrained"), row["history"]
+    figure.suptitle(row["label"], fontsize=15)
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
     left, right = figure.subplots(1, 2)
@@ -70,6 +72,7 @@ def plot_history(title: str, history: list[dict], color: str) -> Figure:
             marker = dot if len(epochs) == 1 else None  # one epoch makes no line
             axes.plot(epochs, values, linestyle=line, marker=marker, color=color, linewidth=2, label=legend)
         axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="kept")
+        axes.axhline(row[f"val_{name}"], linestyle=":", color="#000000", linewidth=2, label="saved model, validation")
         axes.set_xlabel("epoch", fontsize=12)
         axes.set_ylabel(label, fontsize=12)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -188,7 +191,7 @@ def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor,
     wrong.sort(key=lambda i: next(nth[int(labels[i])]))
     mistakes = ((items[i], classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in wrong)
     figures = {
-        "": plot_history(label, row["history"], color),
+        "": plot_history(row, color),
         "_confusion": plot_confusion(label, row["confusion_matrix"], classes),
         "_reliability": plot_reliability(label, row["calibration"], color),
         "_mistakes": plot_mistakes(mistakes),
@@ -246,19 +249,25 @@ PAGE = Template("""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-body { font: 16px/1.5 sans-serif; max-width: 64rem; margin: auto; padding: 1rem; color: #222; background: #fff }
-div { overflow-x: auto }
+body { font: 16px/1.5 sans-serif; max-width: 70rem; margin: auto; padding: 1rem; color: #222; background: #fff }
+h2 { margin: 2.5rem 0 0.5rem; border-bottom: 1px solid #ddd }
+p { max-width: 46rem }
+.wide { overflow-x: auto }
 table { border-collapse: collapse }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th { cursor: pointer }
 th:first-child, td:first-child { text-align: left }
-section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); align-items: start }
-img { max-width: 100%; break-inside: avoid }
+section { columns: 24rem; column-gap: 2rem }
+figure { margin: 0 0 1.5rem; break-inside: avoid }
+figure.alone { column-span: all; max-width: 46rem }
+img { max-width: 100% }
+figcaption, li, dd { color: #555; font-size: 0.9rem; overflow-wrap: anywhere }
 dt { font-weight: 600 }
-dd { margin: 0 0 0.5rem; overflow-wrap: anywhere }
+dd { margin: 0 0 0.5rem }
 </style>
 <h1>$title</h1>
-<div><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
+<p>$headline</p>
+<div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
 <p>A click on a heading sorts. Differences smaller than ± are not significant (95 %).</p>
 $sections
 <h2>How it was made</h2>
@@ -271,30 +280,72 @@ document.querySelectorAll("th").forEach((heading, i) => heading.onclick = () => 
 });
 </script>
 """)
+LISTED = 50  # near-duplicates and label errors on the page
+CAPTIONS = {  # how to read a model's plots
+    "": "The dot is the epoch that is kept. The dotted line is the saved model, which may have a part without epochs: "
+    "ridge regression.",
+    "_confusion": "Blue: right. Orange: images of the class on the left that were taken for the class below.",
+    "_reliability": "On the diagonal, the model is right as often as its probability says. Larger dots: more images.",
+    "_mistakes": "The most confident mistakes, of every class in turn. Some are errors of the label.",
+    "_data": "The clearest near-duplicates and label errors.",
+}
 
 
-def write_page(rows: dict[str, dict], table: Sequence[Sequence[str]], run: dict, folder: Path) -> None:
-    """Writes report.html, which needs no other file. The first row of `table` is its header; `run` is one of `rows`."""
-    plots = {"Comparison": ["comparison.png"]}
-    for row in rows.values():
-        if row["backbone"] != "ensemble":
-            plots[row["label"]] = [f"{row['plot']}{kind}.png" for kind in KINDS]
-    sections = ""
-    for title, names in plots.items():
-        sections += f"<h2>{escape(title)}</h2><section>"
-        for file in filter(Path.exists, map(folder.joinpath, names)):
-            content = b64encode(file.read_bytes()).decode()
-            sections += f'<img alt="{escape(file.stem)}" src="data:image/png;base64,{content}">'
-        sections += "</section>"
+def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Path) -> None:
+    """Writes report.html, which needs no other file: the models' `rows`, the plots, and the audit of the data.
+
+    `run` is the row whose settings the page shows.
+    """
+    models = [row for row in rows.values() if row["backbone"] != "ensemble"]
+    header, *table = comparison_table(list(rows.values()))
+    comparison = _figure(
+        folder / "comparison.png", "Bars on the left are 95 % intervals. Times are of training.", "alone"
+    )
+    sections = f"<h2>Comparison</h2><section>{comparison}</section>"
+    if report:
+        plots = [_figure(folder / f"{row['plot']}_data.png", CAPTIONS["_data"], "alone") for row in models]
+        sections += (
+            f"<h2>The data</h2><p>{escape(summary(report).capitalize())}.</p><section>{''.join(plots)}</section>"
+        )
+        sections += _listed(report)
+    for row in models:
+        plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in KINDS if kind != "_data"]
+        sections += f"<h2>{escape(row['label'])}</h2><section>{''.join(plots)}</section>"
     facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data")}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-    facts["images"] = ", ".join(f"{run[f'{part}_images']:,} for {part}" for part in ("train", "val", "test"))
+    source = "/".join(Path(run["data"]).parts[-2:])
     page = PAGE.substitute(
-        title=escape(Path(run["data"]).name),
-        header="".join(f"<th>{escape(cell)}</th>" for cell in table[0]),
-        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in table[1:]),
+        title=escape(f"Transfer learning on {'CIFAR-10' if source == 'cifar10' else source}"),
+        headline=escape(headline(list(rows.values()))),
+        header="".join(f"<th>{escape(cell)}</th>" for cell in header),
+        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in table),
         sections=sections,
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items()),
     )
     with atomic_write(folder / "report.html") as file:
         file.write(page.encode(errors="backslashreplace"))
+
+
+def _figure(file: Path, caption: str, kind: str = "") -> str:
+    """A plot with a line on how to read it, "" if there is no such plot."""
+    if not file.exists():
+        return ""
+    image = f'<img alt="{escape(file.stem)}" src="data:image/png;base64,{b64encode(file.read_bytes()).decode()}">'
+    return f'<figure class="{kind}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _listed(report: dict) -> str:
+    """The images of an audit."""
+
+    def name(image: dict) -> str:
+        return f"{image['path']} ({image['part']}, {image['label']})"
+
+    pairs = [" and ".join(map(name, pair["images"])) for pair in report["near_duplicates"] or ()]
+    errors = [f"{name(e)}: rather {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
+    text = ""
+    for title, lines in (("near-duplicates", pairs), ("label errors", errors)):
+        if more := len(lines) - LISTED:
+            lines = [*lines[:LISTED], *([f"and {more:,} more in data.json"] if more > 0 else [])]
+        items = "".join(f"<li>{escape(printable(line))}</li>" for line in lines)
+        text += f"<details><summary>All {title}</summary><ul>{items}</ul></details>" if lines else ""
+    return text

@@ -1,8 +1,9 @@
 """What do the features say about the data: near-duplicates, label errors, unfamiliar images?"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,13 @@ from engine.layers import RandomProjection, Standardize
 COMPARED = 100_000  # with more images than this, near_duplicates gives up
 CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
 SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.93  # near-duplicates have a higher cosine and a higher correlation
+NEIGHBORS = slice(5, 11)  # ordinary neighbours of an image, by rank
+ORDINARY = 0.5  # near-duplicates differ less than this, times the first percentile of ordinary neighbours' differences
 SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
-MARGIN = 0.9  # by how much another label must be more probable than an image's own one
+SOFTENING = 2.0  # a temperature: planted label errors rank higher if runners-up count more
+IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess
 UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
+ENOUGH = 19  # the smallest number of validation images of which the most unfamiliar one shows a bound of 5 %
 SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfamiliarity
 
 
@@ -72,41 +77,58 @@ def near_duplicates(features: Sequence[Features], items: Sequence[Item]) -> list
     """Pairs of near-duplicates and their correlation, the highest first. None for more than COMPARED images.
 
     `features` are those of the training, validation and test images, `items` all images. A pair is an image and the
-    training or validation image with the most similar features, if their 16x16 pixels correlate.
+    training or validation image with the most similar features, if their 16x16 pixels correlate far more than those of
+    ordinary neighbours: where images vary little, as drawings do, many correlate.
     """
     if len(items) > COMPARED:
         return None
-    found = []
-    for i, j in _similar_pairs(features):
-        with suppress(ImageError):  # the file may have been deleted
-            one, other = (_thumbnails(read_image(items[k], 32)) for k in (i, j))
-            # an image against the other one and its middle; two middles correlate too easily
-            correlation = float((one @ other.T).flatten()[:3].max())
-            if correlation > SIMILAR_PIXELS:
-                found.append((i, j, correlation))
-    return sorted(found, key=lambda pair: -pair[2])
+    cosines, neighbors = _neighbors(features)
+
+    @lru_cache(maxsize=8192)
+    def thumbnails(i: int) -> Tensor:
+        return _thumbnails(read_image(items[i], 32))
+
+    def correlations(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, float]]:
+        for i, j in pairs:
+            with suppress(ImageError):  # the file may have been deleted
+                # an image against the other one and its middle; two middles correlate too easily
+                yield i, j, float((thumbnails(i) @ thumbnails(j).T).flatten()[:3].max())
+
+    pairs = {}
+    for i, (cosine, j) in enumerate(zip(cosines.tolist(), neighbors[:, 0].tolist(), strict=True)):
+        if cosine > SIMILAR_FEATURES:
+            pairs[min(i, j), max(i, j)] = cosine
+    likely = sorted(pairs, key=pairs.get, reverse=True)[:CANDIDATES]
+    some = range(0, len(items), -(-len(items) // 300))
+    ordinary = torch.tensor(
+        [c for *_, c in correlations((i, j) for i in some for j in neighbors[i, NEIGHBORS].tolist())]
+    )
+    difference = ORDINARY * (1 - ordinary).quantile(0.01).item() if len(ordinary) else 1.0
+    bound = 1 - min(1 - SIMILAR_PIXELS, max(1e-5, difference))  # identical images are duplicates in any case
+    return sorted((pair for pair in correlations(likely) if pair[2] > bound), key=lambda pair: -pair[2])
 
 
 @torch.no_grad()
-def _similar_pairs(parts: Sequence[Features]) -> list[tuple[int, int]]:
-    """Each image and the training or validation image with the most similar features, the most similar pairs first."""
+def _neighbors(parts: Sequence[Features]) -> tuple[Tensor, Tensor]:
+    """For each of N images the training and validation images with the most similar features.
+
+    The cosine of the first one (N,) and the indices of all (N, NEIGHBORS.stop), the most similar first.
+    """
     count = sum(map(len, parts))
     scale = Standardize(parts[0].width)
     generator = torch.Generator().manual_seed(0)
     scale.fit(parts[0][torch.randperm(len(parts[0]), generator=generator)[:SAMPLE]].float())
     project = RandomProjection(parts[0].width, 256, generator)  # changes cosines by hundredths
     sketches = torch.cat([F.normalize(project(scale(block))) for part in parts for block in part.blocks()])
-    candidates, pairs = sketches[: count - len(parts[-1])], {}
+    candidates, found = sketches[: count - len(parts[-1])], []
     with Progress(count, "comparing images") as bar:
         for start in range(0, count, 1024):
             cosines = sketches[start : start + 1024] @ candidates.T
             cosines.diagonal(start).fill_(-1)  # of an image with itself
-            best, nearest = cosines.max(dim=1)
-            for i, (cosine, j) in enumerate(zip(best.tolist(), nearest.tolist(), strict=True), start):
-                if cosine > SIMILAR_FEATURES:
-                    pairs[min(i, j), max(i, j)] = cosine
+            found.append(cosines.topk(min(NEIGHBORS.stop, len(candidates))))
             bar.update(len(cosines))
-    return sorted(pairs, key=pairs.get, reverse=True)[:CANDIDATES]
+    cosines, neighbors = (torch.cat(each) for each in zip(*found, strict=True))
+    return cosines[:, 0], neighbors
 
 
 def _thumbnails(image: Tensor) -> Tensor:
@@ -118,12 +140,16 @@ def _thumbnails(image: Tensor) -> Tensor:
 
 
 def label_errors(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:
-    """Images whose label may be wrong, with a much more probable label and its probability, the clearest first."""
-    probabilities = logits.softmax(dim=1)
+    """Images whose label is improbable, with the most probable one and its probability, the clearest error first.
+
+    The rank follows from the probability of the given label, its self-confidence (Northcutt et al. 2021, arXiv
+    1911.00068).
+    """
+    probabilities = (logits / SOFTENING).softmax(dim=1)
+    given = probabilities.gather(1, labels[:, None])[:, 0]
     best, label = probabilities.max(dim=1)
-    margin = best - probabilities.gather(1, labels[:, None])[:, 0]
-    worst = margin.argsort(descending=True)[: int((margin > MARGIN).sum())].tolist()
-    return [(i, int(label[i]), float(best[i])) for i in worst]
+    worst = given.argsort()[: int((given < IMPROBABLE / logits.shape[1]).sum())].tolist()
+    return [(i, int(label[i]), float(best[i])) for i in worst if label[i] != labels[i]]
 
 
 class Unfamiliarity(nn.Module):
@@ -178,6 +204,10 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
     blocks = zip(val.blocks(), logits.split(1024), strict=True)
     found = torch.cat([score.distance_and_doubt(features, rows) for features, rows in blocks])
     weights = torch.tensor([1, len(train) / (len(train) + train.width)]) / (found.std(dim=0, correction=0) + 1e-6)
+    if len(found) < ENOUGH:  # their standard deviations say little
+        weights = torch.stack(
+            [1 / ((projected @ score.whitening).norm(dim=1).std(correction=0) + 1e-6), torch.zeros(())]
+        )
     score.weights.copy_(torch.cat([weights, -_threshold(found @ weights)[None]]))
     return score
 
@@ -185,10 +215,9 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
 def _threshold(scores: Tensor) -> Tensor:
     """A bound that 5 % of new images of the same kind exceed, given the scores (M,) of others (conformal prediction).
 
-    Fewer than 19 scores cannot show it: there, the largest score is extrapolated as if the tail were exponential.
+    Fewer than ENOUGH scores cannot show it: the largest one is extrapolated as if the tail were exponential.
     """
     count = len(scores)
-    rank = math.ceil(0.95 * (count + 1))
-    if rank <= count:
-        return scores.sort().values[rank - 1]
-    return scores.max() + scores.std(correction=0) * math.log(20 / (count + 1))
+    if count < ENOUGH:
+        return scores.max() + math.log((ENOUGH + 1) / (count + 1))
+    return scores.sort().values[math.ceil(0.95 * (count + 1)) - 1]

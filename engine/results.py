@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import metrics
-from engine.console import first_line
+from engine.console import count_of, first_line
 from engine.device import batch_size_for, device_name
 from engine.features import Extraction
 from engine.files import atomic_write, load_tensors
@@ -142,9 +142,37 @@ def comparable(rows: dict[str, dict], row: dict) -> dict[str, dict]:
     return {name: each for name, each in rows.items() if all(each[key] == row[key] for key in COMPARABLE)}
 
 
+def best_model(rows: Sequence[dict]) -> dict:
+    """The row of the model with the highest validation accuracy."""
+    return max((r for r in rows if r["backbone"] != "ensemble"), key=lambda r: mean(r["accuracy_by_seed"]["val"]))
+
+
+def difference_from(best: dict, row: dict) -> tuple[float, float]:
+    """The difference between two models' test accuracies, means over the seeds, and its margin at 95 %."""
+    test, best_test = (mean(each["accuracy_by_seed"]["test"]) for each in (row, best))
+    return test - best_test, metrics.paired_difference(row["correct"], best["correct"])[1]
+
+
+def headline(rows: Sequence[dict]) -> str:
+    """What models that were tested on the same images show, in sentences."""
+    best, models = best_model(rows), [row for row in rows if row["backbone"] != "ensemble"]
+    train, val, test = (best[f"{part}_images"] for part in ("train", "val", "test"))
+    accuracy = mean(best["accuracy_by_seed"]["test"])
+    low, high = metrics.wilson_interval(accuracy, test)
+    text = (
+        f"{train + val + test:,} images of {count_of(len(best['classes']), 'class')}: {train:,} for training, {val:,} "
+        f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It has {accuracy:.1%} "
+        f"of the test images right (95 % interval: {low:.1%} to {high:.1%})."
+    )
+    others = [(row["label"], *difference_from(best, row)) for row in models if row is not best]
+    if close := [label for label, difference, margin in others if abs(difference) <= margin]:
+        text += f" The difference to {', '.join(close)} is not significant."
+    return text
+
+
 def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
     """A header and a line for each model. Accuracies are means over the seeds. The best model is so on validation."""
-    best = max((r for r in rows if r["backbone"] != "ensemble"), key=lambda r: mean(r["accuracy_by_seed"]["val"]))
+    best = best_model(rows)
     images, table = [sum(row) for row in best["confusion_matrix"]], []
     for row in rows:
         val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
@@ -152,9 +180,8 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
         cells = {"model": row["model"], "val acc": f"{val:.2%}", "test acc": f"{test:.2%}"}
         cells["95% interval"] = f"{low:.1%}-{high:.1%}"
         if len(rows) > 1:
-            _, margin = metrics.paired_difference(row["correct"], best["correct"])
-            difference = f"{100 * (test - mean(best['accuracy_by_seed']['test'])):+.1f} ± {100 * margin:.1f}"
-            cells["difference"] = "best" if row is best else difference
+            difference, margin = difference_from(best, row)
+            cells["difference"] = "best" if row is best else f"{100 * difference:+.1f} ± {100 * margin:.1f}"
         cells["seconds"] = f"{sum(row['seconds'].values()):.1f}"
         if max(images) > 3 * min(images):  # accuracy alone would hide the rare classes
             cells["macro F1"] = f"{row['macro']['f1']:.3f}"

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from conftest import QUICK, SMALL
@@ -57,11 +59,16 @@ def test_unfamiliar_and_unsure_images_are_marked(run, answers, photos, tmp_path)
     assert ", unfamiliar" in run(inference, tmp_path / "foreign")[1]
 
 
-def test_five_percent_of_the_validation_images_are_unfamiliar():
-    random = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (700,), generator=random)
-    features = torch.randn(700, 40, generator=random) + 3 * F.one_hot(labels, 40)
-    logits, train, val = 4 * features[:, :3], features[:600], features[600:]
-    score = fit_unfamiliarity(Features.in_memory(train), labels[:600], Features.in_memory(val), logits[600:])
-    assert (score(val, logits[600:]) > 0).sum() == 5
+@pytest.mark.parametrize("count", [2, 10, 18, 19, 40, 100])
+def test_five_percent_of_new_images_are_unfamiliar(count):
+    """However few the validation images are."""
+    random, shares = torch.Generator().manual_seed(0), []
+    for _ in range(12):
+        labels = torch.randint(3, (700,), generator=random)
+        features = torch.randn(700, 40, generator=random) + 3 * F.one_hot(labels, 40)
+        logits, train, val, new = 4 * features[:, :3], features[:400], features[400 : 400 + count], features[500:]
+        known = Features.in_memory(train), labels[:400], Features.in_memory(val), logits[400 : 400 + count]
+        score = fit_unfamiliarity(*known)
+        shares.append((score(new, logits[500:]) > 0).float().mean().item())
     assert (score(10 * torch.randn(50, 40, generator=random), torch.zeros(50, 3)) > 0).all()
+    assert 0.005 < mean(shares) < 0.08

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 
@@ -166,6 +167,7 @@ def test_nothing_is_written_outside_of_output_and_cache(run, photos, tmp_path):
 def test_the_demo_and_a_closed_pipe(tmp_path):
     code, out, err = finish(start(ROOT / "main_train.py", "--demo", *SMALL, cwd=tmp_path))
     assert (code, err) == (0, "") and "not the models" in out
+    assert int(re.search(r"(\d+) test images? ha(s|ve) near-duplicates", out)[1]) < 4  # few of 200 shapes look the same
     assert all(row["test_accuracy"] > 0.5 for row in repeatable(tmp_path / "demo").values())  # by chance a third
     assert all(row["images_per_second"]["best"] > 0 for row in results(tmp_path / "demo"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]

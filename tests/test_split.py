@@ -51,3 +51,18 @@ def test_explanations_show_training_images_only(run, photos, tmp_path, replace):
     trained = json.loads((tmp_path / "checkpoints" / f"split-{row['split']}.json").read_text())["train"]
     paths = {str(item.relative_to(photos)) for item, _ in shown if isinstance(item, Path) and "train" in item.parts}
     assert code == 0 and len(paths) == 5 and paths <= set(trained)
+
+
+def test_the_given_validation_images_may_be_the_test_images(run, photos, tmp_path):
+    """As in public data sets that have train/ and val/ only, for which others report the accuracy on val/."""
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val")
+    assert code == 2 and "without test images" in err and err.count("\n") == 1
+    (photos / "test").rename(photos / "val")
+    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 0 and "--test-split val" in out
+    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val", "--output", "other")[0] == 0
+    for folder, part in ((tmp_path, "val"), (tmp_path / "other", "test")):
+        [row] = results(folder)
+        split = json.loads((folder / "checkpoints" / f"split-{row['split']}.json").read_text())
+        assert len(split[part]) == 18 and all(name.startswith("val/") for name in split[part])
+        assert not any(name.startswith("val/") for other in split.keys() - {part} for name in split[other])

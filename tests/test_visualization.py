@@ -18,12 +18,19 @@ import visualization
 
 def test_the_report_page_is_complete(run, plots, photos, tmp_path):
     photos = photos.rename(tmp_path / "<b>&pets")
+    shutil.copy(photos / "train" / "red" / "1.png", photos / "test" / "red" / "copy.png")
     run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
     page = (tmp_path / "plots" / "report.html").read_text()
     for row in results(tmp_path):
         assert f"<td>{row['model']}</td>" in page and f"<td>{row['test_accuracy']:.2%}</td>" in page
     drawn = list((tmp_path / "plots").glob("*.png"))
     assert page.count("src=") == page.count("data:image/png;base64,") == len(drawn)  # nothing from elsewhere
+    assert page.count("<figure") == page.count("<figcaption>") == len(drawn)  # each says how it is read
+    best = max(results(tmp_path), key=lambda row: row["val_accuracy"])
+    assert "<p>79 images of 3 classes: 48 for training, 12 for validation, 19 for testing." in page
+    assert f"validation is {best['label']}. It has {best['test_accuracy']:.1%} of the test images right" in page
+    data = page[page.index("<h2>The data</h2>") :]
+    assert "1 test image has near-duplicates" in data and "copy.png (test, red)</li>" in data
     assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
 
 
