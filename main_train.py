@@ -30,6 +30,7 @@ import visualization
 from data import CIFAR10_SIZE, Data, load_data, without_images
 from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
+from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, positive, printable, run_script, seed_number
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
@@ -207,7 +208,7 @@ def extract(
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data, args, args.seed)
-    for written in [name, f"{name}_finetuned"] if args.fine_tune else [name]:
+    for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
     features, labels = extract(model, data, args, device)
     recipe = replace(
@@ -233,7 +234,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     logits, history, seconds = runs[0]
     accuracies = {part: [loss_and_accuracy(each[part], labels[part])[1] for each, *_ in runs] for part in logits}
     row = {
-        "weights": "random" if args.demo else models.find_backbone(name).weights.name,
+        "weights": "random" if args.demo else weights_name(models.find_backbone(name).name),
         "seed": args.seed,
         "features": results.extraction_row(features, device),
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},

@@ -6,14 +6,14 @@
     model = load_checkpoint("checkpoints/mobilenet_v2.pt")
     model.predict("cat.jpg")                            # {"path": "cat.jpg", "label": "cat", "probability": 0.97, ...}
 
-Every classification model of torchvision is a backbone. BACKBONES holds those in the table of the README.
+Every classification model of torchvision is a backbone, and every one of timm. BACKBONES holds those in the table of
+the README.
 """
 
-import difflib
+import re
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -22,15 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.audit import Unfamiliarity
+from engine.backbones import build, check_name, features_of
 from engine.console import first_line
-from engine.fast import fast_copy, without_compiler
+from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
 from engine.run import predictions
-
-with without_compiler():
-    from torchvision import models
 
 # --------------------------------------------------------------------------------------------- the backbones
 
@@ -41,21 +39,12 @@ class Backbone:
 
     label: str  # in plots and tables
     plot: str  # how the names of its plots begin
-    architecture: str  # torchvision's name of the model
+    name: str  # of the model and its weights, see engine/backbones.py
     # The classifier reads the last maps, averaged over the image. With every_level it also reads those of each earlier
     # stage, averaged over each quarter of the image. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
     # keep the pretrained classifier, which must be a sequence that reads averages, and replace only its last layer
     keep_classifier: bool = False
-
-    @property
-    def weights(self) -> models.WeightsEnum:
-        """IMAGENET1K_V1 if there is one: V2 was trained with mixup and label smoothing, which hurts frozen features.
-
-        (Kornblith et al. 2019, arXiv 1805.08974)
-        """
-        weights = models.get_model_weights(self.architecture)
-        return weights.__members__.get("IMAGENET1K_V1") or next(iter(weights))
 
 
 BACKBONES = {
@@ -73,61 +62,26 @@ BACKBONES = {
 
 
 def find_backbone(name: str) -> Backbone:
-    """The row of BACKBONES, or one for torchvision's model of that name. Raises ValueError for any other name."""
+    """The row of BACKBONES, or one for another model of torchvision or timm, or for other weights.
+
+    Raises ValueError if there is none of that name.
+    """
     if name in BACKBONES:
         return BACKBONES[name]
-    in_torchvision = models.list_models(models)
-    if name in in_torchvision:
-        return Backbone(label=name, plot=name, architecture=name)
-    similar = difflib.get_close_matches(name, [*BACKBONES, *in_torchvision], n=5, cutoff=0.4)
-    hint = f"did you mean {', '.join(similar)}?" if similar else "see torchvision.models.list_models()"
-    raise ValueError(f"no backbone is called {name!r}: {hint}")
+    base, colon, weights = name.partition(":")
+    row = BACKBONES.get(base) or Backbone(label=base, plot=file_name(base), name=base)
+    if base not in BACKBONES or weights:
+        check_name(f"{row.name}{colon}{weights}", tuple(BACKBONES))
+    if not weights:
+        return row
+    return replace(
+        row, label=f"{row.label}, {weights}", plot=file_name(f"{row.plot}_{weights}"), name=f"{row.name}:{weights}"
+    )
 
 
-def _build(row: Backbone, pretrained: bool) -> nn.Module:
-    """Torchvision's model. Raises OSError if its weights are not in torchvision's cache and cannot be downloaded."""
-    has_auxiliary = row.architecture in (
-        "googlenet",
-        "inception_v3",
-    )  # extra classifiers, used only in training from scratch
-    options = {"init_weights": False} if has_auxiliary else {}
-    if row.architecture.startswith("vit_"):  # without weights, torchvision would build it for 224 pixels
-        options["image_size"] = row.weights.transforms().crop_size[0]
-    if not pretrained:
-        network = models.get_model(row.architecture, weights=None, **options)
-    else:
-        try:
-            # get_model alone would execute a pickle that someone put into the cache
-            row.weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
-            network = models.get_model(row.architecture, weights=row.weights, **options)
-        except Exception as error:  # no network, no space, no permission, or whatever a damaged file makes torch raise
-            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(row.weights.url).name
-            what = "are damaged, delete" if file.exists() else "cannot be downloaded, put them at"
-            raise OSError(
-                f"the weights of {row.architecture} {what} {file} ({first_line(error)}); --demo needs none"
-            ) from error
-    if has_auxiliary:
-        network.aux1 = network.aux2 = network.AuxLogits = None
-        network.aux_logits, network.transform_input = False, True  # the pretrained weights expect that
-    return network
-
-
-def _features_of(backbone: nn.Module) -> nn.Module:
-    """The backbone without its classifier.
-
-    It is a sequence of layers, images -> maps (B, C, H, W), or the whole network with its last linear layer replaced
-    by nn.Identity, images -> features (B, D).
-    """
-    if isinstance(backbone, models.DenseNet):
-        backbone.features.add_module("relu5", nn.ReLU())  # which its forward applies after `features`
-    if hasattr(backbone, "features") and hasattr(backbone, "classifier"):
-        return backbone.features
-    if isinstance(backbone, models.ResNet):
-        *layers, _pool, _fc = backbone.named_children()
-        return nn.Sequential(OrderedDict(layers))
-    last = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)][-1]
-    backbone.set_submodule(last, nn.Identity())
-    return backbone
+def file_name(name: str) -> str:
+    """The name without characters that file names cannot have."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -156,12 +110,11 @@ class TransferModel(nn.Module):
         super().__init__()
         self.backbone, self.classes, self.hidden = backbone, tuple(classes), hidden
         row = find_backbone(backbone)
-        network = _build(row, pretrained)
-        transforms = row.weights.transforms()
-        own_size = transforms.crop_size[0]
+        network, preprocessing = build(row.name, image_size, pretrained)
+        own_size = preprocessing["image_size"]
         size = image_size or own_size
         # crop: the square in the middle of a wide or tall image, instead of all of it squeezed into a square
-        self.preprocessing = {"image_size": size, "crop": True, "mean": transforms.mean, "std": transforms.std}
+        self.preprocessing = {**preprocessing, "image_size": size, "crop": True}
         # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
         # loses up to 1.4 points of accuracy on fp32 features.
         self.precision = "fp32"
@@ -173,7 +126,7 @@ class TransferModel(nn.Module):
         self.metrics: dict = {}  # what a loaded checkpoint says of its training
         self.path: Path | None = None  # of a loaded checkpoint
 
-        self.features = _features_of(network).requires_grad_(False).eval()
+        self.features = features_of(network).requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
         try:
             with torch.inference_mode():
@@ -191,7 +144,8 @@ class TransferModel(nn.Module):
 
     @property
     def name(self) -> str:
-        return f"{self.backbone}_finetuned" if self.fine_tuned else self.backbone
+        name = file_name(self.backbone)
+        return f"{name}_finetuned" if self.fine_tuned else name
 
     @property
     def label(self) -> str:

@@ -22,7 +22,7 @@ from data import Images
 from engine.batches import Batches, ImageLoader
 from engine.console import Progress
 from engine.device import full_precision, synchronized_time, threads
-from engine.fast import training_copy
+from engine.fast import to_channels_last, training_copy
 from engine.features import Features
 from engine.files import load_tensors
 from models import Classifier, TransferModel, balanced_weights
@@ -279,7 +279,7 @@ def fine_tune(
         load = ImageLoader(images, model.preprocessing, device)
         return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
 
-    model.to(device, memory_format=torch.channels_last)
+    to_channels_last(model.to(device))
     groups = [
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},

@@ -40,6 +40,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import visualization
+from engine.backbones import torchvision_weights
 from engine.console import run_script
 from engine.device import DTYPES, batch_size_for, synchronized_time, threads
 from engine.fast import fast_copy
@@ -89,9 +90,9 @@ def main() -> int:
 def obvious_loop(name: str, root: Path, seconds: float) -> float:
     """Column (a), on the images in root/<class>/."""
     backbone = find_backbone(name)
-    model = torchvision.models.get_model(backbone.architecture).requires_grad_(False).to(DEVICE)
+    model = torchvision.models.get_model(backbone.name).requires_grad_(False).to(DEVICE)
     model.classifier[-1] = nn.Linear(model.classifier[-1].in_features, 10).to(DEVICE)
-    normal = backbone.weights.transforms()
+    normal = torchvision_weights(backbone.name).transforms()
     steps = [transforms.Resize((224, 224)), transforms.ToTensor(), transforms.Normalize(normal.mean, normal.std)]
     dataset = torchvision.datasets.ImageFolder(root, transforms.Compose(steps))
     loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
-from engine.images import ImageError, augment, preprocess, read_image
+from engine.images import READING, ImageError, augment, preprocess, read_image
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device, and the indices of the images that could be read.
@@ -46,7 +46,7 @@ class ImageLoader:
 
     def read(self, i: int, draws: Tensor | None) -> Tensor | None:
         try:
-            image = read_image(self.images.items[i], self.preprocessing["image_size"], self.preprocessing["crop"])
+            image = read_image(self.images.items[i], *(self.preprocessing[key] for key in READING))
         except ImageError as error:  # it was readable during extraction
             self.errors[i] = ImageError(str(error))  # without its traceback, which keeps the image in memory
             return None

@@ -111,7 +111,7 @@ def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Modu
     with suppress(Exception):  # torch.fx cannot trace every network
         with _tracing():
             stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
-    stage.to(dtype=images.dtype, memory_format=torch.channels_last)
+    to_channels_last(stage.to(dtype=images.dtype))
     if not isinstance(stage, fx.GraphModule):
         return stage, (outputs := stage(images)), outputs.numel()
     outputs = ShapeProp(stage).propagate(images)
@@ -122,6 +122,13 @@ def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Modu
             if (fast(images) - outputs).abs().max() < 0.1 * outputs.abs().max():  # a wrong operator is far off
                 stage = fast
     return stage, outputs, max(shape.numel() for shape in shapes)
+
+
+def to_channels_last(module: nn.Module) -> None:
+    """Changes the memory format of the weights of convolutions. Module.to() fails for networks with 5-D buffers."""
+    for tensor in module.parameters():
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 class _Packer:

@@ -89,7 +89,7 @@ class _FeatureFiles:
         key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
         key |= {"kept": "float16"} if half else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder, self.name, self.model, self.device = folder, f"{model.backbone}-{digest}", model, device
+        self.folder, self.name, self.model, self.device = folder, f"{model.name}-{digest}", model, device
         kept = "<f2" if half or model.precision == "bf16" else "<f4"  # float16 holds more digits than bf16
         features = ("features", kept, (model.width,))
         self.layout = np.dtype([("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), features])

@@ -38,7 +38,10 @@ class ImageError(OSError):
     """An image that cannot be read. The message names it."""
 
 
-def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
+READING = ("image_size", "crop", "interpolation")  # what of a preprocessing read_image needs, in order
+
+
+def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation: str = "bilinear") -> Tensor:
     """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
     Crops it to the square in the middle, unless `crop` is False. Resizes an image larger than `max_size` to (3,
@@ -53,8 +56,8 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True) -> Tensor:
         if isinstance(item, Path | str | bytes):
             content = item if isinstance(item, bytes) else _read_file(Path(item))
             with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-                return _decode(image, max_size, crop)
-        return _decode(_pillow_image(item), max_size, crop)
+                return _decode(image, max_size, crop, interpolation)
+        return _decode(_pillow_image(item), max_size, crop, interpolation)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
@@ -129,7 +132,7 @@ def image_formats() -> tuple[str, ...]:
     return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR", "BLP"))
 
 
-def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
+def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str) -> Tensor:
     # a progressive JPEG keeps all of its coefficients in memory
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
@@ -147,7 +150,7 @@ def _decode(image: Image.Image, max_size: int, crop: bool) -> Tensor:
             left, top = (image.width - side) // 2, (image.height - side) // 2
             image = image.crop((left, top, left + side, top + side))
         if max(image.size) > max_size:
-            image = image.resize((max_size, max_size), Image.Resampling.BILINEAR, reducing_gap=3.0)
+            image = image.resize((max_size, max_size), Image.Resampling[interpolation.upper()], reducing_gap=3.0)
     return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
@@ -205,8 +208,8 @@ def preprocess(
 ) -> Tensor:
     """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, channels_last.
 
-    `preprocessing` is the attribute of a TransferModel: image_size S, mean and std. Images of one size are resized
-    together. Normalising comes first, while the images are small.
+    `preprocessing` is the attribute of a TransferModel: image_size S, mean, std and interpolation. Images of one size
+    are resized together. Normalising comes first, while the images are small.
     """
     S = preprocessing["image_size"]
     mean, std = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
@@ -217,7 +220,8 @@ def preprocess(
         x = batch.to(device, non_blocking=batch.is_pinned())  # (b, 3, H, W)
         x = (x / 255 - mean) / std
         if x.shape[2:] != (S, S):
-            x = F.interpolate(x, (S, S), mode="bilinear", antialias=True)  # not implemented for bf16 on CPUs
+            # in fp32: not implemented for bf16 on CPUs
+            x = F.interpolate(x, (S, S), mode=preprocessing["interpolation"], antialias=True)
         resized.append(x.to(dtype))
     return torch.cat(resized).contiguous(memory_format=torch.channels_last)
 

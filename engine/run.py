@@ -25,7 +25,7 @@ from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, threads
 from engine.distributed import shared_map, world_size
 from engine.fast import fast_copy, running
-from engine.images import ImageError, Item, preprocess, read_image, stack
+from engine.images import READING, ImageError, Item, preprocess, read_image, stack
 from engine.layers import averages, run_layers
 from engine.metrics import average_models, log_probabilities
 
@@ -78,16 +78,16 @@ class _Runner:
 
     @torch.inference_mode()
     def run(self, batch: list[Item]) -> Batch:
-        formats = [(model.preprocessing["image_size"], model.preprocessing["crop"]) for model in self.models]
+        formats = [tuple(model.preprocessing[key] for key in READING) for model in self.models]
         images, errors = {}, {}
-        for size, crop in set(formats):
+        for form in set(formats):
             pixels = [torch.zeros(3, 1, 1, dtype=torch.uint8)] * len(batch)
             for i, item in enumerate(batch):
                 try:
-                    pixels[i] = read_image(item, size, crop)
+                    pixels[i] = read_image(item, *form)
                 except ImageError as error:
                     errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
-            images[size, crop] = stack(pixels, self.device)
+            images[form] = stack(pixels, self.device)
         with self.turn, running():
             outputs = [self.forward(model, images[key]) for model, key in zip(self.models, formats, strict=True)]
         unread = torch.tensor(list(errors), dtype=torch.int64)

@@ -11,6 +11,7 @@ from conftest import FAMILIES, ONE_SIZE, SMALL_FAMILIES, draw, noise, random_mod
 from PIL import Image
 
 import inference
+from engine.backbones import torchvision_weights
 from models import BACKBONES, TransferModel, load_checkpoint, save_checkpoint
 
 
@@ -71,7 +72,7 @@ def test_features_of_a_checkpoint_load_into_torchvisions_model(tmp_path, weights
         model = TransferModel(name, [*"0123456789"]).eval()
         save_checkpoint(tmp_path / "x.pt", model, {})
         state = torch.load(tmp_path / "x.pt", weights_only=True)["state_dict"]
-        source = BACKBONES[name].weights.get_state_dict()
+        source = torchvision_weights(BACKBONES[name].name).get_state_dict()
         for key in (key for key in source if key.startswith("features.")):
             assert torch.equal(state[key], source[key])
         if name == "mobilenet_v3_large":
@@ -178,7 +179,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path, monkeypatch):
         load_checkpoint(tmp_path / "x.pt")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # the same in torchvision's weights
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    url = BACKBONES["mobilenet_v2"].weights.url
+    url = torchvision_weights("mobilenet_v2").url
     torch.save({"features.0.0.weight": Payload(tmp_path / "canary")}, tmp_path / "hub" / "checkpoints" / Path(url).name)
     with pytest.raises(OSError, match="damaged"):
         TransferModel("mobilenet_v2", "ab")
