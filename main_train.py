@@ -271,10 +271,8 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
     # bf16 makes the backward pass slower on a CPU
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
-    size = min(args.batch_size, FINE_TUNING.batch_size)
-    recipe = replace(
-        FINE_TUNING, epochs=args.fine_tune, batch_size=size, lr=args.fine_tune_lr, class_weights=args.class_weights
-    )
+    recipe = replace(FINE_TUNING, epochs=args.fine_tune, lr=args.fine_tune_lr, class_weights=args.class_weights)
+    recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key leaves out the classifier, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
     key = content_hash(model.features.state_dict(), settings)
@@ -286,10 +284,13 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         if is_first():
             attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
 
-    start_loss = gather(loss_and_accuracy(frozen.logits["val"], data.val.labels)[0])[0]
-    training = train_utils.fine_tune(
-        model.cpu(), train, val, recipe, precision, device, args.seed, start_loss, progress, save_progress
-    )
+    start = {
+        "start_loss": gather(loss_and_accuracy(frozen.logits["val"], data.val.labels)[0])[0],
+        "features": frozen.features["train"].features,
+        "progress": progress,
+        "after_epoch": save_progress,
+    }
+    training = train_utils.fine_tune(model.cpu(), train, val, recipe, precision, device, args.seed, **start)
     unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
     train_images, fast, logits, accuracies = len(train) - len(unread), fast_copy(model, device), {}, {}
     for part in ("val", "test"):
@@ -356,7 +357,7 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     def compare() -> None:
         print()
         results.print_table(results.comparison_table(list(compared.values())))
-        visualization.draw_comparison(compared, plots)
+        visualization.draw_comparison(compared, visualization.colors(rows | compared), plots)
 
     def check() -> None:
         reports.append(check_data(best, data, plots))

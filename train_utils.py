@@ -234,6 +234,22 @@ def _fit_linear(classifier: Classifier, train: Batches, val: Batches, recipe: Re
     return logits
 
 
+@torch.no_grad()
+def refit_linear(
+    classifier: nn.Module, features: Features, labels: Tensor, val_images: int, class_weights: bool = False
+) -> None:
+    """Fits a trained Classifier's linear layer again, to training images alone: fine-tuning validates on the others."""
+    if isinstance(classifier, Classifier):
+        chosen, ridge = sample(labels, RIDGE_IMAGES), copy.deepcopy(classifier).cpu()
+        scale = copy.deepcopy(ridge.standardize)
+        ridge.fit_ridge(features[chosen].float(), labels[chosen], class_weights)
+        # the same function of features that are standardised otherwise, with its weight in the mean
+        weight = features.width / (len(labels) + val_images + features.width)
+        classifier.linear.weight.copy_(weight * ridge.linear.weight * scale.std / ridge.standardize.std)
+        shift = (scale.mean - ridge.standardize.mean) / ridge.standardize.std
+        classifier.linear.bias.copy_(weight * (ridge.linear.bias + ridge.linear.weight @ shift))
+
+
 def sample(labels: Tensor, count: int) -> Tensor:
     """The indices, ascending, of `count` random images, and of one image of each class that these lack."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -266,13 +282,15 @@ def fine_tune(
     device: torch.device,
     seed: int,
     start_loss: float = math.inf,
+    features: Features | None = None,
     progress: dict | None = None,
     after_epoch: Callable[[Training], None] = lambda training: None,
 ) -> Training:
     """Trains the whole model on images, from the start or from a training's `progress`.
 
-    The model keeps its weights if no epoch has a lower validation loss than `start_loss`, that of the frozen model.
-    Under torchrun all processes call this; each takes its share of every batch.
+    The model keeps its weights if no epoch has a lower validation loss than `start_loss`, that of the frozen model,
+    whose training images' features are `features`. Under torchrun all processes call this; each takes its share of
+    every batch.
     """
 
     def batches(images: Images, seed: int | None = None) -> Batches:
@@ -290,7 +308,9 @@ def fine_tune(
         parts = next(count for count in range(most, 0, -1) if cores % count == 0)  # no core is left over
         network = training_copy(model, parts)
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
-    training.best_loss = start_loss
+    training.best_loss = start_loss  # of the weights in training.best
+    if features:
+        refit_linear(model.classifier, features, train.labels, len(val), recipe.class_weights)
     if progress:
         training.load_state_dict(progress)
     try:

@@ -201,9 +201,9 @@ def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor,
             save(figure, folder / f"{row['plot']}{kind}.png")
 
 
-def draw_comparison(rows: dict[str, dict], folder: Path) -> None:
+def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) -> None:
     """Draws the test accuracy and the training time of all models, the most accurate at the top."""
-    color, ranked = colors(rows), sorted(rows.values(), key=lambda row: mean(row["accuracy_by_seed"]["test"]))
+    ranked = sorted(rows.values(), key=lambda row: mean(row["accuracy_by_seed"]["test"]))
     times = [sum(row["seconds"].values()) for row in ranked]
     figure = Figure(figsize=(9, 1.6 + 0.42 * len(ranked)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))

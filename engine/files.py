@@ -57,6 +57,7 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     with file:
+        told = False
         while True:
             try:
                 if sys.platform == "win32":
@@ -71,6 +72,9 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
                 if not wait:
                     advice = "wait for it to end, or choose another --output"
                     raise OSError(f"another run uses {path.parent}: {advice}") from error
+                if not told:
+                    print(f"waiting for another run that uses {path.parent}", file=sys.stderr)
+                told = True
             time.sleep(0.1)
         yield
 

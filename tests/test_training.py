@@ -13,9 +13,10 @@ from torch import nn
 import main_train
 from data import load_data
 from engine.batches import Batches, feature_loader
+from engine.features import Features
 from engine.metrics import fit_temperature
 from models import Classifier, balanced_weights, load_checkpoint
-from train_utils import FINE_TUNING, RECIPE, RIDGE_IMAGES, Training, fit, fit_classifier
+from train_utils import FINE_TUNING, RECIPE, RIDGE_IMAGES, Training, fit, fit_classifier, refit_linear
 
 
 @pytest.mark.parametrize("class_weights", [False, True])
@@ -85,6 +86,22 @@ def test_ridge_regression_includes_rare_classes():
     classifier = Classifier(8, 3, 4)
     fit_classifier(classifier, train, val, dataclasses.replace(RECIPE, epochs=1), "fp32", "")
     assert classifier.linear.weight[2].abs().sum() > 0
+
+
+def test_fine_tuning_starts_without_having_seen_the_validation_images():
+    """The linear layer is then what ridge regression on the training images gives."""
+    random = torch.Generator().manual_seed(0)
+    labels, features = torch.randint(3, (60,), generator=random), torch.randn(60, 8, generator=random)
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+    classifier, alone = Classifier(8, 3, 4), Classifier(8, 3, 4)
+    train = Batches(feature_loader(features[:40], CPU), labels[:40], 512, CPU, 0)
+    val = Batches(feature_loader(features[40:], CPU), labels[40:], 512, CPU)
+    fit_classifier(classifier, train, val, recipe, "fp32", "")
+    network = classifier.network(classifier.standardize(features))
+    refit_linear(classifier, Features.in_memory(features[:40]), labels[:40], val_images=20)
+    alone.fit_ridge(features[:40], labels[:40])
+    expected = 8 / (60 + 8) * alone.linear(alone.standardize(features))
+    assert torch.allclose(classifier(features) - network, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, FINE_TUNING])
