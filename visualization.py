@@ -56,6 +56,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes an image in the format that the file's name says. Raises OSError, or ValueError for an unknown format."""
     with atomic_write(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for a character that no font has
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # very long class names
         figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=DPI)
 
 

@@ -5,7 +5,8 @@
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
 more, so that neither resolution nor format gives them away. A cell holds the area under the curve of the score
 (engine.audit.Unfamiliarity), in parentheses that of the largest probability alone, and the share of the images flagged
-as unfamiliar, at 5 % false positives on the validation images. The last kind is a class that is left out of training.
+as unfamiliar, at 5 % false positives on the validation images. "own" is the share of the test images, as they are in
+the data set, that is flagged. The last kind is a class that is left out of training.
 --images are the training images of each class; 0 takes all.
 """
 
@@ -44,13 +45,14 @@ def main() -> int:
     kinds, own = foreign(size, args.foreign), recompressed(test.items, size)
     known = recompressed(only(test, test.labels != label).items, size)
     left_out = recompressed(only(whole.test, whole.test.labels == label).items[:COUNT], size)
-    print_header("model", "images of each class", *kinds, f"{args.left_out}, left out")
+    print_header("model", "images of each class", "own", *kinds, f"{args.left_out}, left out")
     for name in args.models:
         for count in args.images:
             data = load_data(args.data, limit=count * len(whole.classes) or None)
             parts = data.train, data.val
             model = train(name, data.classes, parts, args.image_size)
-            cells = [compare(model, own, images) for images in kinds.values()]
+            cells = [f"{(answers(model, whole.test.items)[:, -1] > 0).float().mean():.1%}"]
+            cells += [compare(model, own, images) for images in kinds.values()]
             model = train(name, data.classes, [only(part, part.labels != label) for part in parts], args.image_size)
             print_row(name, count or "all", *cells, compare(model, known, left_out))
     return 0
@@ -94,9 +96,13 @@ def train(name: str, classes: Sequence[str], parts: Sequence[Images], image_size
     return fast_copy(model, DEVICE)
 
 
+def answers(model: TransferModel, items: Sequence[Item]) -> Tensor:
+    return torch.cat([batch.outputs[0] for batch in run_images([model], items, TransferModel.answer)])
+
+
 def compare(model: TransferModel, own: list[np.ndarray], others: list[np.ndarray]) -> str:
     """The areas under the curve of the score and of the probability, and the share of the others that is detected."""
-    rows = torch.cat([batch.outputs[0] for batch in run_images([model], own + others, TransferModel.answer)])
+    rows = answers(model, own + others)
     is_foreign = torch.arange(len(rows)) >= len(own)
     score, probability = rows[:, -1], rows[:, :-1].softmax(dim=1).amax(dim=1)
     areas = [roc_auc_score(is_foreign, values) for values in (score, -probability)]
