@@ -80,12 +80,12 @@ def load_data(
             count = limit if part == "train" else max(len(classes), round(share * len(images)))
             balanced = _ranks(images.labels, seed).argsort(stable=True)[:count]
             parts[part] = images.subset(balanced.sort().values)
-    if empty := without_images(classes, parts["train"]):
+    if empty := classes_without_images(classes, parts["train"]):
         raise ValueError("; ".join([f"no training image of {empty} in {source}: add some, or raise --limit", *notes]))
     if "val" not in parts:
         parts["train"], parts["val"] = _hold_out(parts["train"], seed, at_least=2)
     for part, name in (("test", "test"), ("val", "validation")):
-        if empty := without_images(classes, parts[part]):
+        if empty := classes_without_images(classes, parts[part]):
             notes.append(f"no {name} image of {empty}")
     if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
         needed = "training needs two, validation and test need one each"
@@ -139,7 +139,7 @@ def _content(classes: tuple[str, ...], parts: dict[str, Images]) -> str:
     return digest.hexdigest()[:16]
 
 
-def without_images(classes: tuple[str, ...], images: Images) -> str:
+def classes_without_images(classes: tuple[str, ...], images: Images) -> str:
     """The names of the classes without an image, "" if there are none."""
     counts = images.labels.bincount(minlength=len(classes))
     names = [repr(name) for name, count in zip(classes, counts.tolist(), strict=True) if not count]

@@ -27,7 +27,7 @@ from torch import Tensor
 import models
 import train_utils
 import visualization
-from data import CIFAR10_SIZE, Data, load_data, without_images
+from data import CIFAR10_SIZE, Data, classes_without_images, load_data
 from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     args.precision = gather(pick_precision(args.precision, device))[0]
     if args.precision == "bf16" and not computes_in_bf16(device):
         print("this processor has no bf16 instructions: expect up to forty times the time of fp32", file=sys.stderr)
-    facts = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
-    print(f"{args.data}: {', '.join(args.models)} on {facts['device']} in {args.precision}, into {args.output}/")
+    provenance = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
+    print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
         data = load_data(args.data, args.cache, args.limit, test_split=args.test_split)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_first():
             data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
         rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
-        trained = train_models(args, data, device, facts, rows)
+        trained = train_models(args, data, device, provenance, rows)
         if not trained:
             return 2
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
@@ -150,7 +150,7 @@ def output_folder(folder: Path) -> Iterator[None]:
 
 
 def train_models(
-    args: argparse.Namespace, data: Data, device: torch.device, facts: dict, rows: dict[str, dict]
+    args: argparse.Namespace, data: Data, device: torch.device, provenance: dict, rows: dict[str, dict]
 ) -> list[TrainedModel]:
     """Trains every model, and fine-tunes it if asked to. Each is saved as soon as it is trained."""
     trained = []
@@ -158,12 +158,12 @@ def train_models(
         what = f"training {name}"
         try:
             frozen = train_classifier(name, data, args, device)
-            save(frozen, data, facts, rows, device, args.output)
+            save(frozen, data, provenance, rows, device, args.output)
             trained.append(frozen)
             if args.fine_tune:
                 what = f"fine-tuning {name}"
                 tuned = fine_tune(frozen, data, args, device)
-                save(tuned, data, facts, rows, device, args.output)
+                save(tuned, data, provenance, rows, device, args.output)
                 trained.append(tuned)
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
             if world_size() > 1:  # the other processes would wait for this one
@@ -195,12 +195,12 @@ def extract(
     for part, images in data.parts.items():
         features[part] = extract_features(model, images.items, images.ids(), args.cache / "features", device)
         readable[part] = images.subset(features[part].readable)
-    if empty := without_images(data.classes, readable["train"]):
+    if empty := classes_without_images(data.classes, readable["train"]):
         raise ValueError(f"no training image of {empty} can be read")
     if not len(readable["val"]) or not len(readable["test"]):
         raise ValueError("no image for validation or testing can be read")
-    empty = without_images(data.classes, readable["test"])
-    if empty and empty != without_images(data.classes, data.test):
+    empty = classes_without_images(data.classes, readable["test"])
+    if empty and empty != classes_without_images(data.classes, data.test):
         print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
     return features, {part: images.labels for part, images in readable.items()}
 
@@ -240,11 +240,11 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
         **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
     }
-    detector = features["train"].features, labels["train"], features["val"].features, logits["val"]
+    for_unfamiliarity = features["train"].features, labels["train"], features["val"].features, logits["val"]
     logits = {part: with_unread(rows, features[part].readable, len(data.parts[part])) for part, rows in logits.items()}
     trained = TrainedModel(model.to(device), row, logits, features)
     trained.complete = attempt(
-        "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*detector))
+        "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*for_unfamiliarity))
     )
     return trained
 
@@ -308,7 +308,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
 
 
 def save(
-    trained: TrainedModel, data: Data, facts: dict, rows: dict[str, dict], device: torch.device, output: Path
+    trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, dict], device: torch.device, output: Path
 ) -> None:
     """Saves the model and its row of results.json, then measures its speed and draws its plots.
 
@@ -317,7 +317,7 @@ def save(
     model, test, plots = trained.model, data.test, output / "plots"
     model.temperature = fit_temperature(trained.logits["val"], data.val.labels)
     parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
-    trained.row = row = {**trained.row, **facts, **data.identity, **results.model_row(model, *parts)}
+    trained.row = row = {**trained.row, **provenance, **data.identity, **results.model_row(model, *parts)}
     if not is_first():
         return
     checkpoint, file = output / "checkpoints" / f"{model.name}.pt", plots / "results.json"

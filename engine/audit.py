@@ -28,12 +28,17 @@ SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfami
 
 
 def audit(
-    parts: dict[str, object], features: list[Features], logits: Tensor, classes: Sequence[str], hits: list[int | None]
+    parts: dict[str, object],
+    features: list[Features],
+    logits: Tensor,
+    classes: Sequence[str],
+    correct: list[int | None],
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
     `parts` are the training, validation and test images (data.Images), and `features` theirs. `logits` (N, classes) of
-    all images come from a model that was fitted without the image. `hits` says which test images another one has right.
+    all images come from a model that was fitted without the image. `correct` says which test images another one got
+    right.
     """
     labels = torch.cat([part.labels for part in parts.values()])
     described = [
@@ -49,8 +54,8 @@ def audit(
     if pairs is None:
         return {"near_duplicates": None, "label_errors": errors}
     duplicated = {i for *pair, _ in pairs for i in pair}
-    first = len(labels) - len(hits)  # of the test images
-    others = [hit for i, hit in enumerate(hits, first) if i not in duplicated and hit is not None]
+    first = len(labels) - len(correct)  # of the test images
+    others = [right for i, right in enumerate(correct, first) if i not in duplicated and right is not None]
     return {
         "near_duplicates": [{"images": [described[i], described[j]], "correlation": c} for i, j, c in pairs],
         "label_errors": errors,

@@ -34,7 +34,7 @@ def export(model: nn.Module, path: Path) -> None:
     """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
     The class names are stored as JSON under "classes": an extra file (.pt2) or metadata (.onnx). The exported model has
-    the precision of `model`, which ONNX has for fp32 only. Its answers for 16 images of noise are compared with those
+    the precision of `model`; ONNX supports fp32 only. Its answers for 16 images of noise are compared with those
     of `model.fast()` before it is written; for ONNX only if onnxruntime is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """

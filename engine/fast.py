@@ -26,7 +26,7 @@ from engine.layers import averages, run_layers, stage_ends
 
 # Elements that a layer may write at a time on a CPU. Larger outputs leave the cache, and the system hands out their
 # memory and takes it back at every call, which costs up to twice the time.
-LAYER = 6_500_000
+LAYER_ELEMENTS = 6_500_000
 
 # oneDNN's names of activations, and their arguments
 ACTIVATIONS = {
@@ -69,41 +69,41 @@ def _fast_sequence(features: nn.Sequential, levels: list[int], images: Tensor, p
         stage, images, size = _fast_stage(nn.Sequential(*layers[first : end + 1]), images, packed)
         stages.append(stage)
         largest.append(size)
-    early = max((i for i, size in enumerate(largest, 1) if packed and size * CPU_BATCH > LAYER), default=0)
-    part = 2 ** max(0, int(math.log2(LAYER / max(largest)))) if early else GPU_BATCH
+    early = max((i for i, size in enumerate(largest, 1) if packed and size * CPU_BATCH > LAYER_ELEMENTS), default=0)
+    part = 2 ** max(0, int(math.log2(LAYER_ELEMENTS / max(largest)))) if early else GPU_BATCH
     return FastFeatures(stages, [i for i, end in enumerate(ends) if end in levels], early, part)
 
 
 # torch.fx patches every module of the process while it traces one, so no other thread may run a model then
-_turn, _running, _waiting = threading.Condition(), 0, 0
+_passes, _running, _waiting = threading.Condition(), 0, 0
 
 
 @contextmanager
 def running() -> Iterator[None]:
     """Surrounds a forward pass that may take place while another thread makes a fast copy."""
     global _running
-    with _turn:
-        _turn.wait_for(lambda: not _waiting)
+    with _passes:
+        _passes.wait_for(lambda: not _waiting)
         _running += 1
     try:
         yield
     finally:
-        with _turn:
+        with _passes:
             _running -= 1
-            _turn.notify_all()
+            _passes.notify_all()
 
 
 @contextmanager
 def _tracing() -> Iterator[None]:
     global _waiting
-    with _turn:
+    with _passes:
         _waiting += 1
         try:
-            _turn.wait_for(lambda: not _running)
+            _passes.wait_for(lambda: not _running)
             yield
         finally:
             _waiting -= 1
-            _turn.notify_all()
+            _passes.notify_all()
 
 
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:

@@ -28,7 +28,7 @@ from engine.files import content_hash, explain_write_error, locked
 from engine.images import ImageError, Item
 from engine.run import Batch, run_images
 
-LARGE = 200_000  # features of more images are kept as float16: half the space, the same accuracy (benchmarks/scale.md)
+HALF_PRECISION_ABOVE = 200_000  # images; features of more are kept as float16: the same accuracy (benchmarks/scale.md)
 
 
 @dataclass
@@ -160,7 +160,7 @@ def extract_features(
     unreadable images again. Under torchrun each process computes a share, and then reads the files of all.
     Raises OSError if a file cannot be written, FloatingPointError if features overflow.
     """
-    files = _FeatureFiles(folder, model, device, half=len(items) > LARGE)
+    files = _FeatureFiles(folder, model, device, half=len(items) > HALF_PRECISION_ABOVE)
     ids, computed, errors = [image.encode() for image in ids], 0, []
     tables, places, _ = files.read(ids)
     if compute and not all(gather(all(image in places for image in ids))):

@@ -148,7 +148,7 @@ def _refuse_nested_classes(root: Path) -> None:
 
 
 def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
-    """The visible folders in `folder` by name, sorted, and the numbers of files beside them, by reason.
+    """The visible folders in `folder` by name, sorted, and how many files lie beside them, by reason.
 
     Names are composed Unicode (NFC); a Mac decomposes those of files.
     """
@@ -169,7 +169,7 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
 
 
 def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
-    """The images in the class folders of `folder`, named by their paths below `source`, and numbers of unused files.
+    """The images in the class folders of `folder`, named by their paths below `source`, and how many files are unused.
 
     A class may be missing. Raises ValueError if `folder` holds any other class.
     """
@@ -189,7 +189,7 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
 
 
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The images below `folder`, sorted, and the numbers of files that are not used, by reason."""
+    """The images below `folder`, sorted, and how many files are not used, by reason."""
     images, skipped = [], Counter()
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

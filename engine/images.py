@@ -20,7 +20,7 @@ from engine.console import first_line
 
 MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
-LARGE = 32_000_000  # bytes of memory beyond which images are decoded one at a time
+ONE_AT_A_TIME = 32_000_000  # bytes of memory beyond which images are decoded one at a time
 _one_large_image, _one_at_a_time = threading.Lock(), threading.Lock()
 
 # an image file or its path, a uint8 array (H, W, 3), a uint8 tensor (3, H, W), a Pillow image, or a file's content
@@ -141,7 +141,7 @@ def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str) -
     memory = {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode) * image.width * image.height + coefficients
     if memory > MAX_MEMORY:
         raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
-    with _one_large_image if memory > LARGE else nullcontext():
+    with _one_large_image if memory > ONE_AT_A_TIME else nullcontext():
         with suppress(Exception):  # ignore damaged EXIF; keep the image
             ImageOps.exif_transpose(image, in_place=True)
         image = _to_8_bits(image)

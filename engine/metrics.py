@@ -99,12 +99,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior."""
     logits, labels = answered(logits, labels)
 
-    def improbability(t: float) -> float:
+    def negative_log_posterior(t: float) -> float:
         return F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item() + (t / TEMPERATURE_PRIOR) ** 2 / 2
 
     best = 0.0
     for step in (0.5, 0.1, 0.02, 0.004):  # of the temperature's logarithm, from -3.7 to 3.7
-        best = min((best + step * i for i in range(-6, 7)), key=improbability)
+        best = min((best + step * i for i in range(-6, 7)), key=negative_log_posterior)
     return math.exp(best)
 
 

@@ -30,7 +30,7 @@ def test_the_fast_copy_has_the_same_outputs(name, image_size):
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "resnet18"])
 def test_the_fast_copy_in_bf16_and_in_micro_batches(name, replace):
-    replace("LAYER", 1_600_000)  # so that the first stages take these few images in parts
+    replace("LAYER_ELEMENTS", 1_600_000)  # so that the first stages take these few images in parts
     model = random_model(name, 64)
     images = noise(model, 8)
     with torch.inference_mode():
