@@ -128,10 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
         complete = all_trained and all(each.complete for each in trained)
         if is_first():
-            for each in trained if all_trained else ():  # else the same command needs them
+            for each in trained if all_trained else ():  # if a model failed, the same command resumes from them
                 (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
             complete &= summarize(trained, rows, data, args.output)
-    best = max(trained, key=lambda each: each.row["val_accuracy"]).model.name
+    best = results.best_model([each.row for each in trained])["model"]
     checkpoint = args.output / "checkpoints" / f"{best}.pt"
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
@@ -273,8 +273,9 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     recipe = replace(FINE_TUNING, epochs=args.fine_tune, lr=args.fine_tune_lr, class_weights=args.class_weights)
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
-    # the key leaves out the classifier, which a GPU may not reproduce bit for bit
+    # the key holds how the classifier was trained, not its weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
+    settings += frozen.row["recipe"], frozen.row["precision"], frozen.row["features"]["unreadable"]
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
@@ -297,10 +298,10 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
         unread |= {str(error) for error in errors}
         accuracies[part] = [loss_and_accuracy(logits[part], data.parts[part].labels)[1]]
-    extraction = frozen.row["features"]
+    unread |= {*frozen.row["features"]["unreadable"]}
     row = {
         **frozen.row,
-        "features": {**extraction, "unreadable": sorted({*extraction["unreadable"], *unread})},
+        "features": {**frozen.row["features"], "unreadable": sorted(unread)},
         "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
         **training_row(model, recipe, precision, training.history, train_images, accuracies),
     }
@@ -319,6 +320,7 @@ def save(
     parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
     trained.row = row = {**trained.row, **provenance, **data.identity, **results.model_row(model, *parts)}
     if not is_first():
+        model.cpu()
         return
     checkpoint, file = output / "checkpoints" / f"{model.name}.pt", plots / "results.json"
     metrics = {key: value for key, value in row.items() if key not in ("history", "correct")}
@@ -359,17 +361,14 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
         results.print_table(results.comparison_table(list(compared.values())))
         visualization.draw_comparison(compared, visualization.colors(rows | compared), plots)
 
-    def check() -> None:
-        reports.append(check_data(best, data, plots))
-
     def write_page() -> None:
         visualization.write_page(compared, new[0], reports[0] if reports else None, plots)
 
     reports: list[dict] = []
-    best = max(trained, key=lambda each: each.row["val_accuracy"])
+    best = trained[new.index(results.best_model(new))]
     complete = attempt("ensemble", add_ensemble) if len(trained) > 1 else True
     complete &= attempt("comparison", compare)
-    complete &= attempt("check of the data", check)
+    complete &= attempt("check of the data", lambda: reports.append(check_data(best, data, plots)))
     complete &= attempt("report page", write_page)
     unreadable = sorted({reason for row in new for reason in row["features"]["unreadable"]})
     for reason in unreadable:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.audit import Unfamiliarity
-from engine.backbones import build, check_name, features_of
+from engine.backbones import FILES, build, check_name, features_of
 from engine.console import first_line
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
@@ -74,9 +74,13 @@ def find_backbone(name: str) -> Backbone:
         check_name(f"{row.name}{colon}{weights}", tuple(BACKBONES))
     if not weights:
         return row
-    return replace(
-        row, label=f"{row.label}, {weights}", plot=file_name(f"{row.plot}_{weights}"), name=f"{row.name}:{weights}"
-    )
+    names = {
+        "label": f"{row.label}, {weights}",
+        "plot": file_name(f"{row.plot}_{weights}"),
+        "name": f"{row.name}:{weights}",
+    }
+    # a file may lack the classifier
+    return replace(row, **names, keep_classifier=row.keep_classifier and not weights.endswith(FILES))
 
 
 def file_name(name: str) -> str:
@@ -319,6 +323,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         values = load_tensors(path)
         if values.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
+        find_backbone(values["name"])
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
             raise ValueError("checksum mismatch")

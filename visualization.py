@@ -72,7 +72,7 @@ def plot_history(row: dict, color: str) -> Figure:
             values = [row[f"{part}_{name}"] for row in history]
             marker = dot if len(epochs) == 1 else None  # one epoch makes no line
             axes.plot(epochs, values, linestyle=line, marker=marker, color=color, linewidth=2, label=legend)
-        axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="kept")
+        axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="best epoch")
         axes.axhline(row[f"val_{name}"], linestyle=":", color="#000000", linewidth=2, label="saved model, validation")
         axes.set_xlabel("epoch", fontsize=12)
         axes.set_ylabel(label, fontsize=12)
@@ -276,15 +276,16 @@ $sections
 <script>
 document.querySelectorAll("th").forEach((heading, i) => heading.onclick = () => {
   const body = document.querySelector("tbody"), text = row => row.cells[i].textContent;
-  const order = (a, b) => parseFloat(text(b)) - parseFloat(text(a)) || text(a).localeCompare(text(b));
+  const value = row => parseFloat(text(row)) || 0;  // "best" is a difference of 0
+  const order = (a, b) => value(b) - value(a) || text(a).localeCompare(text(b));
   body.append(...[...body.rows].sort(order));
 });
 </script>
 """)
 LISTED = 50  # near-duplicates and label errors on the page
 CAPTIONS = {  # how to read a model's plots
-    "": "The dot is the epoch that is kept. The dotted line is the saved model, which may have a part without epochs: "
-    "ridge regression.",
+    "": "The dot is the best epoch. The dotted line is the saved model, which may include ridge regression, fitted "
+    "without epochs.",
     "_confusion": "Blue: right. Orange: images of the class on the left that were taken for the class below.",
     "_reliability": "On the diagonal, the model is right as often as its probability says. Larger dots: more images.",
     "_mistakes": "The most confident mistakes, of every class in turn. Some are errors of the label.",

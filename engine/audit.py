@@ -20,10 +20,10 @@ SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.93  # near-duplicates have a higher co
 NEIGHBORS = slice(5, 11)  # ordinary neighbours of an image, by rank
 ORDINARY = 0.5  # near-duplicates differ less than this, times the first percentile of ordinary neighbours' differences
 SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
-SOFTENING = 2.0  # a temperature: planted label errors rank higher if runners-up count more
+SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
 IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess
 UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
-ENOUGH = 19  # the smallest number of validation images of which the most unfamiliar one shows a bound of 5 %
+ENOUGH = 19  # the fewest validation images whose largest score is a valid threshold of 5 %
 SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfamiliarity
 
 
@@ -37,8 +37,8 @@ def audit(
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
     `parts` are the training, validation and test images (data.Images), and `features` theirs. `logits` (N, classes) of
-    all images come from a model that was fitted without the image. `correct` says which test images another one got
-    right.
+    all images come from a model that was fitted without the image. `correct` says which test images the model
+    classified correctly.
     """
     labels = torch.cat([part.labels for part in parts.values()])
     described = [
@@ -173,7 +173,7 @@ class Unfamiliarity(nn.Module):
         self.project = RandomProjection(width, self.SIZE, generator)
         self.register_buffer("centers", torch.zeros(classes, self.SIZE))
         self.register_buffer("whitening", torch.eye(self.SIZE))
-        self.register_buffer("weights", torch.zeros(3))  # of the distance, of the doubt, and of 1
+        self.register_buffer("weights", torch.zeros(3))  # of distance, doubt and bias
 
     def distance_and_doubt(self, features: Tensor, logits: Tensor) -> Tensor:
         """(B, width), (B, classes) -> (B, 2)"""

@@ -120,7 +120,7 @@ def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn
     try:
         try:
             network = timm.create_model(name, img_size=image_size or preprocessing["image_size"], **options)
-        except TypeError:  # it takes images of any size
+        except Exception:  # it takes images of any size, or not of this one
             network = timm.create_model(name, **options)
     except Exception as error:  # no network, or whatever the hub raises
         raise OSError(
@@ -182,6 +182,8 @@ def _load_file(network: nn.Module, file: Path, architecture: str) -> None:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # no such file, no safetensors, or whatever a damaged file makes torch raise
         raise OSError(f"{file} cannot be loaded ({first_line(error)})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{file} holds no state dict")
     for name in ("state_dict", "model"):  # as training scripts save it
         state = state.get(name, state)
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}

@@ -43,7 +43,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
     except BrokenPipeError:  # as in `inference.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)

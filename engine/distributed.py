@@ -19,7 +19,8 @@ WAIT = timedelta(hours=6)  # for another process, which may wait for another run
 
 
 def spmd(main: Callable[[], int]) -> Callable[[], int]:
-    """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints.
+    """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints,
+    apart from errors.
 
     Other programs set WORLD_SIZE, too; without torchrun it means nothing here.
     """

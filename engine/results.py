@@ -161,12 +161,12 @@ def headline(rows: Sequence[dict]) -> str:
     low, high = metrics.wilson_interval(accuracy, test)
     text = (
         f"{train + val + test:,} images of {count_of(len(best['classes']), 'class')}: {train:,} for training, {val:,} "
-        f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It has {accuracy:.1%} "
-        f"of the test images right (95 % interval: {low:.1%} to {high:.1%})."
+        f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It classifies "
+        f"{accuracy:.1%} of the test images correctly (95 % interval: {low:.1%} to {high:.1%})."
     )
     others = [(row["label"], *difference_from(best, row)) for row in models if row is not best]
     if close := [label for label, difference, margin in others if abs(difference) <= margin]:
-        text += f" The difference to {', '.join(close)} is not significant."
+        text += f" The difference from {', '.join(close)} is not significant."
     return text
 
 

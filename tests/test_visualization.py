@@ -28,7 +28,7 @@ def test_the_report_page_is_complete(run, plots, photos, tmp_path):
     assert page.count("<figure") == page.count("<figcaption>") == len(drawn)  # each says how it is read
     best = max(results(tmp_path), key=lambda row: row["val_accuracy"])
     assert "<p>79 images of 3 classes: 48 for training, 12 for validation, 19 for testing." in page
-    assert f"validation is {best['label']}. It has {best['test_accuracy']:.1%} of the test images right" in page
+    assert f"validation is {best['label']}. It classifies {best['test_accuracy']:.1%} of the test images" in page
     data = page[page.index("<h2>The data</h2>") :]
     assert "1 test image has near-duplicates" in data and "copy.png (test, red)</li>" in data
     assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
