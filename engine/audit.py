@@ -16,7 +16,7 @@ from engine.layers import RandomProjection, Standardize
 
 COMPARED = 100_000  # with more images than this, near_duplicates gives up
 CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
-SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.93  # near-duplicates have a higher cosine and a higher correlation
+SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.95  # near-duplicates have a higher cosine and a higher correlation
 NEIGHBORS = slice(5, 11)  # ordinary neighbours of an image, by rank
 ORDINARY = 0.5  # near-duplicates differ less than this, times the first percentile of ordinary neighbours' differences
 SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
