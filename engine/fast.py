@@ -128,7 +128,7 @@ def to_channels_last(module: nn.Module) -> None:
     """Changes the memory format of the weights of convolutions. Module.to() fails for networks with 5-D buffers."""
     for tensor in module.parameters():
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 class _Packer:

@@ -34,7 +34,7 @@ def interrupted(*args):
     return train_one_epoch(*args)
 
 epochs = []
-replace_everywhere("measure_cost", lambda *args: {{}})
+replace_everywhere("measure_cost", lambda *args: {{"multiply_adds": 1, "images_per_second": 1}})
 run_script(spmd(main))
 """
 
