@@ -120,6 +120,8 @@ def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn
     try:
         try:
             network = timm.create_model(name, img_size=image_size or preprocessing["image_size"], **options)
+        except OSError:  # of the hub
+            raise
         except Exception:  # it takes images of any size, or not of this one
             network = timm.create_model(name, **options)
     except Exception as error:  # no network, or whatever the hub raises
