@@ -323,7 +323,6 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         values = load_tensors(path)
         if values.get("schema") != SCHEMA:
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
-        find_backbone(values["name"])
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
             raise ValueError("checksum mismatch")

@@ -302,11 +302,8 @@ def fine_tune(
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
     ]
-    network, cores, parts = model, torch.get_num_threads(), 1
-    if device.type == "cpu":  # cuDNN has a fast BatchNorm of its own
-        most = max(1, min(cores, recipe.batch_size // 8))  # parts of at least 8 images
-        parts = next(count for count in range(most, 0, -1) if cores % count == 0)  # no core is left over
-        network = training_copy(model, parts)
+    cores, parts = torch.get_num_threads(), _parts_of_a_batch(recipe, device)
+    network = training_copy(model, parts) if device.type == "cpu" else model  # cuDNN has a fast BatchNorm of its own
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
     training.best_loss = start_loss  # of the weights in training.best
     if features:
@@ -321,6 +318,13 @@ def fine_tune(
     if training.best_loss == start_loss:
         print(f"{model.name}: no epoch is better on validation than the frozen model, whose weights are kept")
     return training
+
+
+def _parts_of_a_batch(recipe: Recipe, device: torch.device) -> int:
+    """Into how many parts of at least 8 images a batch is cut on a CPU, so that no core is left over."""
+    cores = torch.get_num_threads() if device.type == "cpu" else 1
+    most = max(1, min(cores, recipe.batch_size // 8))
+    return next(count for count in range(most, 0, -1) if cores % count == 0)
 
 
 def load_progress(file: Path, key: str) -> dict | None:

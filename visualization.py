@@ -305,11 +305,8 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
     )
     sections = f"<h2>Comparison</h2><section>{comparison}</section>"
     if report:
-        plots = [_figure(folder / f"{row['plot']}_data.png", CAPTIONS["_data"], "alone") for row in models]
-        sections += (
-            f"<h2>The data</h2><p>{escape(summary(report).capitalize())}.</p><section>{''.join(plots)}</section>"
-        )
-        sections += _listed(report)
+        plot = _figure(folder / f"{rows[report['model']]['plot']}_data.png", CAPTIONS["_data"], "alone")
+        sections += f"<h2>The data</h2><p>{escape(summary(report))}.</p><section>{plot}</section>{_listed(report)}"
     for row in models:
         plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in KINDS if kind != "_data"]
         sections += f"<h2>{escape(row['label'])}</h2><section>{''.join(plots)}</section>"
@@ -346,8 +343,8 @@ def _listed(report: dict) -> str:
     errors = [f"{name(e)}: rather {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
     text = ""
     for title, lines in (("near-duplicates", pairs), ("label errors", errors)):
-        if more := len(lines) - LISTED:
-            lines = [*lines[:LISTED], *([f"and {more:,} more in data.json"] if more > 0 else [])]
+        if len(lines) > LISTED:
+            lines = [*lines[:LISTED], f"and {len(lines) - LISTED:,} more in data.json"]
         items = "".join(f"<li>{escape(printable(line))}</li>" for line in lines)
         text += f"<details><summary>All {title}</summary><ul>{items}</ul></details>" if lines else ""
     return text

@@ -19,6 +19,7 @@ from engine.console import run_script
 from engine.features import Features
 from models import TransferModel
 
+Arrays = tuple[np.ndarray, np.ndarray]  # features (N, width) and labels (N,)
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C: smaller values regularise more
 
 
@@ -29,12 +30,7 @@ def main() -> int:
         model = TransferModel(name, data.classes, CIFAR10_SIZE)
         parts = extract(model, data.train, data.val, data.test)
         train, val, test = ((last_block(model, features), labels.numpy()) for features, labels in parts)
-        candidates = []
-        for strength in STRENGTHS:
-            candidate = logistic_regression(strength).fit(*train)
-            candidates.append((candidate.score(*val), strength, candidate))
-            print(f"{name}: C {strength:g}, validation {candidates[-1][0]:.2%}")
-        accuracy, strength, best = max(candidates, key=lambda row: row[0])
+        accuracy, strength, best = best_on_validation(train, val)
         found = f"validation {accuracy:.2%}, test {best.score(*test):.2%}"
         print(f"{name}: {train[0].shape[1]} features, C {strength:g}: {found}")
     return 0
@@ -44,6 +40,15 @@ def last_block(model: TransferModel, features: Features) -> np.ndarray:
     """The features of the last block alone, which are the last columns."""
     width = model.features(model.example()).shape[1]
     return torch.cat([block[:, -width:] for block in features.blocks()]).numpy()
+
+
+def best_on_validation(train: Arrays, val: Arrays) -> tuple[float, float, Pipeline]:
+    """The validation accuracy, the strength, and the classifier, fitted to the training images."""
+    candidates = []
+    for strength in STRENGTHS:
+        candidate = logistic_regression(strength).fit(*train)
+        candidates.append((candidate.score(*val), strength, candidate))
+    return max(candidates, key=lambda row: row[0])
 
 
 def logistic_regression(strength: float) -> Pipeline:

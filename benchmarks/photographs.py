@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import DEVICE, Part, arguments, batches, fit, new_model, print_header, print_row
-from logistic_regression import STRENGTHS, last_block, logistic_regression
+from logistic_regression import best_on_validation, last_block, logistic_regression
 from torch import nn
 
 from data import Data, load_data
@@ -109,9 +109,9 @@ def ours(model: TransferModel, train: Part, val: Part) -> object:
 
 def regression(model: TransferModel, train: Part, val: Part) -> object:
     known, held_out = ((last_block(model, features), labels.numpy()) for features, labels in (train, val))
-    strengths = {strength: logistic_regression(strength).fit(*known).score(*held_out) for strength in STRENGTHS}
+    _, strength, _ = best_on_validation(known, held_out)
     both = [np.concatenate(pair) for pair in zip(known, held_out, strict=True)]
-    best = logistic_regression(max(strengths, key=strengths.get)).fit(*both)
+    best = logistic_regression(strength).fit(*both)
     return lambda features: torch.from_numpy(best.predict(last_block(model, features)))
 
 

@@ -1,5 +1,6 @@
 """Plots and the report page."""
 
+import json
 import os
 import shutil
 import sys
@@ -31,6 +32,12 @@ def test_the_report_page_is_complete(run, plots, photos, tmp_path):
     assert f"validation is {best['label']}. It classifies {best['test_accuracy']:.1%} of the test images" in page
     data = page[page.index("<h2>The data</h2>") :]
     assert "1 test image has near-duplicates" in data and "copy.png (test, red)</li>" in data
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    rows = {row["model"]: row for row in results(tmp_path)}
+    for row in rows.values():  # an earlier run may have drawn the same for another model
+        (tmp_path / "plots" / f"{row['plot']}_data.png").write_bytes(b"an image")
+    visualization.write_page(rows, best, report, tmp_path / "plots")
+    assert (tmp_path / "plots" / "report.html").read_text().count('_data"') == 1
     assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
 
 
