@@ -38,6 +38,8 @@ def arguments(description: str, **options: object) -> argparse.Namespace:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, type):
             parser.add_argument(flag, type=value, required=True)
+        elif value is False:
+            parser.add_argument(flag, action="store_true")
         elif isinstance(value, list):
             parser.add_argument(flag, type=type(value[0]), nargs="+", default=value, help=f"default: {value}")
         else:
