@@ -22,7 +22,7 @@ import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -81,6 +81,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error(f"{urls[0]} is a URL: download the image first, for example with curl -O")
     if args.evaluate and (len(args.paths) != 1 or not Path(args.paths[0]).is_dir()):
         parser.error("--evaluate takes one folder, which holds a folder of images for each class")
+    if args.evaluate and args.format != "text":
+        parser.error(f"--evaluate prints text; it writes the wrong answers to {args.output}/MODEL_wrong.csv")
     return args
 
 
@@ -150,7 +152,6 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
     skipped = Counter()
     if not args.paths:
         data = data_of(model, args.cache)
-        print(*data.notes, sep="\n", end="\n" if data.notes else "", file=sys.stderr)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:SAMPLE]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
@@ -162,12 +163,17 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
     return images.items, list(zip(images.paths(), labels, strict=True)), skipped
 
 
+@lru_cache
 def data_of(model: TransferModel, cache: Path) -> Data:
-    """The images of the run that trained the model, in the parts in which they were then."""
-    source = model.metrics.get("data", "cifar10")
-    if "split" not in model.metrics:  # saved without main_train.py
-        return load_data(source, cache)
-    return load_split(source, cache, model.path.with_name(f"split-{model.metrics['split']}.json"))
+    """The images of the run that trained the model, in the parts in which they were then. Prints notes about them."""
+    source, split = (model.metrics.get(key) for key in ("data", "split"))
+    if split:
+        data = load_split(source, cache, model.path.with_name(f"split-{split}.json"))
+    else:  # saved without main_train.py
+        data = load_data(source or "cifar10", cache)
+    for note in data.notes:
+        print(note, file=sys.stderr)
+    return data
 
 
 def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Iterator[Path]:

@@ -38,7 +38,7 @@ from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
-from engine.metrics import fit_temperature, loss_and_accuracy, with_unread
+from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
@@ -285,20 +285,20 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         if is_first():
             attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
 
-    start = {
-        "start_loss": gather(loss_and_accuracy(frozen.logits["val"], data.val.labels)[0])[0],
-        "features": frozen.features["train"].features,
-        "progress": progress,
-        "after_epoch": save_progress,
-    }
-    training = train_utils.fine_tune(model.cpu(), train, val, recipe, precision, device, args.seed, **start)
+    steps = recipe, precision, device, args.seed, frozen.features["train"].features, progress, save_progress
+    training = train_utils.fine_tune(model.cpu(), train, val, *steps)
     unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
-    train_images, fast, logits, accuracies = len(train) - len(unread), fast_copy(model, device), {}, {}
+    train_images, fast, logits = len(train) - len(unread), fast_copy(model, device), {}
     for part in ("val", "test"):
         logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
         unread |= {str(error) for error in errors}
-        accuracies[part] = [loss_and_accuracy(logits[part], data.parts[part].labels)[1]]
     unread |= {*frozen.row["features"]["unreadable"]}
+    loss, frozen_loss = (calibrated_loss(each["val"], data.val.labels) for each in (logits, frozen.logits))
+    if not loss < gather(frozen_loss)[0]:  # also if it is not a number
+        print(f"{model.name}: no better on validation than the frozen model, whose weights are kept")
+        model, logits = copy.deepcopy(frozen.model), frozen.logits
+        model.fine_tuned = True
+    accuracies = {part: [loss_and_accuracy(rows, data.parts[part].labels)[1]] for part, rows in logits.items()}
     row = {
         **frozen.row,
         "features": {**frozen.row["features"], "unreadable": sorted(unread)},

@@ -281,16 +281,14 @@ def fine_tune(
     precision: str,
     device: torch.device,
     seed: int,
-    start_loss: float = math.inf,
     features: Features | None = None,
     progress: dict | None = None,
     after_epoch: Callable[[Training], None] = lambda training: None,
 ) -> Training:
     """Trains the whole model on images, from the start or from a training's `progress`.
 
-    The model keeps its weights if no epoch has a lower validation loss than `start_loss`, that of the frozen model,
-    whose training images' features are `features`. Under torchrun all processes call this; each takes its share of
-    every batch.
+    `features` are those of the frozen model for the training images: a linear layer that was fitted to validation
+    images as well is fitted to these alone. Under torchrun all processes call this; each takes its share of every batch.
     """
 
     def batches(images: Images, seed: int | None = None) -> Batches:
@@ -305,7 +303,6 @@ def fine_tune(
     cores, parts = torch.get_num_threads(), _parts_of_a_batch(recipe, device)
     network = training_copy(model, parts) if device.type == "cpu" else model  # cuDNN has a fast BatchNorm of its own
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
-    training.best_loss = start_loss  # of the weights in training.best
     if features:
         refit_linear(model.classifier, features, train.labels, len(val), recipe.class_weights)
     if progress:
@@ -315,8 +312,6 @@ def fine_tune(
             fit(training, model.name, lambda: after_epoch(training))
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of memory: use --batch-size {max(1, recipe.batch_size // 2)}") from error
-    if training.best_loss == start_loss:
-        print(f"{model.name}: no epoch is better on validation than the frozen model, whose weights are kept")
     return training
 
 

@@ -55,9 +55,8 @@ class ImageLoader:
     def __call__(self, batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         results = list(self.pool.map(self.read, batch.tolist(), [None] * len(batch) if draws is None else draws))
         readable = [i for i, image in enumerate(results) if image is not None]
-        if not readable:
-            raise OSError("no image of a batch can be read: are the files still there?")
-        return preprocess([results[i] for i in readable], self.preprocessing, self.device), batch[readable]
+        images = [results[i] for i in readable] or torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+        return preprocess(images, self.preprocessing, self.device), batch[readable]
 
 
 class Batches:
@@ -124,6 +123,8 @@ class Batches:
         if self.processes > 1:
             dist.all_reduce(sums)
         loss, correct, images = sums.tolist()
+        if not images:
+            raise OSError("no image can be read: are the files still there?")
         return loss / images, correct / images
 
 

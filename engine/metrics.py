@@ -108,6 +108,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(best)
 
 
+def calibrated_loss(logits: Tensor, labels: Tensor) -> float:
+    """The mean cross-entropy at the temperature of these logits."""
+    return loss_and_accuracy(logits / fit_temperature(logits, labels), labels)[0]
+
+
 def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of an accuracy on `count` images (Wilson 1927)."""
     z = 1.96

@@ -122,9 +122,9 @@ def no_network(monkeypatch):
 
 def replace_everywhere(name: str, new: object, setattr: Callable = setattr) -> object:
     """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
-    files = [(module, getattr(module, "__file__", None)) for module in list(sys.modules.values())]
-    project = [module for module, file in files if file and Path(file).parent in (ROOT, ROOT / "engine")]
-    holders = [module for module in project if name in vars(module)]
+    folders = str(ROOT), str(ROOT / "engine")
+    holders = [module for module in list(sys.modules.values()) if name in vars(module)]
+    holders = [module for module in holders if os.path.dirname(getattr(module, "__file__", None) or "") in folders]
     before = vars(holders[0])[name]
     for module in holders:
         setattr(module, name, new)
@@ -139,7 +139,7 @@ def replace(monkeypatch):
 
 @pytest.fixture
 def plots():
-    """A test with this fixture draws its plots; otherwise `run` saves blank ones, in half the time."""
+    """A test with this fixture draws a model's plots; otherwise `run` saves blank ones."""
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
     Equal models share a fast copy.
     """
     if "plots" not in request.fixturenames:
-        blank = Image.new("RGB", (1, 1))
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: blank.save(file, "png"))
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+        replace("draw_model", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
     speed = {"one": 100.0, "best": 200.0, "best_batch_size": 32}
@@ -168,6 +168,10 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
         return left.value.code, out, without_progress(err)
 
     return command
+
+
+def save_blank(figure: object, file: object, **options: object) -> None:
+    Image.new("RGB", (1, 1)).save(file, "png")
 
 
 FAST_COPIES: dict[str, torch.nn.Module] = {}

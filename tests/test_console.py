@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, finish, start
+from conftest import QUICK, ROOT, SMALL, finish, start
 
 import inference
 import main_train
@@ -40,14 +40,16 @@ def test_a_notebooks_stdout_cannot_be_reconfigured(photos, weights, tmp_path, mo
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_without_a_traceback(tmp_path, photos, signum, code):
+def test_signals_end_without_a_traceback(run, replace, photos, tmp_path):
     process = start(ROOT / "main_train.py", "--demo", "--epochs", 100000, cwd=tmp_path)
     process.stdout.readline()  # the data are loaded
     time.sleep(1)
-    process.send_signal(signum)
-    found, _, err = finish(process)
-    assert found == code and err == ("Interrupted. Run the same command to resume.\n" if code == 130 else "")
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert (code, err) == (130, "Interrupted. Run the same command to resume.\n")
+    replace("train_one_epoch", lambda *args: signal.raise_signal(signal.SIGTERM))
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert (code, err) == (143, "") and not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import main_train
 PROGRAM = """
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import inference, main_train, replace_everywhere, run_script
+import matplotlib.figure
+from conftest import inference, main_train, replace_everywhere, run_script, save_blank
 from engine.distributed import spmd
 
 def main():
@@ -34,6 +35,7 @@ def interrupted(*args):
     return train_one_epoch(*args)
 
 epochs = []
+matplotlib.figure.Figure.savefig = save_blank
 replace_everywhere("measure_cost", lambda *args: {{"multiply_adds": 1, "images_per_second": 1}})
 run_script(spmd(main))
 """

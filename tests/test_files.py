@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, ROOT, SMALL, finish, start, without_progress
+from conftest import QUICK, ROOT, SMALL, without_progress
 
 import main_train
 from engine.files import locked
@@ -42,12 +42,12 @@ def test_a_failed_write_keeps_the_old_file(run, photos, tmp_path):
     command = ("--data", photos, *SMALL, *QUICK)
     run(main_train, *command)
     checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
-    before = checkpoint.read_bytes()
-
-    def limit_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
-
-    code, _, err = finish(start(ROOT / "main_train.py", *command, "--seed", 1, cwd=tmp_path, preexec_fn=limit_files))
+    before, (soft, hard) = checkpoint.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))
+    try:
+        code, _, err = run(main_train, *command, "--seed", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and str(checkpoint.relative_to(tmp_path)) in err and "MB are free" in err
     assert checkpoint.read_bytes() == before and not list(tmp_path.rglob("*.part"))
 
@@ -60,7 +60,7 @@ def own_mounts_work() -> bool:
 
 
 @pytest.mark.skipif(not own_mounts_work(), reason="needs a system that lets users mount")
-def test_full_disk_read_only_folder_and_no_home(photos, weights, tmp_path, monkeypatch):
+def test_a_full_disk_and_a_read_only_folder(photos, weights, tmp_path, monkeypatch):
     """On real file systems, without a network, from a warm cache of weights."""
 
     def namespace(script, *args):
@@ -71,7 +71,6 @@ def test_full_disk_read_only_folder_and_no_home(photos, weights, tmp_path, monke
         return done.returncode, without_progress(done.stderr)
 
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    monkeypatch.setenv("HOME", "/proc/nowhere")
     for folder in ("out", "data"):
         (tmp_path / folder).mkdir()
     # the first checkpoint finds room, the second doesn't
@@ -90,6 +89,10 @@ def test_full_disk_read_only_folder_and_no_home(photos, weights, tmp_path, monke
     assert code == 2 and "data/features/mobilenet_v3_small" in err and "No space left" in err
     code, err = namespace('mount --bind . .; mount -o remount,ro,bind .; cd .; cd "$PWD"; "$@"', *two[:1])
     assert code == 2 and "Read-only file system" in err and err.count("error") == 1
+
+
+def test_no_home(run, photos, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/nowhere")
     monkeypatch.delenv("TORCH_HOME")
-    code, err = namespace('"$@"', *two[:1])
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 2 and "/proc/nowhere" in err.splitlines()[-1]
