@@ -147,7 +147,7 @@ def classes_without_images(classes: tuple[str, ...], images: Images) -> str:
 
 
 def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
-    """The images without 20 % of each class, and these: at least one, but none of a class smaller than `at_least`."""
+    """Holds out 20 % of each class, at least one image, but none of a class smaller than `at_least`. Returns both."""
     counts = images.labels.bincount()
     held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
     chosen = _ranks(images.labels, seed) < held_out[images.labels]

@@ -23,12 +23,13 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from data import Data, load_data, load_split
-from engine.console import HelpFormatter, Progress, first_line, positive, printable, run_script
+from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
 from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, spmd
 from engine.export import export
@@ -58,8 +59,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="where --evaluate writes confusion matrices, mistakes, and MODEL_wrong.csv")  # fmt: skip
     add("--ensemble", action=BooleanOptionalAction,
         help="one answer of all models (default: if all have the same classes)")  # fmt: skip
-    add("--top-k", type=positive(int), default=3, metavar="K", help="labels for each image")
-    add("--threshold", type=positive(float, below=1), metavar="P", help="mark answers below this probability as unsure")
+    add("--top-k", type=number(int), default=3, metavar="K", help="labels for each image")
+    add("--threshold", type=number(float, below=1), metavar="P", help="mark answers below this probability as unsure")
     add("--format", choices=("text", "json", "csv"), default="text",
         help=f"json: one object a line; csv: {', '.join(COLUMNS)}")  # fmt: skip
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     items, known, unused = choose_images(args, models[0])
     if args.format == "csv":
-        csv.writer(sys.stdout).writerow(COLUMNS)
+        print_csv(COLUMNS)
     answers, unread = [], 0
     for item, records in classify(args, models, items, known):
         failed = "error" in records[0]
@@ -222,12 +223,16 @@ def print_records(records: list[dict], format: str) -> None:
         if format == "json":
             print(json.dumps(record))
         elif format == "csv":
-            csv.writer(sys.stdout).writerow([record.get(column) for column in COLUMNS])
+            print_csv([record.get(column) for column in COLUMNS])
         elif "error" in record:
             print(f"error: {printable(record['error'])}", file=sys.stderr)
         else:
             name = f"{record['model']}: " if len(records) > 1 else ""
             print(f"{printable(record['path'])}: {name}{answer_text(record)}")
+
+
+def print_csv(row: Sequence[object]) -> None:
+    csv.writer(sys.stdout, lineterminator="\n").writerow(row)
 
 
 def answer_text(record: dict) -> str:
@@ -306,7 +311,8 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
     """Draws a heat map of each image's label, and the training images with the most similar features."""
     import visualization
 
-    images, captions = read_for_plot(captioned, SAMPLE, model.preprocessing["image_size"])  # the pixels that it saw
+    shown = islice(read_for_plot(captioned, model.preprocessing["image_size"]), SAMPLE)
+    images, captions = zip(*shown, strict=True)
     rows = [[(image, caption, None)] for image, caption in zip(images, captions, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
         heat = torch.cat([batch.outputs[0] for batch in run_images([model.to(args.device)], images, heat_map)])
@@ -333,7 +339,7 @@ def similar_training_images(model: TransferModel, images: list[Item], args: Name
     labels = [printable(data.classes[label]) for label in train.labels]
     for found in most_similar(model.cpu(), rows, known.features, SIMILAR):
         captioned = [(train.items[i], f"{labels[i]}, {cosine:.2f}") for i, cosine in found]
-        yield [(*each, None) for each in zip(*read_for_plot(captioned, SIMILAR), strict=True)]
+        yield [(image, caption, None) for image, caption in read_for_plot(captioned)]
 
 
 if __name__ == "__main__":

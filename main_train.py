@@ -32,7 +32,7 @@ from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
-from engine.console import HelpFormatter, attempt, count_of, first_line, positive, printable, run_script, seed_number
+from engine.console import HelpFormatter, attempt, count_of, first_line, number, printable, run_script
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
@@ -44,47 +44,43 @@ from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    def backbone(name: str) -> str:
-        try:
-            return models.find_backbone(name) and name
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
-    add("--models", nargs="+", type=backbone, metavar="NAME", default=three,
+    add("--models", nargs="+", metavar="NAME", default=three,
         help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
     add("--data", default="cifar10", help="cifar10, or an image folder: DIR/CLASS/* or DIR/{train,val,test}/CLASS/*")
-    add("--epochs", type=positive(int), default=RECIPE.epochs, help="epochs of classifier training")
-    add("--batch-size", type=positive(int), default=RECIPE.batch_size, help="images a step; fewer in small data sets, "
-        f"at most {FINE_TUNING.batch_size} in fine-tuning")  # fmt: skip
-    add("--lr", type=positive(float), default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
+    add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
+    add("--batch-size", type=number(int), default=RECIPE.batch_size, help="images per step; small data sets get fewer, "
+        f"fine-tuning at most {FINE_TUNING.batch_size}")  # fmt: skip
+    add("--lr", type=number(float), default=RECIPE.lr, help="peak learning rate of the one-cycle schedule")
     add("--class-weights", action="store_true", help="weigh images of rare classes more")
     add("--views", type=int, choices=(1, 2), default=2, help="2: features are the mean over an image and its mirror "
         "image, which gains a point or two for twice the time")  # fmt: skip
-    add("--seeds", type=positive(int), default=1, metavar="N", help="train N classifiers, report the mean, keep one")
-    add("--fine-tune", type=positive(int), metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
-    add("--fine-tune-lr", type=positive(float), default=FINE_TUNING.lr, metavar="LR",
+    add("--seeds", type=number(int), default=1, metavar="N", help="train N classifiers, report the mean, keep one")
+    add("--fine-tune", type=number(int), metavar="EPOCHS", help="then train the backbone, too: <model>_finetuned")
+    add("--fine-tune-lr", type=number(float), default=FINE_TUNING.lr, metavar="LR",
         help=f"the backbone's peak learning rate; the classifier's is {CLASSIFIER_LR_FACTOR:g} times that")  # fmt: skip
-    add("--image-size", type=positive(int), metavar="PIXELS",
+    add("--image-size", type=number(int), metavar="PIXELS",
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
-    add("--limit", type=positive(int), metavar="N",
-        help="use N images for training and validation, and that share of the test images")  # fmt: skip
+    add("--limit", type=number(int), metavar="N",
+        help="use only N of the training and validation images, and the same share of the test images")  # fmt: skip
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
     add("--precision", choices=("auto", *DTYPES), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
         "supports it, but answers depend a little on the machine; auto: bf16 if supported")  # fmt: skip
-    add("--seed", type=seed_number, default=0, help="random seed of the classifier and the order of the batches")
+    add("--seed", type=number(int, -1, 2**32), default=0, help="random seed of the classifier and the batches' order")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
     args = parser.parse_args(argv)
     args.models = list(dict.fromkeys(args.models))
+    for name in args.models:
+        models.find_backbone(name)  # raises ValueError if there is none
     if args.demo:
         args.data, args.output = "demo", (args.output or Path()) / "demo"
         args.cache, args.image_size = args.output, args.image_size or 64
@@ -112,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     args.precision = gather(pick_precision(args.precision, device))[0]
     if args.precision == "bf16" and not computes_in_bf16(device):
-        print("this processor has no bf16 instructions: expect up to forty times the time of fp32", file=sys.stderr)
+        print("no bf16 instructions are known here: expect up to forty times the time of fp32", file=sys.stderr)
     provenance = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
@@ -128,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
         complete = all_trained and all(each.complete for each in trained)
         if is_first():
-            for each in trained if all_trained else ():  # if a model failed, the same command resumes from them
+            for each in trained if all_trained else ():  # if a model failed, the same command needs these files
                 (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
             complete &= summarize(trained, rows, data, args.output)
     best = results.best_model([each.row for each in trained])["model"]
@@ -224,9 +220,9 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         classifier = (model if seed == args.seed else new_model(name, data, args, seed)).classifier.to(device)
         torch.manual_seed(seed)
         start, title = synchronized_time(device), f"{name} classifier"
-        fit = batches("train", seed), batches("val"), recipe, precision, title
-        with threads(1):  # more threads hardly help, and lose time waiting for each other if other programs run
-            history, val_logits = train_utils.fit_classifier(classifier, *fit)
+        parts = batches("train", seed), batches("val")
+        with threads(1):  # these matrices are too small to gain from more
+            history, val_logits = train_utils.fit_classifier(classifier, *parts, recipe, precision, title)
             logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
         return logits, history, synchronized_time(device) - start
 
@@ -273,7 +269,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
     recipe = replace(FINE_TUNING, epochs=args.fine_tune, lr=args.fine_tune_lr, class_weights=args.class_weights)
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
-    # the key holds how the classifier was trained, not its weights, which a GPU may not reproduce bit for bit
+    # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
     settings += frozen.row["recipe"], frozen.row["precision"], frozen.row["features"]["unreadable"]
     key = content_hash(model.features.state_dict(), settings)
@@ -285,14 +281,15 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         if is_first():
             attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
 
-    steps = recipe, precision, device, args.seed, frozen.features["train"].features, progress, save_progress
-    training = train_utils.fine_tune(model.cpu(), train, val, *steps)
+    known = frozen.features["train"].features
+    training = train_utils.fine_tune(
+        model.cpu(), train, val, recipe, precision, device, args.seed, known, progress, save_progress
+    )
     unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
     train_images, fast, logits = len(train) - len(unread), fast_copy(model, device), {}
     for part in ("val", "test"):
         logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
         unread |= {str(error) for error in errors}
-    unread |= {*frozen.row["features"]["unreadable"]}
     loss, frozen_loss = (calibrated_loss(each["val"], data.val.labels) for each in (logits, frozen.logits))
     if not loss < gather(frozen_loss)[0]:  # also if it is not a number
         print(f"{model.name}: no better on validation than the frozen model, whose weights are kept")
@@ -301,7 +298,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     accuracies = {part: [loss_and_accuracy(rows, data.parts[part].labels)[1]] for part, rows in logits.items()}
     row = {
         **frozen.row,
-        "features": {**frozen.row["features"], "unreadable": sorted(unread)},
+        "features": {**frozen.row["features"], "unreadable": sorted(unread | {*frozen.row["features"]["unreadable"]})},
         "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
         **training_row(model, recipe, precision, training.history, train_images, accuracies),
     }

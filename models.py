@@ -66,21 +66,15 @@ def find_backbone(name: str) -> Backbone:
 
     Raises ValueError if there is none of that name.
     """
-    if name in BACKBONES:
-        return BACKBONES[name]
     base, colon, weights = name.partition(":")
     row = BACKBONES.get(base) or Backbone(label=base, plot=file_name(base), name=base)
-    if base not in BACKBONES or weights:
+    if name not in BACKBONES:
         check_name(f"{row.name}{colon}{weights}", tuple(BACKBONES))
     if not weights:
         return row
-    names = {
-        "label": f"{row.label}, {weights}",
-        "plot": file_name(f"{row.plot}_{weights}"),
-        "name": f"{row.name}:{weights}",
-    }
-    # a file may lack the classifier
-    return replace(row, **names, keep_classifier=row.keep_classifier and not weights.endswith(FILES))
+    label, plot, name = f"{row.label}, {weights}", file_name(f"{row.plot}_{weights}"), f"{row.name}:{weights}"
+    keep = row.keep_classifier and not weights.endswith(FILES)  # a file may lack the classifier
+    return replace(row, label=label, plot=plot, name=name, keep_classifier=keep)
 
 
 def file_name(name: str) -> str:
@@ -117,7 +111,7 @@ class TransferModel(nn.Module):
         network, preprocessing = build(row.name, image_size, pretrained)
         own_size = preprocessing["image_size"]
         size = image_size or own_size
-        # crop: the square in the middle of a wide or tall image, instead of all of it squeezed into a square
+        # crop: the square in the middle of an image; otherwise the whole image is squeezed into a square
         self.preprocessing = {**preprocessing, "image_size": size, "crop": True}
         # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
         # loses up to 1.4 points of accuracy on fp32 features.
@@ -148,19 +142,16 @@ class TransferModel(nn.Module):
 
     @property
     def name(self) -> str:
-        name = file_name(self.backbone)
-        return f"{name}_finetuned" if self.fine_tuned else name
+        return file_name(self.backbone) + ("_finetuned" if self.fine_tuned else "")
 
     @property
     def label(self) -> str:
-        label = find_backbone(self.backbone).label
-        return f"{label}, fine-tuned" if self.fine_tuned else label
+        return find_backbone(self.backbone).label + (", fine-tuned" if self.fine_tuned else "")
 
     @property
     def plot(self) -> str:
         """How the names of the model's plots begin."""
-        plot = find_backbone(self.backbone).plot
-        return f"{plot}_finetuned" if self.fine_tuned else plot
+        return find_backbone(self.backbone).plot + ("_finetuned" if self.fine_tuned else "")
 
     def unfreeze(self) -> None:
         """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
@@ -228,7 +219,7 @@ class TransferModel(nn.Module):
 
 
 def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
-    """Gives a random backbone's BatchNorm the statistics of images. Without them a deep one loses all signal."""
+    """Sets the BatchNorm statistics of a random backbone from images. Without them, deep activations vanish."""
     images = preprocess([read_image(item) for item in items], model.preprocessing)
     norms = [module for module in model.features.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:

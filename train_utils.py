@@ -79,7 +79,8 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         scheduler.step()
-        total_loss += F.cross_entropy(logits.detach().float(), labels) * len(labels)  # stays on the device: no waiting
+        # stays on the device, so that nothing waits
+        total_loss += F.cross_entropy(logits.detach().float(), labels, reduction="sum")
         correct += (logits.argmax(dim=1) == labels).sum()
         seen += len(labels)
     return batches.means(total_loss, correct, seen)
@@ -142,14 +143,8 @@ class Training:
 
     def state_dict(self) -> dict:
         """All that changes from epoch to epoch."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "history": self.history,
-            "best": self.best,
-            "best_loss": self.best_loss,
-        }
+        parts = {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler")}
+        return {**parts, "history": self.history, "best": self.best, "best_loss": self.best_loss}
 
     def load_state_dict(self, state: dict) -> None:
         for part in ("model", "optimizer", "scheduler"):
@@ -288,7 +283,7 @@ def fine_tune(
     """Trains the whole model on images, from the start or from a training's `progress`.
 
     `features` are those of the frozen model for the training images: a linear layer that was fitted to validation
-    images as well is fitted to these alone. Under torchrun all processes call this; each takes its share of every batch.
+    images, too, is fitted to these alone. Under torchrun all processes call this; each takes its share of every batch.
     """
 
     def batches(images: Images, seed: int | None = None) -> Batches:

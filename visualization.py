@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.audit import summary
 from engine.console import printable, without_user_settings
 from engine.files import atomic_write
+from engine.folders import Images
 from engine.images import Item, read_for_plot
 from engine.metrics import wilson_interval
 from engine.results import comparison_table, headline
@@ -41,7 +42,14 @@ FONTS = (  # those that are installed are used, each character from the first fo
 )  # fmt: skip
 INSTALLED = [name for name in FONTS if name in get_font_names()]
 TEXT = {"family": INSTALLED, "parse_math": False}  # of labels, which may hold $: no TeX
-KINDS = ("", "_confusion", "_reliability", "_mistakes", "_data")  # of a model's plots
+CAPTIONS = {  # of a model's plots, by the end of their names
+    "": "The dot is the best epoch. The dotted line is the saved model, which may include ridge regression, fitted "
+    "without epochs.",
+    "_confusion": "Blue: right. Orange: images of the class on the left that were taken for the class below.",
+    "_reliability": "On the diagonal, the model is right as often as its probability says. Larger dots: more images.",
+    "_mistakes": "The most confident mistakes, of every class in turn. Some are errors of the label.",
+    "_data": "The clearest near-duplicates and label errors.",
+}
 SHOWN = 12  # images in a plot
 MANY = 20  # a confusion matrix of more classes has no room for names and numbers
 Picture = tuple[np.ndarray, str, np.ndarray | None]  # an image (H, W, 3), its caption, a heat map (h, w) from 0 to 1
@@ -160,7 +168,7 @@ def plot_images(rows: Sequence[Sequence[Picture]], width: float, height: float, 
 
 def plot_predictions(captioned: Iterable[tuple[Item, str]]) -> Figure | None:
     """The first SHOWN images that can be read, four in a row. None if no image can be read."""
-    pictures = [(image, caption, None) for image, caption in zip(*read_for_plot(captioned, SHOWN), strict=True)]
+    pictures = [(image, caption, None) for image, caption in itertools.islice(read_for_plot(captioned), SHOWN)]
     if not pictures:
         return None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
@@ -182,7 +190,7 @@ def colors(rows: dict[str, dict]) -> dict[str, str]:
 
 def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor, color: str, folder: Path) -> None:
     """Draws a model's plots from its row of results.json, the test images, their labels and its logits (N, classes)."""
-    for kind in KINDS:
+    for kind in CAPTIONS:
         (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # of an earlier run
     label, classes = row["label"], [printable(name) for name in row["classes"]]
     confidence, predicted = (logits / row["temperature"]).softmax(dim=1).max(dim=1)
@@ -229,7 +237,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
     save(figure, folder / "comparison.png")
 
 
-def draw_audit(report: dict, parts: dict[str, object], file: Path) -> None:
+def draw_audit(report: dict, parts: dict[str, Images], file: Path) -> None:
     """Draws the clearest near-duplicates and label errors of an audit. `parts` are the images, by part."""
     items = {path: item for images in parts.values() for path, item in zip(images.paths(), images.items, strict=True)}
     pairs = sorted(report["near_duplicates"] or [], key=lambda pair: len({i["label"] for i in pair["images"]}) == 1)
@@ -256,7 +264,6 @@ p { max-width: 46rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
-th { cursor: pointer }
 th:first-child, td:first-child { text-align: left }
 section { columns: 24rem; column-gap: 2rem }
 figure { margin: 0 0 1.5rem; break-inside: avoid }
@@ -269,28 +276,12 @@ dd { margin: 0 0 0.5rem }
 <h1>$title</h1>
 <p>$headline</p>
 <div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
-<p>A click on a heading sorts. Differences smaller than ± are not significant (95 %).</p>
+<p>Differences smaller than ± are not significant (95 %).</p>
 $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
-<script>
-document.querySelectorAll("th").forEach((heading, i) => heading.onclick = () => {
-  const body = document.querySelector("tbody"), text = row => row.cells[i].textContent;
-  const value = row => parseFloat(text(row)) || 0;  // "best" is a difference of 0
-  const order = (a, b) => value(b) - value(a) || text(a).localeCompare(text(b));
-  body.append(...[...body.rows].sort(order));
-});
-</script>
 """)
 LISTED = 50  # near-duplicates and label errors on the page
-CAPTIONS = {  # how to read a model's plots
-    "": "The dot is the best epoch. The dotted line is the saved model, which may include ridge regression, fitted "
-    "without epochs.",
-    "_confusion": "Blue: right. Orange: images of the class on the left that were taken for the class below.",
-    "_reliability": "On the diagonal, the model is right as often as its probability says. Larger dots: more images.",
-    "_mistakes": "The most confident mistakes, of every class in turn. Some are errors of the label.",
-    "_data": "The clearest near-duplicates and label errors.",
-}
 
 
 def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Path) -> None:
@@ -308,7 +299,7 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
         plot = _figure(folder / f"{rows[report['model']]['plot']}_data.png", CAPTIONS["_data"], "alone")
         sections += f"<h2>The data</h2><p>{escape(summary(report))}.</p><section>{plot}</section>{_listed(report)}"
     for row in models:
-        plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in KINDS if kind != "_data"]
+        plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in CAPTIONS if kind != "_data"]
         sections += f"<h2>{escape(row['label'])}</h2><section>{''.join(plots)}</section>"
     facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data")}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.console import Progress, count_of
 from engine.features import Features
+from engine.folders import Images
 from engine.images import ImageError, Item, read_image
 from engine.layers import RandomProjection, Standardize
 
@@ -18,17 +19,17 @@ COMPARED = 100_000  # with more images than this, near_duplicates gives up
 CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
 SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.95  # near-duplicates have a higher cosine and a higher correlation
 NEIGHBORS = slice(5, 11)  # ordinary neighbours of an image, by rank
-ORDINARY = 0.5  # near-duplicates differ less than this, times the first percentile of ordinary neighbours' differences
+ORDINARY = 0.5  # times the first percentile of ordinary neighbours' differences: near-duplicates differ less
 SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
 SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
 IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess
 UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
-ENOUGH = 19  # the fewest validation images whose largest score is a valid threshold of 5 %
+ENOUGH = 19  # with fewer validation images, even their largest score is too low a threshold for 5 %
 SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfamiliarity
 
 
 def audit(
-    parts: dict[str, object],
+    parts: dict[str, Images],
     features: list[Features],
     logits: Tensor,
     classes: Sequence[str],
@@ -36,7 +37,7 @@ def audit(
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
-    `parts` are the training, validation and test images (data.Images), and `features` theirs. `logits` (N, classes) of
+    `parts` are the training, validation and test images, and `features` theirs. `logits` (N, classes) of
     all images come from a model that was fitted without the image. `correct` says which test images the model
     classified correctly.
     """

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
+from engine.folders import Images
 from engine.images import READING, ImageError, augment, preprocess, read_image
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
@@ -35,12 +36,12 @@ def feature_loader(features: Features | Tensor, device: torch.device) -> Loader:
 
 
 class ImageLoader:
-    """Loads preprocessed images (B, 3, S, S), augmented while training, of data.Images.
+    """Loads preprocessed images (B, 3, S, S), augmented while training.
 
     `errors` names those that cannot be read.
     """
 
-    def __init__(self, images: object, preprocessing: dict, device: torch.device):
+    def __init__(self, images: Images, preprocessing: dict, device: torch.device):
         self.images, self.preprocessing, self.device = images, preprocessing, device
         self.pool, self.errors = ThreadPoolExecutor(min(16, available_cpus())), {}
 

@@ -21,7 +21,7 @@ from engine.device import available_cpus
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
     """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
-    for name in ("stdout", "stderr"):  # a program without a console has none; what it opens next would take its place
+    for name in ("stdout", "stderr"):  # closed: the next file that is opened would get what is printed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     with suppress(ValueError):  # signals can be set in the main thread only, and a notebook may use another
@@ -84,23 +84,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def positive(kind: type = int, below: float = math.inf) -> Callable[[str], float]:
-    """An argparse type for positive numbers of one kind, int or float, below a bound."""
+def number(kind: type, above: float = 0, below: float = math.inf) -> Callable[[str], float]:
+    """An argparse type for numbers of one kind, int or float, between two bounds."""
 
-    def number(text: str) -> float:
-        if not 0 < (value := kind(text)) < below:
-            bound = f" below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not a positive number{bound}")
+    def parse(text: str) -> float:
+        if not above < (value := kind(text)) < below:
+            bound = f" and below {below}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not above {above}{bound}")
         return value
 
-    return number
-
-
-def seed_number(text: str) -> int:
-    """An argparse type for seeds that every random number generator accepts."""
-    if not 0 <= (number := int(text)) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not a seed: use 0 to {2**32 - 1}")
-    return number
+    parse.__name__ = kind.__name__  # argparse names the type if the text is no number
+    return parse
 
 
 @contextmanager

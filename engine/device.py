@@ -24,7 +24,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = next(device for device, available in present.items() if available)
     if not present[name]:
         raise ValueError(f"no {name} device here: --device auto uses what is available")
-    # a thread of its own starts on the first GPU, whichever its process uses
+    # new threads start on the first GPU, so this process's GPU is named
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
@@ -65,7 +65,7 @@ def full_precision() -> Iterator[None]:
 
 
 _lock, _unlimited = threading.Lock(), 0  # the number of threads before the first limit
-_limits: dict[int, list[int]] = defaultdict(list)  # for each calling thread those in force, the inner ones last
+_limits: dict[int, list[int]] = defaultdict(list)  # the limits in force of each calling thread, a stack
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def export(model: nn.Module, path: Path) -> None:
         if path.suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
         if path.suffix == ".onnx" and model.precision != "fp32":
-            raise ValueError(f"ONNX does not keep {model.precision}, in which the model was trained: export it as .pt2")
+            raise ValueError(f"ONNX keeps fp32 only, and the model was trained in {model.precision}: export to .pt2")
         content, exported = exporters[path.suffix](program, images, json.dumps(model.classes))
         if exported:
             with torch.inference_mode():

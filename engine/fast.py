@@ -24,8 +24,8 @@ from torch.fx.passes.shape_prop import ShapeProp
 from engine.device import CPU_BATCH, DTYPES, GPU_BATCH, pick_precision, threads
 from engine.layers import averages, run_layers, stage_ends
 
-# Elements that a layer may write at a time on a CPU. Larger outputs leave the cache, and the system hands out their
-# memory and takes it back at every call, which costs up to twice the time.
+# The largest output of a layer, in elements, to compute at a time on a CPU. Larger ones leave the cache, and their
+# memory is allocated anew at every call, which takes up to twice the time.
 LAYER_ELEMENTS = 6_500_000
 
 # oneDNN's names of activations, and their arguments
@@ -108,9 +108,8 @@ def _tracing() -> Iterator[None]:
 
 def _fast_stage(stage: nn.Module, images: Tensor, packed: bool) -> tuple[nn.Module, Tensor, int]:
     """The fast copy of a stage, its output for an example (1, C, H, W), and the elements of its largest layer."""
-    with suppress(Exception):  # torch.fx cannot trace every network
-        with _tracing():
-            stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
+    with suppress(Exception), _tracing():  # torch.fx cannot trace every network
+        stage = fuse(stage, inplace=True)  # fast_copy has made a copy already
     to_channels_last(stage.to(dtype=images.dtype))
     if not isinstance(stage, fx.GraphModule):
         return stage, (outputs := stage(images)), outputs.numel()

@@ -26,7 +26,8 @@ or
     {root}/val/<class>/*.jpg      validation images; if missing, 20 % of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
-ENDS = 65_536  # bytes at the beginning and at the end of a file that identify it
+ENDS = 65_536  # bytes at the beginning and at the end of a compressed file, which identify it
+UNCOMPRESSED = (".bmp", ".dib", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")  # read as a whole
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -59,7 +60,7 @@ class Images:
         ]
 
     def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file's size, beginning and end. It follows the image."""
+        """For each image a hash of its pixels, or of its file. It follows the image, wherever the file is."""
         return [hashlib.blake2b(_identity(item), digest_size=16).hexdigest() for item in self.items]
 
 
@@ -69,6 +70,8 @@ def _identity(item: Path | np.ndarray) -> bytes | np.ndarray:
     with suppress(OSError):  # the file is gone; reading it will raise an ImageError
         if item.is_file():  # opening a pipe would block
             with item.open("rb") as file:
+                if item.suffix.lower() in UNCOMPRESSED:
+                    return file.read()
                 size, content = os.fstat(file.fileno()).st_size, file.read(ENDS)
                 file.seek(max(ENDS, size - ENDS))
                 return content + file.read(ENDS) + str(size).encode()

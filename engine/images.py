@@ -1,10 +1,14 @@
-"""How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation."""
+"""How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation.
+
+An image that cannot be read raises ImageError. engine/run.py gives it an output of NaN; the scripts name it and leave
+it out, and their exit code is 1.
+"""
 
 import importlib
 import io
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
 from functools import lru_cache
 from itertools import groupby
@@ -38,7 +42,7 @@ class ImageError(OSError):
     """An image that cannot be read. The message names it."""
 
 
-READING = ("image_size", "crop", "interpolation")  # what of a preprocessing read_image needs, in order
+READING = ("image_size", "crop", "interpolation")  # the keys of a preprocessing that are arguments of read_image
 
 
 def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation: str = "bilinear") -> Tensor:
@@ -52,7 +56,7 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation
     try:
         if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
             if item.shape[2] == 3 and 0 < item.shape[0] == item.shape[1] <= max_size:  # nothing to decode or to resize
-                return torch.from_numpy(np.ascontiguousarray(item)).permute(2, 0, 1)
+                return torch.from_numpy(np.array(item)).permute(2, 0, 1)  # a copy, because the array may be read-only
         if isinstance(item, Path | str | bytes):
             content = item if isinstance(item, bytes) else _read_file(Path(item))
             with Image.open(io.BytesIO(content), formats=image_formats()) as image:
@@ -91,16 +95,11 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_for_plot(captioned: Iterable[tuple[Item, str]], limit: int, size: int = 224) -> tuple[list, list[str]]:
-    """The first `limit` images that can be read, (H, W, 3), at most `size` large, and their captions."""
-    images, captions = [], []
+def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Iterator[tuple[np.ndarray, str]]:
+    """Yields the images that can be read, (H, W, 3), at most `size` large, with their captions."""
     for item, caption in captioned:
-        if len(images) == limit:
-            break
         with suppress(ImageError):  # the file may have been deleted
-            images.append(read_image(item, size).permute(1, 2, 0).numpy())
-            captions.append(caption)
-    return images, captions
+            yield read_image(item, size).permute(1, 2, 0).numpy(), caption
 
 
 def is_image_file(path: str, extension: str) -> bool:
@@ -227,7 +226,10 @@ def preprocess(
 
 
 def stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """One batch (B, 3, H, W) in pinned memory, whose copy to a GPU waits for nothing; else the images as they are."""
+    """For CUDA and images of one size, a batch (B, 3, H, W) in pinned memory, which is copied asynchronously.
+
+    Otherwise the images as they are.
+    """
     if device.type == "cuda" and len({image.shape for image in images}) == 1:
         return torch.stack(images).pin_memory()
     return images

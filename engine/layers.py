@@ -1,4 +1,4 @@
-"""Layers that torch.nn lacks: what a classifier reads of a backbone, standardisation, random projection."""
+"""What does a classifier read of a backbone? Levels and averages, and layers that torch.nn lacks."""
 
 from collections.abc import Iterable
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TEMPERATURE_PRIOR = 0.1  # standard deviation of the temperature's logarithm, whose mean is 0: few images move it little
+TEMPERATURE_PRIOR = 0.1  # log(temperature) is normal around 0 with this deviation, so that few images move it little
 
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -37,14 +37,9 @@ def correct(logits: Tensor, labels: Tensor) -> list[int | None]:
     return [None if unread else hit for hit, unread in zip(hits, logits[:, 0].isnan().tolist(), strict=True)]
 
 
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Calibrated log-probabilities (N, classes)."""
-    return (logits / temperature).log_softmax(dim=1)
-
-
-def average_models(log_probabilities: Iterable[Tensor]) -> Tensor:
-    """The ensemble's logits (N, classes): the mean of the models' log-probabilities."""
-    return torch.stack(list(log_probabilities)).mean(dim=0)
+def average_models(logits: Iterable[Tensor]) -> Tensor:
+    """The ensemble's logits (N, classes): the mean of the log-probabilities of calibrated logits."""
+    return torch.stack([each.log_softmax(dim=1) for each in logits]).mean(dim=0)
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:

@@ -98,7 +98,7 @@ def ensemble_row(rows: Sequence[dict], logits: dict[str, list[Tensor]], labels: 
     """The row of all models together, from their rows and "val" and "test" logits, for images that all could read."""
     temperatures, answers = [row["temperature"] for row in rows], {}
     for part, each in logits.items():
-        answers[part] = metrics.average_models(map(metrics.log_probabilities, each, temperatures))
+        answers[part] = metrics.average_models(rows / t for rows, t in zip(each, temperatures, strict=True))
     accuracies = {part: metrics.loss_and_accuracy(answers[part], labels[part])[1] for part in answers}
     return {
         **{key: rows[0][key] for key in (*COMPARABLE, "date", "command", "versions", "device", "data")},
@@ -171,7 +171,7 @@ def headline(rows: Sequence[dict]) -> str:
 
 
 def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
-    """A header and a line for each model. Accuracies are means over the seeds. The best model is so on validation."""
+    """A header and a line for each model. Accuracies are means over the seeds, "best" is the best on validation."""
     best = best_model(rows)
     images, table = [sum(row) for row in best["confusion_matrix"]], []
     for row in rows:

@@ -27,7 +27,7 @@ from engine.distributed import shared_map, world_size
 from engine.fast import fast_copy, running
 from engine.images import READING, ImageError, Item, preprocess, read_image, stack
 from engine.layers import averages, run_layers
-from engine.metrics import average_models, log_probabilities
+from engine.metrics import average_models
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # of a model and images (B, 3, S, S): (B, D)
 
@@ -131,7 +131,7 @@ def predictions(
     """
     temperatures = [model.temperature for model in models]
     for batch, outputs, errors in run_images(models, items, type(models[0]).answer):
-        answers = [log_probabilities(rows[:, :-1], t) for rows, t in zip(outputs, temperatures, strict=True)]
+        answers = [rows[:, :-1] / temperature for rows, temperature in zip(outputs, temperatures, strict=True)]
         together = average_models(answers) if ensemble else None
         for i, item in enumerate(batch):
             path = {"path": str(item) if isinstance(item, Path | str) else None}
