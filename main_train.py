@@ -32,7 +32,7 @@ from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
-from engine.console import HelpFormatter, attempt, count_of, first_line, number, printable, run_script
+from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
@@ -164,7 +164,7 @@ def train_models(
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
             if world_size() > 1:  # the other processes would wait for this one
                 raise
-            print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
+            print_failure(what, error)
     return trained
 
 

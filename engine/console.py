@@ -8,15 +8,19 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 import torch
 from tqdm import tqdm
 
 from engine.device import available_cpus
+
+FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent)  # of the project's code
 
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
@@ -55,8 +59,16 @@ def attempt(what: object, action: Callable[[], object]) -> bool:
         action()
         return True
     except Exception as error:  # any exception: an optional step must not end the run
-        print(f"error: {what} failed: {first_line(error)}", file=sys.stderr)
+        print_failure(what, error)
         return False
+
+
+def print_failure(what: object, error: Exception) -> None:
+    """Prints one line. An error that a user cannot mend gets its place in this project's code."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in FOLDERS]
+    expected = isinstance(error, OSError | ValueError | ArithmeticError | torch.OutOfMemoryError)
+    place = "" if expected or not own else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+    print(f"error: {what} failed: {first_line(error)}{place}", file=sys.stderr)
 
 
 class Progress(tqdm):

@@ -3,8 +3,10 @@
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, draw, finish, start
+from PIL import Image
 
 from data import load_data
 from engine.folders import find_images
@@ -89,6 +91,14 @@ def test_ids_and_content_follow_the_images(photos, tmp_path):
     assert load_data(str(tmp_path / "copy")).content != changed.content
     data.train.items[3].unlink()
     assert len(data.train.ids()) == len(before)  # a file that is gone costs nothing here
+
+    scan = np.zeros((1024, 1024), np.uint8)  # with black borders
+    for name in ("a.bmp", "b.tif", "c.png"):
+        for i in range(2):
+            scan[512, 512] = 99 * i
+            Image.fromarray(scan).save(tmp_path / name)
+            data.train.items[i] = shutil.copy(tmp_path / name, tmp_path / f"{i}{name}")
+        assert len(set(data.train.ids()[:2])) == 2, name
 
 
 def test_extensions_are_known_in_a_fresh_process(tmp_path):

@@ -53,6 +53,8 @@ def test_paths_folders_patterns_and_standard_input(run, answers, photos, monkeyp
     code, _, err = run(inference, "https://example.org/cat.jpg")
     assert code == 2 and "download" in err
     assert run(inference, files[0], "--evaluate")[0] == 2
+    code, out, err = run(inference, photos / "test", "--evaluate", "--format", "json")
+    assert (code, out) == (2, "") and "MODEL_wrong.csv" in err
 
 
 def test_models_with_different_classes_are_no_ensemble(run, photos, tmp_path):
@@ -110,7 +112,7 @@ def test_every_file_gets_a_record(run, photos, tmp_path):
     assert good["probability"] == good["top"][0]["probability"] >= good["top"][1]["probability"]
     code, out, err = run(inference, folder, "--format", "csv")
     rows = list(csv.DictReader(out.splitlines()))
-    assert code == 1 and len(rows) == 8 and sum(bool(row["error"]) for row in rows) == 2
+    assert code == 1 and len(rows) == 8 and sum(bool(row["error"]) for row in rows) == 2 and "\r" not in out
     code, out, err = run(inference, "gone.png")
     assert code == 2 and "gone.png" in err
 
