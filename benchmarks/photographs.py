@@ -149,9 +149,9 @@ def tutorial(model: TransferModel, train: Part, val: Part) -> object:
 
 
 def tutorial_fine_tuning(name: str, data: Data, size: int) -> tuple[float, float]:
-    """Trains all layers. Returns the test accuracy of the epoch that is best on validation, and the seconds of training.
+    """Trains all layers. Returns the test accuracy of the epoch that is best on validation, and the seconds.
 
-    These are those of the median epoch, times the epochs.
+    These are the median epoch's, times the number of epochs.
     """
     torch.manual_seed(0)
     network, preprocessing = build(find_backbone(name).name, None, pretrained=True)

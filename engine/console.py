@@ -102,7 +102,7 @@ def number(kind: type, above: float = 0, below: float = math.inf) -> Callable[[s
     def parse(text: str) -> float:
         if not above < (value := kind(text)) < below:
             bound = f" and below {below}" if below < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} is not above {above}{bound}")
+            raise argparse.ArgumentTypeError(f"{text}: must be above {above}{bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names the type if the text is no number

@@ -57,7 +57,7 @@ def test_signals_end_without_a_traceback(run, replace, photos, tmp_path):
     [
         (main_train, ["--models", "resnet"], "resnet50"),
         (main_train, ["--device", "tpu"], "mps"),
-        (main_train, ["--epochs", "0"], "positive"),
+        (main_train, ["--epochs", "0"], "above 0"),
         (main_train, ["--lr", "nan"], "--lr"),
         (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
         (main_train, ["--seed", "-1"], "--seed"),

@@ -53,7 +53,7 @@ def test_unusable_results_are_moved_aside(run, photos, tmp_path, schema):
     assert code == 0 and "results.json.old" in err and '"x"' in (tmp_path / "plots" / "results.json.old").read_text()
 
 
-def test_a_row_contains_its_provenance(run, photos, tmp_path):
+def test_a_row_contains_its_provenance(run, photos, tmp_path, fine_tuning_helps):
     for cached in (False, True):
         run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")
         frozen, tuned = results(tmp_path)
