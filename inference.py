@@ -324,7 +324,8 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
             row += similar
     except (OSError, ValueError) as error:
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
-    visualization.save(visualization.plot_images(rows, width=1.9, height=2.5, fontsize=11), args.explain)
+    height = 1.9 + 0.22 * max(len(caption.split("\n")) for caption in captions)
+    visualization.save(visualization.plot_images(rows, 1.9, height, fontsize=11), args.explain)
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 
