@@ -75,7 +75,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
-        args.checkpoint = [file for path in args.checkpoint if path.endswith(".pt") for file in matches(path)]
+        files = [file for path in args.checkpoint if path.endswith(".pt") for file in matches(path)]
+        args.checkpoint = list(dict.fromkeys(files))  # a pattern may match a file that is named, too
         if not args.checkpoint:
             parser.error("--checkpoint takes files that end in .pt")
     if urls := [path for path in args.paths if "://" in path]:

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -78,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
     args = parser.parse_args(argv)
+    if args.demo and args.data != "cifar10":
+        parser.error("--demo draws its own images: leave out --data")
     args.models = list(dict.fromkeys(args.models))
     for name in args.models:
         models.find_backbone(name)  # raises ValueError if there is none
@@ -100,7 +102,7 @@ class TrainedModel:
     row: dict
     logits: dict[str, Tensor]  # for the "val" and "test" images, (N, classes), NaN for those that cannot be read
     features: dict[str, Extraction]  # of the frozen backbone, for "train", "val" and "test"
-    complete: bool = True  # whether every step has worked
+    failed: list = field(default_factory=list)  # the optional steps that did not work
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         if not trained:
             return 2
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
-        complete = all_trained and all(each.complete for each in trained)
+        complete = all_trained and not any(each.failed for each in trained)
         if is_first():
             for each in trained if all_trained else ():  # if a model failed, the same command needs these files
                 (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
@@ -239,9 +241,8 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     for_unfamiliarity = features["train"].features, labels["train"], features["val"].features, logits["val"]
     logits = {part: with_unread(rows, features[part].readable, len(data.parts[part])) for part, rows in logits.items()}
     trained = TrainedModel(model.to(device), row, logits, features)
-    trained.complete = attempt(
-        "detection of unfamiliar images", lambda: setattr(model, "unfamiliarity", fit_unfamiliarity(*for_unfamiliarity))
-    )
+    with attempt("detection of unfamiliar images", trained.failed):
+        model.unfamiliarity = fit_unfamiliarity(*for_unfamiliarity)
     return trained
 
 
@@ -265,8 +266,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     train, val = (data.parts[part].subset(frozen.features[part].readable) for part in ("train", "val"))
     if min(len(train), len(val)) < world_size():
         raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
-    # bf16 makes the backward pass slower on a CPU
-    precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)
+    precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)  # CPUs train slower in bf16
     recipe = replace(FINE_TUNING, epochs=args.fine_tune, lr=args.fine_tune_lr, class_weights=args.class_weights)
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
@@ -279,7 +279,8 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
 
     def save_progress(training: train_utils.Training) -> None:
         if is_first():
-            attempt(file, lambda: save_tensors(file, {"key": key, **training.state_dict()}))
+            with attempt(file, failed=[]):
+                save_tensors(file, {"key": key, **training.state_dict()})
 
     known = frozen.features["train"].features
     training = train_utils.fine_tune(
@@ -310,9 +311,9 @@ def save(
 ) -> None:
     """Saves the model and its row of results.json, then measures its speed and draws its plots.
 
-    Only saving the checkpoint may raise; `trained.complete` tells whether the rest has worked.
+    Only saving the checkpoint may raise; what else fails goes into `trained.failed`.
     """
-    model, test, plots = trained.model, data.test, output / "plots"
+    model, failed, plots = trained.model, trained.failed, output / "plots"
     model.temperature = fit_temperature(trained.logits["val"], data.val.labels)
     parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
     trained.row = row = {**trained.row, **provenance, **data.identity, **results.model_row(model, *parts)}
@@ -329,14 +330,15 @@ def save(
     trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
-    drawn = test.items, test.labels, trained.logits["test"], visualization.colors(rows)[model.backbone], plots
-    for what, action in (
-        (file, lambda: results.write_results(file, rows)),
-        ("measurement of speed", lambda: row.update(measure_cost(model, device))),
-        (file, lambda: results.write_results(file, rows)),
-        (f"plots of {model.name}", lambda: visualization.draw_model(row, *drawn)),
-    ):
-        trained.complete &= attempt(what, action)
+    with attempt(file, failed):
+        results.write_results(file, rows)
+    with attempt("measurement of speed", failed):
+        row.update(measure_cost(model, device))
+    with attempt(file, failed):
+        results.write_results(file, rows)
+    with attempt(f"plots of {model.name}", failed):
+        color = visualization.colors(rows)[model.backbone]
+        visualization.draw_model(row, data.test.items, data.test.labels, trained.logits["test"], color, plots)
     model.cpu()  # makes room on the GPU for the next one
 
 
@@ -348,31 +350,26 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     new, plots = [each.row for each in trained], output / "plots"
     compared = results.comparable(rows, new[0])
 
-    def add_ensemble() -> None:
-        logits = {part: [each.logits[part] for each in trained] for part in ("val", "test")}
-        compared["ensemble"] = results.ensemble_row(new, logits, {part: data.parts[part].labels for part in logits})
-        results.write_results(plots / "results.json", rows, compared["ensemble"])
-
-    def compare() -> None:
+    best, report, failed = trained[new.index(results.best_model(new))], None, []
+    if len(trained) > 1:
+        with attempt("ensemble", failed):
+            logits = {part: [each.logits[part] for each in trained] for part in ("val", "test")}
+            compared["ensemble"] = results.ensemble_row(new, logits, {part: data.parts[part].labels for part in logits})
+            results.write_results(plots / "results.json", rows, compared["ensemble"])
+    with attempt("comparison", failed):
         print()
         results.print_table(results.comparison_table(list(compared.values())))
         visualization.draw_comparison(compared, visualization.colors(rows | compared), plots)
-
-    def write_page() -> None:
-        visualization.write_page(compared, new[0], reports[0] if reports else None, plots)
-
-    reports: list[dict] = []
-    best = trained[new.index(results.best_model(new))]
-    complete = attempt("ensemble", add_ensemble) if len(trained) > 1 else True
-    complete &= attempt("comparison", compare)
-    complete &= attempt("check of the data", lambda: reports.append(check_data(best, data, plots)))
-    complete &= attempt("report page", write_page)
+    with attempt("check of the data", failed):
+        report = check_data(best, data, plots)
+    with attempt("report page", failed):
+        visualization.write_page(compared, new[0], report, plots)
     unreadable = sorted({reason for row in new for reason in row["features"]["unreadable"]})
     for reason in unreadable:
         print(f"left out: {printable(reason)}", file=sys.stderr)
     if unreadable:
         print(f"{count_of(len(unreadable), 'image')} cannot be read: left out", file=sys.stderr)
-    return complete and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
+    return not failed and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
 def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:

@@ -53,14 +53,14 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
     sys.exit(code)
 
 
-def attempt(what: object, action: Callable[[], object]) -> bool:
-    """Calls `action`. On an exception prints one line and returns False."""
+@contextmanager
+def attempt(what: object, failed: list) -> Iterator[None]:
+    """Surrounds an optional step. An exception becomes a line on stderr and an entry in `failed`."""
     try:
-        action()
-        return True
+        yield
     except Exception as error:  # any exception: an optional step must not end the run
         print_failure(what, error)
-        return False
+        failed.append(what)
 
 
 def print_failure(what: object, error: Exception) -> None:

@@ -61,6 +61,7 @@ def test_signals_end_without_a_traceback(run, replace, photos, tmp_path):
         (main_train, ["--lr", "nan"], "--lr"),
         (main_train, ["--fine-tune-lr", "inf"], "--fine-tune-lr"),
         (main_train, ["--seed", "-1"], "--seed"),
+        (main_train, ["--demo", "--data", "pets"], "leave out --data"),
         (main_train, ["--device", "cuda"], "--device auto"),
         (inference, ["x.png", "--threshold", "80"], "below 1"),
         (inference, ["x.png"], "main_train.py"),
