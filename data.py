@@ -49,7 +49,7 @@ class Data:
 
     def save_split(self, file: Path) -> None:
         """Saves which image is in which part, by name and hash."""
-        split = {part: dict(zip(images.names, images.ids(), strict=True)) for part, images in self.parts.items()}
+        split = {part: dict(zip(images.names, images.ids, strict=True)) for part, images in self.parts.items()}
         with atomic_write(file) as stream:
             stream.write(json.dumps(split).encode())
 
@@ -106,7 +106,7 @@ def load_split(source: str, root: Path, file: Path) -> Data:
     for part, ids in json.loads(file.read_text()).items():
         found = [places[name] for name in ids if name in places]
         split[part] = everything.subset(torch.tensor(found, dtype=torch.int64))
-        changed = sum(a != b for a, b in zip(split[part].ids(), (ids[n] for n in split[part].names), strict=True))
+        changed = sum(a != b for a, b in zip(split[part].ids, (ids[n] for n in split[part].names), strict=True))
         if gone := len(ids) - len(found):
             notes.append(f"{gone} of {len(ids)} {part} images of the run are gone")
         if changed:

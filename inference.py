@@ -333,7 +333,7 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
     data, cache = data_of(model, args.cache), args.cache / "features"
-    known = extract_features(model, data.train.items, data.train.ids(), cache, args.device, compute=False)
+    known = extract_features(model, data.train.items, data.train.ids, cache, args.device, compute=False)
     if not len(known.readable):
         raise FileNotFoundError(f"their features are not in {cache}")
     train, fast = data.train.subset(known.readable), fast_copy(model, args.device)

@@ -191,7 +191,7 @@ def extract(
     """The features and labels of the readable images of each part. Raises ValueError if too few can be read."""
     features, readable = {}, {}
     for part, images in data.parts.items():
-        features[part] = extract_features(model, images.items, images.ids(), args.cache / "features", device)
+        features[part] = extract_features(model, images.items, images.ids, args.cache / "features", device)
         readable[part] = images.subset(features[part].readable)
     if empty := classes_without_images(data.classes, readable["train"]):
         raise ValueError(f"no training image of {empty} can be read")

@@ -70,8 +70,7 @@ def main() -> int:
     for name in args.models:
         model, cells = new_model(name, data.classes, args.seed, args.image_size), []
         found = [
-            extract_features(model, part.items, part.ids(), Path("data/features"), DEVICE)
-            for part in data.parts.values()
+            extract_features(model, part.items, part.ids, Path("data/features"), DEVICE) for part in data.parts.values()
         ]
         rows = [
             (each.features, part.labels[each.readable]) for each, part in zip(found, data.parts.values(), strict=True)

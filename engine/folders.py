@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ class Images:
             str(item) if isinstance(item, Path) else name for item, name in zip(self.items, self.names, strict=True)
         ]
 
+    @cached_property
     def ids(self) -> list[str]:
         """For each image a hash of its pixels, or of its file. It follows the image, wherever the file is."""
         return [hashlib.blake2b(_identity(item), digest_size=16).hexdigest() for item in self.items]
