@@ -14,8 +14,9 @@ The weights, the images and their split are the same for all:
   0.9, divided by 10 every 7 epochs), which keeps the epoch that is best on validation. A frozen backbone gives an image
   the same averages in each epoch, so they are computed once. Its seconds are for 25 passes over the images instead,
   extrapolated from one pass of plain PyTorch over 256 images.
-- with --fine-tune only the tutorial's fine-tuning: all layers of torchvision's model with BatchNorm in training mode,
-  random crops and mirror images in batches of 32, and the same 25 epochs, all of them computed. Ours is that of
+- with --fine-tune only the tutorial's fine-tuning: all layers of torchvision's model, random crops and mirror images in
+  batches of 32, and the same 25 epochs, all of them computed. BatchNorm stays in eval mode: in weights whose BatchNorm has
+  been folded into the convolutions, the statistics of a batch would destroy what they compute. Ours is that of
   `main_train.py --fine-tune`.
 
 Accuracies are on the test images, with the 95 % interval of ours; with --per-class they are means over the classes. In
@@ -170,6 +171,9 @@ def tutorial_fine_tuning(name: str, data: Data, size: int) -> tuple[float, float
     for _ in trange(EPOCHS, desc=name):
         start = time.perf_counter()
         network.train()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
         for images, labels in train:
             optimizer.zero_grad()
             nn.functional.cross_entropy(network(images.to(DEVICE)), labels.to(DEVICE)).backward()
