@@ -15,8 +15,8 @@ The weights, the images and their split are the same for all:
   the same averages in each epoch, so they are computed once. Its seconds are for 25 passes over the images instead,
   extrapolated from one pass of plain PyTorch over 256 images.
 - with --fine-tune only the tutorial's fine-tuning: all layers of torchvision's model, random crops and mirror images in
-  batches of 32, and the same 25 epochs, all of them computed. BatchNorm stays in eval mode: in weights whose BatchNorm has
-  been folded into the convolutions, the statistics of a batch would destroy what they compute. Ours is that of
+  batches of 32, and the same 25 epochs, all of them computed. BatchNorm stays in eval mode, because in weights that had
+  it folded into the convolutions, the statistics of a batch would destroy what they compute. Ours is that of
   `main_train.py --fine-tune`.
 
 Accuracies are on the test images, with the 95 % interval of ours; with --per-class they are means over the classes. In
