@@ -95,6 +95,16 @@ def test_only_new_images_are_computed(run, photos, tmp_path, replace, monkeypatc
     assert run(main_train, *command, "--limit", 30, "--output", "part")[0] == 0 and sum(computed) == 79
 
 
+def test_a_complete_cache_is_only_read_and_belongs_to_a_decoder(run, photos, tmp_path, monkeypatch):
+    command, cache, seen = ("--data", photos, *SMALL, *QUICK), tmp_path / "data", []
+    for _ in range(2):
+        assert run(main_train, *command)[0] == 0
+        seen.append({path: path.stat().st_mtime_ns for path in cache.rglob("*")})
+    assert seen[0] == seen[1] and results(tmp_path)[0]["features"]["cached"]
+    monkeypatch.setattr("PIL.__version__", "0.1")
+    assert run(main_train, *command)[0] == 0 and not results(tmp_path)[0]["features"]["cached"]
+
+
 def test_features_of_many_images_are_float16(run, photos, tmp_path, replace):
     sizes, losses = [], []
     for large in (100, 10):

@@ -2,13 +2,16 @@
 
 import shutil
 import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, draw, finish, start
+from conftest import QUICK, ROOT, SMALL, draw, finish, results, start
 from PIL import Image
 
+import main_train
 from data import load_data
 from engine.folders import Images, find_images
 
@@ -101,6 +104,42 @@ def test_ids_and_content_follow_the_images(photos, tmp_path):
             Image.fromarray(scan).save(tmp_path / f"{i}{name}")
         ids = Images([tmp_path / f"{i}{name}" for i in range(2)], torch.zeros(2), ["", ""]).ids
         assert len(set(ids)) == 2, name
+
+
+PARTS = [("training_set", "test_set"), ("seg_train/seg_train", "seg_test/seg_test"), ("asl_train", "asl_test")]
+
+
+@pytest.mark.parametrize(("train", "test"), PARTS)
+def test_names_that_contain_train_and_test_are_parts(photos, train, test):
+    for part, name in (("train", train), ("test", test)):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / part).rename(photos / name)
+    data = load_data(str(photos))
+    assert data.classes == ("blue", "green", "red") and len(data.test) == 18 and len(data.train) + len(data.val) == 60
+
+
+def test_parts_with_other_names_are_no_classes(photos):
+    for part, name in (("train", "one"), ("test", "two")):
+        (photos / part).rename(photos / name)
+    with pytest.raises(ValueError, match="call them train, val and test"):
+        load_data(str(photos))
+
+
+def test_names_that_look_the_same_are_the_same(photos, monkeypatch):
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        (photos / part / "blue").rename(photos / part / unicodedata.normalize(form, "café"))
+    data = load_data(str(photos))
+    assert data.classes == ("café", "green", "red") and len(data.test) == 18
+    monkeypatch.setenv("HOME", str(photos.parent))
+    assert main_train.parse_args(["--data=~/photos"]).data == str(photos)
+
+
+def test_own_output_is_not_read_as_input(run, photos, monkeypatch):
+    monkeypatch.chdir(photos / "train")
+    for output in (".", "runs/photos"):
+        for _ in range(2):
+            code, _, err = run(main_train, "--data", ".", *SMALL, *QUICK, "--output", output)
+            assert (code, err) == (0, "") and results(Path(output))[0]["classes"] == ["blue", "green", "red"]
 
 
 def test_extensions_are_known_in_a_fresh_process(tmp_path):
