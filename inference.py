@@ -325,8 +325,7 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
             row += similar
     except (OSError, ValueError) as error:
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
-    height = 1.9 + 0.22 * max(len(caption.split("\n")) for caption in captions)
-    visualization.save(visualization.plot_images(rows, 1.9, height, fontsize=11), args.explain)
+    visualization.save(visualization.plot_images(rows, 1.9, 1.9, fontsize=11), args.explain)
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 

@@ -149,9 +149,10 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     return figure
 
 
-def plot_images(rows: Sequence[Sequence[Picture]], width: float, height: float, fontsize: int) -> Figure:
-    """Rows of images with their captions, each `width` by `height` inches."""
+def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fontsize: int) -> Figure:
+    """Rows of images, at most `side` inches high, with the captions below. Each has `width` inches."""
     columns = max(map(len, rows))
+    height = side + 0.02 * fontsize * max(len(caption.split("\n")) for row in rows for _, caption, _ in row)
     figure = Figure(figsize=(width * columns, height * len(rows)), layout="constrained")
     grid = figure.add_gridspec(len(rows), columns)
     for i, row in enumerate(rows):
@@ -174,7 +175,7 @@ def plot_predictions(captioned: Iterable[tuple[Item, str]]) -> Figure | None:
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
     longest = max(len(line) for caption in lines for line in caption)
     rows = [pictures[i : i + 4] for i in range(0, len(pictures), 4)]
-    return plot_images(rows, max(2.5, 0.095 * longest), 1.7 + 0.24 * max(map(len, lines)), fontsize=12)
+    return plot_images(rows, max(2.5, 0.095 * longest), 1.7, fontsize=12)
 
 
 def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]]) -> Figure | None:

@@ -37,9 +37,8 @@ def audit(
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
-    `parts` are the training, validation and test images, and `features` theirs. `logits` (N, classes) of
-    all images come from a model that was fitted without the image. `correct` says which test images the model
-    classified correctly.
+    `parts` are the training, validation and test images, and `features` theirs. `logits` (N, classes) of all images
+    come from a model that was fitted without the image. `correct` says which test images the model has right.
     """
     labels = torch.cat([part.labels for part in parts.values()])
     described = [

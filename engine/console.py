@@ -21,6 +21,7 @@ from tqdm import tqdm
 from engine.device import available_cpus
 
 FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent)  # of the project's code
+MENDABLE = (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)  # errors that a user can mend
 
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
@@ -47,7 +48,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
     except BrokenPipeError:  # as in `inference.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
+    except MENDABLE as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
@@ -66,8 +67,7 @@ def attempt(what: object, failed: list) -> Iterator[None]:
 def print_failure(what: object, error: Exception) -> None:
     """Prints one line. An error that a user cannot mend gets its place in this project's code."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in FOLDERS]
-    expected = isinstance(error, OSError | ValueError | ArithmeticError | torch.OutOfMemoryError)
-    place = "" if expected or not own else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
+    place = "" if isinstance(error, MENDABLE) or not own else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
     print(f"error: {what} failed: {first_line(error)}{place}", file=sys.stderr)
 
 
