@@ -27,32 +27,29 @@ features and training.
 import copy
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import DEVICE, Part, arguments, batches, fit, new_model, print_header, print_row
 from logistic_regression import best_on_validation, last_block, logistic_regression
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_image
 from torchvision.transforms import v2
-from tqdm import trange
 
 from data import Data, load_data
-from engine.backbones import build
-from engine.batches import ImageLoader
+from engine.batches import Batches, ImageLoader, Loader
 from engine.console import run_script
 from engine.features import extract_features
 from engine.folders import Images, read_folder
 from engine.metrics import class_scores, wilson_interval
-from models import TransferModel, find_backbone
+from models import TransferModel
 from train_utils import RECIPE, evaluate, train_one_epoch
 
-EPOCHS, LR, STEP = 25, 1e-3, 7  # of the tutorial
+EPOCHS, BATCH, LR, STEP = 25, 32, 1e-3, 7  # of the tutorial
 TIMED = 256  # images
 
 
@@ -134,73 +131,52 @@ def regression(model: TransferModel, train: Part, val: Part) -> object:
 
 def tutorial(model: TransferModel, train: Part, val: Part) -> object:
     table, table_val = (torch.from_numpy(last_block(model, features)) for features, _ in (train, val))
-    recipe = replace(RECIPE, batch_size=32)
-    train, val = batches((table, train[1]), 0, recipe), batches((table_val, val[1]), None, recipe)
+    recipe = replace(RECIPE, batch_size=BATCH)
     torch.manual_seed(0)
-    layer, best = nn.Linear(table.shape[1], len(model.classes)).to(DEVICE), (0.0, {})
-    optimizer = torch.optim.SGD(layer.parameters(), lr=LR, momentum=0.9)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, STEP * train.steps, 0.1)
-    for epoch in range(EPOCHS):
-        train.start_epoch(epoch)
-        train_one_epoch(layer, train, optimizer, scheduler, nn.functional.cross_entropy, nullcontext())
-        best = max(best, (evaluate(layer, val)[1], copy.deepcopy(layer.state_dict())), key=lambda pair: pair[0])
-    layer.load_state_dict(best[1])
+    layer = nn.Linear(table.shape[1], len(model.classes)).to(DEVICE)
+    fit_as_in_tutorial(layer, batches((table, train[1]), 0, recipe), batches((table_val, val[1]), None, recipe))
     return lambda features: layer.cpu()(torch.from_numpy(last_block(model, features))).argmax(dim=1)
 
 
-def tutorial_fine_tuning(name: str, data: Data, size: int) -> tuple[float, float]:
-    """Trains all layers. Returns the test accuracy of the epoch that is best on validation, and the seconds.
+def fit_as_in_tutorial(model: nn.Module, train: Batches, val: Batches) -> list[float]:
+    """Leaves the model as it was after the epoch that is best on validation. Returns the seconds of each epoch."""
+    optimizer, best, seconds = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9), (0.0, {}), []
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, STEP * train.steps, 0.1)
+    for epoch in range(EPOCHS):
+        start = time.perf_counter()
+        train.start_epoch(epoch)
+        train_one_epoch(model, train, optimizer, scheduler, nn.functional.cross_entropy, nullcontext())
+        best = max(best, (evaluate(model, val)[1], copy.deepcopy(model.state_dict())), key=lambda pair: pair[0])
+        seconds.append(time.perf_counter() - start)
+    model.load_state_dict(best[1])
+    return seconds
 
-    These are the median epoch's, times the number of epochs.
-    """
-    torch.manual_seed(0)
-    network, preprocessing = build(find_backbone(name).name, None, pretrained=True)
-    last, layer = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
-    network.set_submodule(last, nn.Linear(layer.in_features, len(data.classes)))
-    network.to(DEVICE)
-    normalize = v2.Normalize(preprocessing["mean"], preprocessing["std"])
-    end = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normalize]
+
+def tutorial_fine_tuning(name: str, data: Data, size: int) -> tuple[float, float]:
+    """Trains all layers. Returns the test accuracy, and the seconds: the median epoch's times the number of epochs."""
+    model = new_model(name, data.classes, 0, size)
+    model.levels, model.views = [], 1
+    model.classifier = nn.Linear(model.forward_features(model.example()).shape[1], len(data.classes))
+    model.to(DEVICE).unfreeze()
+    end = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*(model.preprocessing[key] for key in ("mean", "std")))]
     augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *end])
     plain = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size), *end])
-    load = partial(DataLoader, batch_size=32, num_workers=2)
-    train = load(Photographs(data.train, augmented), shuffle=True)
-    val, test = (load(Photographs(part, plain)) for part in (data.val, data.test))
-    optimizer = torch.optim.SGD(network.parameters(), lr=LR, momentum=0.9)
-    scheduler, best = torch.optim.lr_scheduler.StepLR(optimizer, STEP, 0.1), (0.0, {})
-    seconds = []
-    for _ in trange(EPOCHS, desc=name):
-        start = time.perf_counter()
-        network.train()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
-        for images, labels in train:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images.to(DEVICE)), labels.to(DEVICE)).backward()
-            optimizer.step()
-        scheduler.step()
-        best = max(best, (share_right(network, val), copy.deepcopy(network.state_dict())), key=lambda pair: pair[0])
-        seconds.append(time.perf_counter() - start)
-    network.load_state_dict(best[1])
-    return share_right(network, test), EPOCHS * statistics.median(seconds)
+    train, val, test = (
+        Batches(photograph_loader(part, transform), part.labels, BATCH, DEVICE, seed)
+        for part, transform, seed in ((data.train, augmented, 0), (data.val, plain, None), (data.test, plain, None))
+    )
+    seconds = fit_as_in_tutorial(model, train, val)
+    return evaluate(model, test)[1], EPOCHS * statistics.median(seconds)
 
 
-class Photographs(Dataset):
-    def __init__(self, images: Images, transform: v2.Transform):
-        self.images, self.transform = images, transform
+def photograph_loader(images: Images, transform: v2.Transform) -> Loader:
+    pool = ThreadPoolExecutor()
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def load(batch: torch.Tensor, _: object) -> tuple[torch.Tensor, torch.Tensor]:
+        photographs = pool.map(lambda i: decode_image(str(images.items[i]), "RGB"), batch.tolist())
+        return torch.stack([transform(photograph) for photograph in photographs]).to(DEVICE), batch
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.open(self.images.items[i]).convert("RGB")), int(self.images.labels[i])
-
-
-@torch.inference_mode()
-def share_right(network: nn.Module, batches: DataLoader) -> float:
-    network.eval()
-    hits = [network(images.to(DEVICE)).argmax(dim=1).cpu() == labels for images, labels in batches]
-    return torch.cat(hits).float().mean().item()
+    return load
 
 
 if __name__ == "__main__":
