@@ -72,8 +72,8 @@ def load_data(
         parts["test"] = parts.pop("val")
     if "test" not in parts:
         parts["train"], parts["test"] = _hold_out(parts["train"], seed, at_least=3)
-        given = ", not of val/, which --test-split val would take instead," if "val" in parts else ""
-        notes.append(f"no test images: 20 % of each class{given} are held out for testing, chosen at random")
+        given = " (--test-split val tests on val/ instead)" if "val" in parts else ""
+        notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
     if limit is not None:
         share = limit / max(1, len(parts["train"]))
         for part, images in parts.items():
@@ -89,7 +89,7 @@ def load_data(
             notes.append(f"no {name} image of {empty}")
     if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
         needed = "training needs two, validation and test need one each"
-        raise ValueError(f"too few images in {source}: {needed}; add some, or raise --limit")
+        raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *notes]))
     return Data(classes, parts["train"], parts["val"], parts["test"], content, tuple(notes))
 
 

@@ -18,6 +18,7 @@ import glob
 import io
 import json
 import math
+import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import Counter
@@ -186,7 +187,7 @@ def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Itera
             continue
         found = []
         for match in map(Path, matches(path)):
-            images, more = find_images(match) if match.is_dir() else ([match], Counter())
+            images, more = find_images(match) if os.path.isdir(match) else ([match], Counter())
             found += images
             skipped.update(more)
         yield from dict.fromkeys(found)  # ** matches both a folder and its files
@@ -194,7 +195,7 @@ def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Itera
 
 def matches(pattern: str) -> list[str]:
     """The paths that match a pattern, or the pattern itself if it is a path or matches none."""
-    return [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
 
 def classify(args: Namespace, models: list[TransferModel], items: Iterable[Item], known: list) -> Iterator[Answer]:
@@ -319,7 +320,7 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
         heat = torch.cat([batch.outputs[0] for batch in run_images([model.to(args.device)], images, heat_map)])
         side = math.isqrt(heat.shape[1])
         for row, image, one in zip(rows, images, heat.reshape(-1, side, side).numpy(), strict=True):
-            row.append((image, "what decided", one))
+            row.append((image, "what decided it", one))
     try:
         for row, similar in zip(rows, similar_training_images(model, images, args), strict=True):
             row += similar

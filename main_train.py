@@ -48,7 +48,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
     add("--models", nargs="+", metavar="NAME", default=three,
-        help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision")  # fmt: skip
+        help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision or timm (timm/NAME); "
+        "NAME:WEIGHTS picks the weights")  # fmt: skip
     add("--data", default="cifar10", help="cifar10, or an image folder: DIR/CLASS/* or DIR/{train,val,test}/CLASS/*")
     add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=number(int), default=RECIPE.batch_size, help="images per step; small data sets get fewer, "
@@ -65,7 +66,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
     add("--limit", type=number(int), metavar="N",
-        help="use only N of the training and validation images, and the same share of the test images")  # fmt: skip
+        help="use N training images, and the same share of the others; without val/, validation images are a fifth "
+        "of the N")  # fmt: skip
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     args.precision = gather(pick_precision(args.precision, device))[0]
     if args.precision == "bf16" and not computes_in_bf16(device):
-        print("no bf16 instructions are known here: expect up to forty times the time of fp32", file=sys.stderr)
+        print("no bf16 instructions are known here: expect up to 40 times the time of fp32", file=sys.stderr)
     provenance = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
@@ -164,7 +166,8 @@ def train_models(
                 save(tuned, data, provenance, rows, device, args.output)
                 trained.append(tuned)
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-            if world_size() > 1:  # the other processes would wait for this one
+            # the other processes would wait for this one, or nobody reads what is printed
+            if world_size() > 1 or isinstance(error, BrokenPipeError):
                 raise
             print_failure(what, error)
     return trained
@@ -234,7 +237,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     row = {
         "weights": "random" if args.demo else weights_name(models.find_backbone(name).name),
         "seed": args.seed,
-        "features": results.extraction_row(features, device),
+        "features": results.extraction_row(features),
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
         **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
     }
@@ -325,13 +328,13 @@ def save(
     models.save_checkpoint(checkpoint, model, metrics)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
     rows[model.name] = row
+    with attempt(file, failed):
+        results.write_results(file, rows)
     cached = " (cached)" if row["features"]["cached"] else ""
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
     trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
-    with attempt(file, failed):
-        results.write_results(file, rows)
     with attempt("measurement of speed", failed):
         row.update(measure_cost(model, device))
     with attempt(file, failed):

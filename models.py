@@ -195,8 +195,8 @@ class TransferModel(nn.Module):
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
-        read. An unfamiliar image is unlike the training images; its label is a guess. A fine-tuned model's record has
-        no "unfamiliar".
+        read. An unfamiliar image is unlike the training images; its label is a guess. A record of a fine-tuned backbone
+        has no "unfamiliar".
         """
         single = is_image(images)
         records = [record for _, [record] in predictions([self.fast()], [images] if single else images, top_k)]
@@ -205,8 +205,8 @@ class TransferModel(nn.Module):
     def fast(self) -> "TransferModel":
         """The fast copy that `predict` uses. It is made again when the model has changed."""
         tensors = [*self.parameters(), *self.buffers()]
-        version = [self.classes, self.precision, self.temperature, self.views]
-        version += [(id(tensor), tensor._version) for tensor in tensors]
+        version = [self.classes, self.precision, self.temperature, self.views, {**self.preprocessing}]
+        version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
         with _making_fast_copy:
             if _fast_copies.get(self, [None])[0] != version:
                 _fast_copies[self] = version, fast_copy(self, tensors[0].device)

@@ -297,9 +297,9 @@ def fine_tune(
     ]
     cores, parts = torch.get_num_threads(), _parts_of_a_batch(recipe, device)
     network = training_copy(model, parts) if device.type == "cpu" else model  # cuDNN has a fast BatchNorm of its own
-    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
     if features:
         refit_linear(model.classifier, features, train.labels, len(val), recipe.class_weights)
+    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
     if progress:
         training.load_state_dict(progress)
     try:

@@ -194,6 +194,7 @@ def _load_file(network: nn.Module, file: Path, architecture: str) -> None:
     else:
         heads = "classifier" if hasattr(network, "classifier") else _last_linear(network)
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads or ()))
+    heads += ("aux1.", "aux2.", "AuxLogits.")  # which _build_torchvision has removed
     own = network.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
     wrong = [name for name in sorted({*own, *state} - fitting.keys()) if not name.startswith(heads)]

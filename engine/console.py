@@ -21,11 +21,11 @@ from tqdm import tqdm
 from engine.device import available_cpus
 
 FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent)  # of the project's code
-MENDABLE = (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)  # errors that a user can mend
+FIXABLE = (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)  # errors that a user can fix
 
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
-    """Runs `main` and exits with its code. An error that the user can mend is one line on stderr, not a traceback."""
+    """Runs `main` and exits with its code. An error that the user can fix is one line on stderr, not a traceback."""
     for name in ("stdout", "stderr"):  # closed: the next file that is opened would get what is printed
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
@@ -48,7 +48,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
     except BrokenPipeError:  # as in `inference.py ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except MENDABLE as error:
+    except FIXABLE as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     sys.exit(code)
@@ -65,10 +65,14 @@ def attempt(what: object, failed: list) -> Iterator[None]:
 
 
 def print_failure(what: object, error: Exception) -> None:
-    """Prints one line. An error that a user cannot mend gets its place in this project's code."""
+    print(f"error: {what} failed: {with_place(error)}", file=sys.stderr)
+
+
+def with_place(error: Exception) -> str:
+    """The first line of an error's message and, if a user cannot fix it, its place in this project's code."""
     own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in FOLDERS]
-    place = "" if isinstance(error, MENDABLE) or not own else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})"
-    print(f"error: {what} failed: {first_line(error)}{place}", file=sys.stderr)
+    known = isinstance(error, FIXABLE) or not own
+    return first_line(error) + ("" if known else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})")
 
 
 class Progress(tqdm):
@@ -93,7 +97,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the description as it is, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.nargs == 0 or action.default is None else super()._get_help_string(action)
 
 
 def number(kind: type, above: float = 0, below: float = math.inf) -> Callable[[str], float]:

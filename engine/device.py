@@ -23,7 +23,8 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(device for device, available in present.items() if available)
     if not present[name]:
-        raise ValueError(f"no {name} device here: --device auto uses what is available")
+        needed = " (it needs torch 2.11)" if name == "mps" else ""
+        raise ValueError(f"no {name} device here{needed}: --device auto uses what is available")
     # new threads start on the first GPU, so this process's GPU is named
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
@@ -54,17 +55,28 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return cpus
 
 
+_lock = threading.Lock()
+_in_full_precision, _allowed_tf32 = 0, False  # the calling threads, and cuDNN's setting before the first of them
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Makes cuDNN compute fp32 with its 23 mantissa bits, instead of the 10 of TF32."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    global _in_full_precision, _allowed_tf32
+    with _lock:
+        if not _in_full_precision:
+            _allowed_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+        _in_full_precision += 1
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        with _lock:
+            _in_full_precision -= 1
+            if not _in_full_precision:
+                torch.backends.cudnn.allow_tf32 = _allowed_tf32
 
 
-_lock, _unlimited = threading.Lock(), 0  # the number of threads before the first limit
+_unlimited = 0  # the number of threads before the first limit
 _limits: dict[int, list[int]] = defaultdict(list)  # the limits in force of each calling thread, a stack
 
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from engine.console import first_line
+from engine.console import with_place
 
 WAIT = timedelta(hours=6)  # for another process, which may wait for another run to finish the same features
 
@@ -34,9 +34,9 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
                     f"each process needs a GPU: use --nproc_per_node={torch.cuda.device_count()}, or hide the GPUs"
                 )
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=WAIT)
+        has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has not
         try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=WAIT)
             if is_first():
                 code = main()
             else:
@@ -44,7 +44,7 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
                     code = main()
             barrier()  # a process that leaves early would end the connections of the others
         except RuntimeError as error:  # mostly because another process was killed, or the network is down
-            raise OSError(f"this process cannot go on: {first_line(error)}") from error
+            raise OSError(f"stopped, probably because another process failed: {with_place(error)}") from error
         dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()

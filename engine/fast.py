@@ -329,7 +329,8 @@ def without_compiler() -> Iterator[None]:
     def compiler(attribute: str) -> object:
         if attribute.startswith("__"):
             raise AttributeError(attribute)
-        sys.modules.pop(name, None)
+        if sys.modules.get(name) is placeholder:
+            del sys.modules[name]
         return getattr(importlib.import_module(name), attribute)
 
     placeholder.__getattr__ = compiler

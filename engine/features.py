@@ -141,7 +141,9 @@ class _FeatureFiles:
                     records["features"] = batch.outputs[0][list(good)].numpy()
                 rows = records["features"]
                 if not np.isfinite(rows).all():
-                    raise FloatingPointError(f"features of {self.model.backbone} overflow in {rows.dtype}")
+                    raise FloatingPointError(
+                        f"features of {self.model.backbone} overflow in {rows.dtype} ({self.model.precision})"
+                    )
                 records["checksum"] = [zlib.crc32(row) for row in rows]
                 now = time.perf_counter()
                 records["seconds"] = (now - before) / max(1, len(good)) / world_size()

@@ -114,19 +114,24 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Count
 def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     """The folders that hold a part of the data set: train, val, test.
 
-    Names such as "test_set" or "seg_train" count if there are training and other images, all in class folders.
+    They hold class folders; without any, a "train" among several other names is a class. Names such as "test_set" or
+    "seg_train" count if there are training and other images.
     """
-    exact, similar = {}, {}
+    words = {name: {*re.split("[^a-z]+", name.lower())} for name in folders}
+    exact, similar, others = {}, {}, [*folders]
     for part, spellings in SPLITS.items():
         found = [name for name in folders if name.lower() in spellings]
         if len(found) > 1:
             raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
-        words = {name: re.split("[^a-z]+", name.lower()) for name in folders if _has_folders(folders[name])}
-        containing = [name for name in words if not {*spellings}.isdisjoint(words[name])]
+        containing = [name for name in folders if words[name] & {*spellings} and _has_folders(folders[name])]
+        others = [name for name in others if not words[name] & {*spellings}]
         if found:
             exact[part] = folders[found[0]]
         if len(containing) == 1:
             similar[part] = folders[containing[0]]
+    if exact and not any(map(_has_folders, exact.values())):
+        return exact if len(others) < 2 else {}
+    exact = {part: folder for part, folder in exact.items() if part == "train" or _has_folders(folder)}
     return exact or (similar if "train" in similar and len(similar) > 1 else {})
 
 
@@ -136,8 +141,9 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _unnested(folder: Path) -> Path:
-    """The folder itself, or the one of the same name in it, as in seg_train/seg_train/<class>."""
-    return folder / folder.name if (folder / folder.name).is_dir() else folder
+    """The folder itself, or the only one in it if that has the same name, as in seg_train/seg_train/<class>."""
+    inner = list(class_folders(folder)[0].values())
+    return inner[0] if inner == [folder / folder.name] else folder
 
 
 def _refuse_nested_classes(root: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine import metrics
 from engine.console import count_of, first_line
-from engine.device import batch_size_for, device_name
+from engine.device import device_name
 from engine.features import Extraction
 from engine.files import atomic_write, load_tensors
 
@@ -68,12 +68,11 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
     print(f"{checkpoint}, made on {row.get('date')} by {row.get('command')}{changed}, will be replaced")
 
 
-def extraction_row(features: dict[str, Extraction], device: torch.device) -> dict:
+def extraction_row(features: dict[str, Extraction]) -> dict:
     """What a row says of the extraction. Test images do not count as computed."""
     computed = features["train"].computed + features["val"].computed
     unreadable = sorted({str(error) for part in features.values() for error in part.errors})
-    batch_size = batch_size_for(device)
-    return {"computed": computed, "cached": not computed, "batch_size": batch_size, "unreadable": unreadable}
+    return {"computed": computed, "cached": not computed, "unreadable": unreadable}
 
 
 def model_row(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict:
@@ -197,4 +196,4 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
     if "difference" in table[0]:
         print("difference: in points from the best model on validation.", end=" ")
-        print("Differences smaller than ± are not significant (95 %).")
+        print("Differences smaller than ± are not significant (95%).")

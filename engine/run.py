@@ -148,8 +148,7 @@ def predictions(
                 votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
                 if votes:
                     best["unfamiliar"] = sum(votes) > len(votes) / 2
-                agreement = sum(record["label"] == best["label"] for record in records) / len(records)
-                records = [{**path, "model": "ensemble", **best, "agreement": agreement, "models": records}]
+                records = [{**path, "model": "ensemble", **best, "models": records}]
             yield item, records
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import CPU, QUICK, checkpoints, noise, results
 from PIL import Image
 
@@ -88,6 +89,15 @@ def test_weights_by_name_and_from_files(run, photos, tmp_path):
     for name, hint in (("less.pth", "features.0.0.weight"), ("none.pth", "none.pth cannot be loaded")):
         code, _, err = run(main_train, "--data", photos, *QUICK, "--models", f"mobilenet_v3_small:{name}")
         assert code == 2 and hint in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_a_file_may_hold_auxiliary_classifiers(name, tmp_path):
+    """As torchvision's own does."""
+    network = torchvision.models.get_model(name, weights=None, init_weights=False, aux_logits=True)
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    loaded, _ = build(f"{name}:{tmp_path / 'x.pth'}", None, pretrained=True)
+    assert torch.equal(next(loaded.parameters()), next(network.parameters()))
 
 
 @pytest.mark.parametrize(

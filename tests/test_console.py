@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, finish, start
+from conftest import QUICK, ROOT, SMALL, finish, results, start
 
 import inference
 import main_train
@@ -50,6 +50,25 @@ def test_signals_end_without_a_traceback(run, replace, photos, tmp_path):
     replace("train_one_epoch", lambda *args: signal.raise_signal(signal.SIGTERM))
     code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert (code, err) == (143, "") and not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_whose_reader_is_gone_saves_its_model(run, photos, tmp_path, monkeypatch):
+    """As in `main_train.py | head -3`."""
+
+    def write(text: str) -> None:
+        if "test accuracy" in text:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: write(str(args)))
+    monkeypatch.setattr("os.dup2", lambda *args: None)
+    monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
+    code, _, err = run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
+    assert (code, err) == (0, "") and [row["model"] for row in results(tmp_path)] == ["mobilenet_v3_small"]
+
+
+def test_help_shows_defaults(run):
+    _, out, _ = run(main_train, "--help")
+    assert "(default: 0)" in out and "(default: fp32)" in out and "(default: False)" not in out
 
 
 @pytest.mark.parametrize(

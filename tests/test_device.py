@@ -2,7 +2,7 @@
 
 import torch
 
-from engine.device import available_cpus, threads
+from engine.device import available_cpus, full_precision, threads
 
 
 def test_available_cpus_respects_the_quota_of_a_container(tmp_path):
@@ -19,3 +19,14 @@ def test_limits_of_threads_are_nested_and_lifted():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+def test_overlapping_calls_in_full_precision_leave_the_setting_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    first, second = full_precision(), full_precision()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert torch.backends.cudnn.allow_tf32

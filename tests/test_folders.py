@@ -125,6 +125,28 @@ def test_parts_with_other_names_are_no_classes(photos):
         load_data(str(photos))
 
 
+@pytest.mark.parametrize("layout", ["{class}", "train/{class}"])
+def test_a_class_may_have_the_name_of_a_part(tmp_path, layout):
+    for name in ("bus", "car", "train"):
+        for i in range(4):
+            draw(tmp_path / "vehicles" / layout.format(**{"class": name}) / f"{i}.png", (9, 99, 9), seed=i)
+    assert load_data(str(tmp_path / "vehicles")).classes == ("bus", "car", "train")
+
+
+def test_images_without_labels_are_no_class_and_no_part(photos):
+    """As in competitions, whose test images have no class folders."""
+    for folder in [*(photos / "test").iterdir()]:
+        for image in [*folder.iterdir()]:
+            image.rename(photos / "test" / f"{folder.name}{image.name}")
+        folder.rmdir()
+    data = load_data(str(photos))
+    assert data.notes[0] == "18 files not used: 18 in test/" and len(data.test) == 12
+    shutil.rmtree(photos / "train")
+    draw(photos / "train" / "1.png", (9, 99, 9), seed=0)
+    with pytest.raises(ValueError, match=r"no class folders in .*train; a data set looks like this"):
+        load_data(str(photos))
+
+
 def test_names_that_look_the_same_are_the_same(photos, monkeypatch):
     for part, form in (("train", "NFC"), ("test", "NFD")):
         (photos / part / "blue").rename(photos / part / unicodedata.normalize(form, "café"))

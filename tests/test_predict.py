@@ -71,6 +71,16 @@ def test_predict_does_not_depend_on_the_mode_and_follows_changes():
     assert model.predict(PIXELS)["label"] == "car"
 
 
+def test_predict_follows_changes_of_the_preprocessing(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", random_model("mobilenet_v3_small", 64), {})
+    with torch.inference_mode():
+        model = load_checkpoint(tmp_path / "x.pt")
+    wide = np.concatenate([PIXELS, 255 - PIXELS], axis=1)
+    cropped = model.predict(wide)["probability"]
+    model.preprocessing["crop"] = False
+    assert model.predict(wide)["probability"] != cropped
+
+
 def test_predict_inference_and_export_agree(run, answers, photos, tmp_path):
     """In bf16, where a second path would show."""
     command = ("--data", photos, *SMALL, *QUICK, "--precision", "bf16", "--device", "cpu")
