@@ -59,7 +59,7 @@ def load_data(
 ) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
-    If test or validation images are missing, holds out 20 % of the training images of each class, chosen by `seed`.
+    If test or validation images are missing, holds out 20% of the training images of each class, chosen by `seed`.
     `limit` keeps that many training images, and that share of the others, balanced over the classes. With `test_split`
     "val", the validation images of the source become the test images.
     Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
@@ -147,7 +147,7 @@ def classes_without_images(classes: tuple[str, ...], images: Images) -> str:
 
 
 def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
-    """Holds out 20 % of each class, at least one image, but none of a class smaller than `at_least`. Returns both."""
+    """Holds out 20% of each class, at least one image, but none of a class smaller than `at_least`. Returns both."""
     counts = images.labels.bincount()
     held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
     chosen = _ranks(images.labels, seed) < held_out[images.labels]

@@ -226,7 +226,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
         bar = right.barh(y, seconds, color=shade, height=0.6)
         right.bar_label(bar, [f"{seconds:,.{0 if seconds >= 10 else 1}f} s"], padding=4, fontsize=12)
     left.set_yticks(range(len(ranked)), [row["label"] for row in ranked], fontsize=12)
-    left.set_xlabel("test accuracy, 95 % interval", fontsize=12)
+    left.set_xlabel("test accuracy, 95% interval", fontsize=12)
     left.xaxis.set_major_locator(MaxNLocator(4))
     left.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g}%")
     left.margins(x=0.35, y=0.1)
@@ -247,7 +247,7 @@ def draw_audit(report: dict, parts: dict[str, Images], file: Path) -> None:
         alike = f"near-duplicate, {pair['correlation']:.0%}"
         shown += [(items[i["path"]], f"{i['part']}: {printable(i['label'])}\n{alike}") for i in pair["images"]]
     for error in report["label_errors"][: SHOWN - len(shown)]:
-        suggested = f"rather {printable(error['suggested'])}, {error['probability']:.0%}"
+        suggested = f"more likely {printable(error['suggested'])}, {error['probability']:.0%}"
         shown.append((items[error["path"]], f"{printable(error['label'])}?\n{suggested}"))
     if figure := plot_predictions(shown):
         save(figure, file)
@@ -277,7 +277,7 @@ dd { margin: 0 0 0.5rem }
 <h1>$title</h1>
 <p>$headline</p>
 <div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
-<p>Differences smaller than ± are not significant (95 %).</p>
+<p>A difference smaller than its ± is not significant (95%).</p>
 $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
@@ -292,9 +292,8 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
     """
     models = [row for row in rows.values() if row["backbone"] != "ensemble"]
     header, *table = comparison_table(list(rows.values()))
-    comparison = _figure(
-        folder / "comparison.png", "Bars on the left are 95 % intervals. Times are of training.", "alone"
-    )
+    caption = "Bars on the left are 95% intervals. Times are those of training."
+    comparison = _figure(folder / "comparison.png", caption, "alone")
     sections = f"<h2>Comparison</h2><section>{comparison}</section>"
     if report:
         plot = _figure(folder / f"{rows[report['model']]['plot']}_data.png", CAPTIONS["_data"], "alone")
@@ -302,7 +301,7 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
     for row in models:
         plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in CAPTIONS if kind != "_data"]
         sections += f"<h2>{escape(row['label'])}</h2><section>{''.join(plots)}</section>"
-    facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data")}
+    facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data") if run[name]}
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     source = "/".join(Path(run["data"]).parts[-2:])
     page = PAGE.substitute(
@@ -332,7 +331,7 @@ def _listed(report: dict) -> str:
         return f"{image['path']} ({image['part']}, {image['label']})"
 
     pairs = [" and ".join(map(name, pair["images"])) for pair in report["near_duplicates"] or ()]
-    errors = [f"{name(e)}: rather {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
+    errors = [f"{name(e)}: more likely {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
     text = ""
     for title, lines in (("near-duplicates", pairs), ("label errors", errors)):
         if len(lines) > LISTED:

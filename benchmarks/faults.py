@@ -4,7 +4,7 @@
     python benchmarks/faults.py --data cifar10-images
 
 Takes 500 training and 100 test images of each class. Puts 60 of the training images into the test set as well (20 as
-they are, 20 recompressed, 20 cropped), 20 into another class, and moves 100 (2 %) to another class.
+they are, 20 recompressed, 20 cropped), 20 into another class, and moves 100 (2%) to another class.
 
 For comparison: the average precision of cleanlab's scores, from the same probabilities, and the near-duplicates that a
 perceptual hash finds. At last, the near-duplicates in images of little variety: scikit-learn's digits, and the demo's

@@ -19,7 +19,7 @@ The weights, the images and their split are the same for all:
   it folded into the convolutions, the statistics of a batch would destroy what they compute. Ours is that of
   `main_train.py --fine-tune`.
 
-Accuracies are on the test images, with the 95 % interval of ours; with --per-class they are means over the classes. In
+Accuracies are on the test images, with the 95% interval of ours; with --per-class they are means over the classes. In
 that protocol as many images of each class are for training and validation, all others for testing. Seconds are for
 features and training.
 """

@@ -24,7 +24,7 @@ SAMPLE = 4096  # training images from which the features' means and standard dev
 SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
 IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess
 UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
-ENOUGH = 19  # with fewer validation images, even their largest score is too low a threshold for 5 %
+ENOUGH = 19  # with fewer validation images, even their largest score is too low a threshold for 5%
 SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfamiliarity
 
 
@@ -190,7 +190,7 @@ class Unfamiliarity(nn.Module):
 def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Tensor) -> Unfamiliarity:
     """Fits the distance to training images and their labels, and the weights to validation images.
 
-    `val` and `logits` (M, classes) belong to the validation images; 5 % of new images like these get a score above 0.
+    `val` and `logits` (M, classes) belong to the validation images; 5% of new images like these get a score above 0.
     Distance and doubt are divided by their standard deviations there; the doubt has less weight if the training images
     are few. The covariance is shrunk towards a multiple of the identity: else a blank image scores as in-distribution.
     """
@@ -218,7 +218,7 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
 
 
 def _threshold(scores: Tensor) -> Tensor:
-    """A bound that 5 % of new images of the same kind exceed, given the scores (M,) of others (conformal prediction).
+    """A bound that 5% of new images of the same kind exceed, given the scores (M,) of others (conformal prediction).
 
     Fewer than ENOUGH scores cannot show it: the largest one is extrapolated as if the tail were exponential.
     """

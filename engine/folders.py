@@ -23,8 +23,8 @@ EXPECTED_TREE = """
     {root}/<class>/*.jpg          one folder for each class; the folder's name is the label
 or
     {root}/train/<class>/*.jpg    training images
-    {root}/test/<class>/*.jpg     test images of the same classes; if missing, 20 % of train/ is held out
-    {root}/val/<class>/*.jpg      validation images; if missing, 20 % of the other training images are held out"""
+    {root}/test/<class>/*.jpg     test images of the same classes; if missing, 20% of train/ is held out
+    {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
 ENDS = 65_536  # bytes at the beginning and at the end of a compressed file, which identify it

@@ -109,7 +109,7 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> float:
 
 
 def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
-    """The 95 % confidence interval of an accuracy on `count` images (Wilson 1927)."""
+    """The 95% confidence interval of an accuracy on `count` images (Wilson 1927)."""
     z = 1.96
     center = accuracy + z**2 / (2 * count)
     spread = z * math.sqrt(accuracy * (1 - accuracy) / count + (z / (2 * count)) ** 2)
@@ -117,7 +117,7 @@ def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
 
 
 def paired_difference(one: Sequence[int | None], other: Sequence[int | None]) -> tuple[float, float]:
-    """By how much one accuracy exceeds another one on the same images, and the margin of its 95 % interval.
+    """By how much one accuracy exceeds another one on the same images, and the margin of its 95% interval.
 
     Both are lists from `correct`. A difference smaller than the margin is not significant. Only images that exactly one
     of the models has right count, as in McNemar's test (interval: Bonett and Price 2012).

@@ -147,7 +147,7 @@ def best_model(rows: Sequence[dict]) -> dict:
 
 
 def difference_from(best: dict, row: dict) -> tuple[float, float]:
-    """The difference between two models' test accuracies, means over the seeds, and its margin at 95 %."""
+    """The difference between two models' test accuracies, means over the seeds, and its margin at 95%."""
     test, best_test = (mean(each["accuracy_by_seed"]["test"]) for each in (row, best))
     return test - best_test, metrics.paired_difference(row["correct"], best["correct"])[1]
 
@@ -161,7 +161,7 @@ def headline(rows: Sequence[dict]) -> str:
     text = (
         f"{train + val + test:,} images of {count_of(len(best['classes']), 'class')}: {train:,} for training, {val:,} "
         f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It classifies "
-        f"{accuracy:.1%} of the test images correctly (95 % interval: {low:.1%} to {high:.1%})."
+        f"{accuracy:.1%} of the test images correctly (95% interval: {low:.1%} to {high:.1%})."
     )
     others = [(row["label"], *difference_from(best, row)) for row in models if row is not best]
     if close := [label for label, difference, margin in others if abs(difference) <= margin]:
@@ -196,4 +196,4 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
     if "difference" in table[0]:
         print("difference: in points from the best model on validation.", end=" ")
-        print("Differences smaller than ± are not significant (95%).")
+        print("A difference smaller than its ± is not significant (95%).")

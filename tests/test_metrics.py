@@ -90,7 +90,7 @@ def test_paired_difference():
     assert paired_difference(one, one) == pytest.approx((0, 1.96 * math.sqrt(2) / 102))  # never certain
     assert paired_difference([1, None, *one, 0], [None, 0, *other, None]) == (gain, margin)  # unreadable images
     random, misses = torch.Generator().manual_seed(0), 0
-    for _ in range(500):  # two models that are equally good: 95 % of the intervals hold the true difference, 0
+    for _ in range(500):  # two models that are equally good: 95% of the intervals hold the true difference, 0
         hard, one, two = torch.rand(3, 300, generator=random)
         answers = [((hard < 0.6) | (luck < 0.3)).int().tolist() for luck in (one, two)]
         gain, margin = paired_difference(*answers)
