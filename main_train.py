@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     three = ["mobilenet_v2", "mobilenet_v3_large", "vgg16"]  # the quick ones first
     add("--models", nargs="+", metavar="NAME", default=three,
-        help=f"of {', '.join(models.BACKBONES)}, or any classification model of torchvision or timm (timm/NAME); "
+        help=f"{', '.join(models.BACKBONES)}, or any classification model of torchvision or timm (timm/NAME); "
         "NAME:WEIGHTS picks the weights")  # fmt: skip
     add("--data", default="cifar10", help="cifar10, or an image folder: DIR/CLASS/* or DIR/{train,val,test}/CLASS/*")
     add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
