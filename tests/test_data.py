@@ -67,7 +67,7 @@ def test_missing_test_images_are_held_out(photos, tmp_path):
     parts = [part.labels.bincount().tolist() for part in (data.train, data.val, data.test)]
     assert parts == [[13, 4, 13], [3, 1, 3], [4, 1, 4]]
     assert len({*data.train.items, *data.val.items, *data.test.items}) == 46
-    assert "held out for testing" in data.notes[0]
+    assert "held out at random" in data.notes[0]
     assert data.test.items == load_data(str(tmp_path / "pets")).test.items
 
 
