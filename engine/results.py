@@ -165,7 +165,7 @@ def headline(rows: Sequence[dict]) -> str:
     )
     others = [(row["label"], *difference_from(best, row)) for row in models if row is not best]
     if close := [label for label, difference, margin in others if abs(difference) <= margin]:
-        text += f" The difference from {', '.join(close)} is not significant."
+        text += f" The difference from {' and from '.join(close)} is not significant."
     return text
 
 
