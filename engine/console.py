@@ -33,6 +33,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     socket.setdefaulttimeout(30)  # of a download from a server that sends nothing
     warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export.save; export() compares the answers
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # there is no replacement yet
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     if hasattr(sys.stdin, "reconfigure"):  # not in a notebook
