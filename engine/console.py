@@ -66,6 +66,7 @@ def attempt(what: object, failed: list) -> Iterator[None]:
 
 
 def print_failure(what: object, error: Exception) -> None:
+    """Prints one line on stderr: what has failed, and why."""
     print(f"error: {what} failed: {with_place(error)}", file=sys.stderr)
 
 

@@ -98,12 +98,13 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Count
         if "train" not in part_folders:
             raise ValueError(f"no train/ in {root}; {expected}")
     part_folders = {part: _unnested(folder) for part, folder in part_folders.items()} or {"train": root}
-    classes = tuple(class_folders(part_folders["train"])[0])
+    class_paths = class_folders(part_folders["train"])[0]
+    classes = tuple(class_paths)
     if not classes:
         raise ValueError(f"no class folders in {part_folders['train']}; {expected}")
     if len(classes) == 1:
         raise ValueError(f"{part_folders['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
-    _refuse_nested_classes(part_folders["train"])
+    _refuse_nested_classes(part_folders["train"], list(class_paths.values()))
     parts = {}
     for part, folder in part_folders.items():
         parts[part], more = labelled_images(folder, classes, source)
@@ -118,21 +119,24 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     "seg_train" count if there are training and other images.
     """
     words = {name: {*re.split("[^a-z]+", name.lower())} for name in folders}
-    exact, similar, others = {}, {}, [*folders]
+    named = [name for name in folders if any(words[name] & {*spellings} for spellings in SPLITS.values())]
+    with_classes = [name for name in named if _has_folders(folders[name])]
+    exact, similar = {}, {}
     for part, spellings in SPLITS.items():
-        found = [name for name in folders if name.lower() in spellings]
+        found = [name for name in named if name.lower() in spellings]
         if len(found) > 1:
             raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
-        containing = [name for name in folders if words[name] & {*spellings} and _has_folders(folders[name])]
-        others = [name for name in others if not words[name] & {*spellings}]
+        containing = [name for name in with_classes if words[name] & {*spellings}]
         if found:
-            exact[part] = folders[found[0]]
+            exact[part] = found[0]
         if len(containing) == 1:
-            similar[part] = folders[containing[0]]
-    if exact and not any(map(_has_folders, exact.values())):
-        return exact if len(others) < 2 else {}
-    exact = {part: folder for part, folder in exact.items() if part == "train" or _has_folders(folder)}
-    return exact or (similar if "train" in similar and len(similar) > 1 else {})
+            similar[part] = containing[0]
+    if any(name in with_classes for name in exact.values()):
+        exact = {part: name for part, name in exact.items() if part == "train" or name in with_classes}
+    elif exact and len(folders) - len(named) > 1:
+        return {}
+    chosen = exact or (similar if "train" in similar and len(similar) > 1 else {})
+    return {part: folders[name] for part, name in chosen.items()}
 
 
 def _has_folders(folder: Path) -> bool:
@@ -142,13 +146,12 @@ def _has_folders(folder: Path) -> bool:
 
 def _unnested(folder: Path) -> Path:
     """The folder itself, or the only one in it if that has the same name, as in seg_train/seg_train/<class>."""
-    inner = list(class_folders(folder)[0].values())
-    return inner[0] if inner == [folder / folder.name] else folder
+    inner = folder / folder.name
+    return inner if inner.is_dir() and list(class_folders(folder)[0].values()) == [inner] else folder
 
 
-def _refuse_nested_classes(root: Path) -> None:
+def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
     """Raises ValueError if all class folders hold folders of the same names, which may be the real classes."""
-    folders = list(class_folders(root)[0].values())
     if _has_folders(folders[0]):
         inner = [sorted(class_folders(folder)[0]) for folder in folders]
         if len(inner[0]) > 1 and all(names == inner[0] for names in inner):

@@ -72,6 +72,7 @@ def test_predict_does_not_depend_on_the_mode_and_follows_changes():
 
 
 def test_predict_follows_changes_of_the_preprocessing(tmp_path):
+    """Of a model whose tensors have no version counter, too."""
     save_checkpoint(tmp_path / "x.pt", random_model("mobilenet_v3_small", 64), {})
     with torch.inference_mode():
         model = load_checkpoint(tmp_path / "x.pt")
