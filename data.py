@@ -3,12 +3,14 @@
     data = load_data("cifar10", root=Path("data"))      # or a folder of class folders
     data.train.items[0], data.train.labels[0]
 
-How a folder is read is in engine/folders.py.
+How a folder is read is in engine/folders.py, which images belong together in engine/groups.py.
 """
 
+import filecmp
 import hashlib
 import json
 import os
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +19,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from engine.console import first_line
+from engine.console import count_of, first_line
 from engine.files import atomic_write, locked
 from engine.folders import SPLITS, Images, not_used, read_folder
+from engine.groups import assign_groups, draw, find_near_duplicates
+from engine.records import Features
+from engine.survey import survey
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
@@ -27,7 +32,7 @@ CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and 
 
 @dataclass
 class Data:
-    """A data set in three parts. A label is an index into `classes`."""
+    """A data set in three parts. A label is an index into `classes`. Every image could be read."""
 
     classes: tuple[str, ...]
     train: Images
@@ -35,6 +40,8 @@ class Data:
     test: Images
     content: str  # a hash: the same for every copy of the data set
     notes: tuple[str, ...]  # what the user should know, a line each
+    unreadable: tuple[str, ...] = ()  # images that are left out, and why
+    near_duplicates: list[tuple[str, str, float]] | None = None  # names of images and their correlation; see groups.py
 
     @property
     def parts(self) -> dict[str, Images]:
@@ -45,24 +52,39 @@ class Data:
         """What identifies the data set in a row of results.json. "split" is a hash of which image is in which part."""
         names = "\0\0".join("\0".join(images.names) for images in self.parts.values())
         split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-        return {"content": self.content, "split": split, "classes": list(self.classes)}
+        groups = self.test_groups
+        return {"content": self.content, "split": split, "classes": list(self.classes), "test_groups": groups}
+
+    @property
+    def test_groups(self) -> list[int] | None:
+        """The number of each test image's group. None if every image is alone in its own."""
+        numbers = {group: number for number, group in enumerate(dict.fromkeys(self.test.groups))}
+        return [numbers[group] for group in self.test.groups] if len(numbers) < len(self.test) else None
 
     def save_split(self, file: Path) -> None:
-        """Saves which image is in which part, by name and hash."""
+        """Saves which image is in which part, by name and hash, and the groups of several images."""
         split = {part: dict(zip(images.names, images.ids, strict=True)) for part, images in self.parts.items()}
+        groups = {part: images.groups for part, images in self.parts.items()}
         with atomic_write(file) as stream:
-            stream.write(json.dumps(split).encode())
+            stream.write(json.dumps({**split, "groups": groups}).encode())
 
 
 def load_data(
-    source: str, root: Path = Path("data"), limit: int | None = None, seed: int = 0, test_split: str = "test"
+    source: str,
+    root: Path = Path("data"),
+    limit: int | None = None,
+    seed: int = 0,
+    test_split: str = "test",
+    groups: str | None = None,
 ) -> Data:
     """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
 
     If test or validation images are missing, holds out 20% of the training images of each class, chosen by `seed`.
-    `limit` keeps that many training images, and that share of the others, balanced over the classes. With `test_split`
-    "val", the validation images of the source become the test images.
-    Raises OSError if the images cannot be read or downloaded, ValueError if they are not a usable data set.
+    Images that belong together stay on one side: those to whose names the regular expression `groups` gives the same
+    group, or else near-duplicates. `limit` keeps that many training images, balanced over the classes, and that share
+    of the others. With `test_split` "val", the validation images of the source become the test images.
+    Images that cannot be read are left out. Thumbnails of the others are kept in `root`/features.
+    Raises OSError if nothing can be read or downloaded, ValueError if the images are not a usable data set.
     """
     classes, parts, notes = _read_source(source, root)
     content = _content(classes, parts)
@@ -70,27 +92,142 @@ def load_data(
         if "val" not in parts or "test" in parts:
             raise ValueError(f"--test-split val is for data with validation images and without test images: {source}")
         parts["test"] = parts.pop("val")
-    if "test" not in parts:
-        parts["train"], parts["test"] = _hold_out(parts["train"], seed, at_least=3)
-        given = " (--test-split val tests on val/ instead)" if "val" in parts else ""
-        notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
+    sizes = {}  # of the parts to hold out, in images of each class, if not a fifth
     if limit is not None:
-        share = limit / max(1, len(parts["train"]))
-        for part, images in parts.items():
-            count = limit if part == "train" else max(len(classes), round(share * len(images)))
-            balanced = _ranks(images.labels, seed).argsort(stable=True)[:count]
-            parts[part] = images.subset(balanced.sort().values)
+        parts, sizes = _limited(parts, limit, len(classes))
+    images, places, thumbnails, unreadable = _survey(parts, root / "features")
+    pairs = find_near_duplicates(images.ids, thumbnails, root / "features")
+    named = groups is not None or images.groups is not None
+    images.groups, remarks = assign_groups(images, groups, pairs)
+    missing = [part for part in ("test", "val") if part not in places]
+    if missing and named and (undivided := _in_one_group(classes, images)):
+        raise ValueError(f"all images of {undivided} are in one group, so none of them can be held out: see --groups")
+    for part in missing:
+        size = sizes.get(part, _fifth(images.labels[places["train"]].bincount(minlength=len(classes))))
+        others = 2 if (part, "val" in places) == ("test", False) else 1
+        places["train"], places[part] = _hold_out(images, places["train"], size, others, seed, last=part == "val")
+    parts = {part: images.subset(places[part]) for part in ("train", "val", "test")}
+    if "test" in missing:
+        given = "" if "val" in missing else " (--test-split val tests on val/ instead)"
+        notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
+    notes += [*(remarks if missing else ()), *_remarks(classes, parts)]
     if empty := classes_without_images(classes, parts["train"]):
-        raise ValueError("; ".join([f"no training image of {empty} in {source}: add some, or raise --limit", *notes]))
-    if "val" not in parts:
-        parts["train"], parts["val"] = _hold_out(parts["train"], seed, at_least=2)
+        reasons = "; ".join([*unreadable[:3], *notes])
+        raise ValueError(f"no training image of {empty} in {source}: add some, or raise --limit; {reasons}")
+    if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
+        needed = "training needs two, validation and test need one each, of other groups if --groups names some"
+        raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *notes]))
+    copies = pairs and [(images.names[i], images.names[j], correlation) for i, j, correlation in pairs]
+    return Data(classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, near_duplicates=copies)
+
+
+def _survey(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Features, tuple[str, ...]]:
+    """All images that can be read, the places of each part's among them, their thumbnails, and why others cannot."""
+    images = Images.joined(parts.values())
+    part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts.values()]))
+    firsts = {}
+    for item, identity in zip(images.items, images.ids, strict=True):
+        first = firsts.setdefault(identity, item)
+        if isinstance(item, Path) and first is not item and not filecmp.cmp(first, item, shallow=False):
+            raise ValueError(f"{first} and {item} differ but have the same hash: leave one of them out")
+    seen = survey(images.items, images.ids, folder)
+    images, part_of = images.subset(seen.readable), part_of[seen.readable]
+    places = {name: (part_of == number).nonzero().flatten() for number, name in enumerate(parts)}
+    return images, places, seen.thumbnails, tuple(sorted(map(str, seen.errors)))
+
+
+def _limited(parts: dict[str, Images], limit: int, classes: int) -> tuple[dict[str, Images], dict[str, Tensor]]:
+    """The parts that --limit keeps, and, if test images are to be held out, how many of each class.
+
+    Training images are balanced over the classes; of the others, each class keeps the same share. The choice follows
+    from the images' names, so nothing else has to be read.
+    """
+    counts = {part: images.labels.bincount(minlength=classes) for part, images in parts.items()}
+    tested = _fifth(counts["train"], at_least=3) if "test" not in parts else torch.zeros(classes, dtype=torch.int64)
+    pool = counts["train"] - tested
+    ranks = torch.cat([torch.arange(count) for count in pool.tolist()])
+    kept = torch.arange(classes).repeat_interleave(pool)[ranks.argsort(stable=True)[:limit]].bincount(minlength=classes)
+    share = kept.sum() / pool.sum().clamp(1)
+
+    def part_of(count: Tensor) -> Tensor:
+        return torch.where(count > 0, (share * count).round().clamp(min=1), 0).long()
+
+    wanted = {part: part_of(count) for part, count in counts.items()}
+    wanted["train"] = kept + part_of(tested)
+    limited = {}
+    for part, images in parts.items():
+        order = sorted(range(len(images)), key=lambda i: draw(0, images.names[i]))
+        left, chosen = wanted[part].tolist(), []
+        for i, label in zip(order, images.labels[order].tolist(), strict=True):
+            left[label] -= 1
+            if left[label] >= 0:
+                chosen.append(i)
+        limited[part] = images.subset(torch.tensor(sorted(chosen), dtype=torch.int64))
+    return limited, {} if "test" in parts else {"test": part_of(tested)}
+
+
+def _fifth(counts: Tensor, at_least: int = 2) -> Tensor:
+    """How many images of each class to hold out: one or more, but none of a class smaller than `at_least`."""
+    return torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1)).long()
+
+
+def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: int, last: bool) -> tuple[Tensor, Tensor]:
+    """Holds out whole groups of the images in `pool` (indices), about `sizes` (classes,) of each class. Returns both.
+
+    Of each class, `others` groups are left at least. The groups come in the order of random numbers that follow from
+    their names, or from their images' hashes, and `seed`: a new image moves no other one but at the boundary. The
+    validation images are the `last` ones, so that an image that leaves the test images goes to the training images.
+    First come groups that fit, then, class by class, those that bring the held-out images nearer to `sizes`.
+    """
+    members, labels = defaultdict(list), images.labels.tolist()
+    for i in pool.tolist():
+        members[images.groups[i]].append(i)
+    counts = {group: Counter(labels[i] for i in each) for group, each in members.items()}
+    left = Counter(label for each in counts.values() for label in each)  # groups of each class
+    missing, held = dict(enumerate(sizes.tolist())), set()
+    order = sorted(members, key=lambda group: draw(seed, group), reverse=last)
+    for fits in (True, False):
+        for group in order:
+            gain = sum(
+                (abs(missing[label]) - abs(missing[label] - count)) / max(1, sizes[label])
+                for label, count in counts[group].items()
+            )
+            fitting = all(count <= missing[label] for label, count in counts[group].items())
+            if group in held or gain <= 0 or (fits and not fitting) or any(left[c] <= others for c in counts[group]):
+                continue
+            held.add(group)
+            for label, count in counts[group].items():
+                missing[label] -= count
+                left[label] -= 1
+    chosen = torch.tensor([images.groups[i] in held for i in pool.tolist()], dtype=torch.bool)
+    return pool[~chosen], pool[chosen]
+
+
+def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
+    """The names of the classes with several images, but only one group."""
+    groups = defaultdict(set)
+    for label, group in zip(images.labels.tolist(), images.groups, strict=True):
+        groups[label].add(group)
+    counts = images.labels.bincount(minlength=len(classes)).tolist()
+    return ", ".join(repr(classes[label]) for label, each in groups.items() if len(each) == 1 < counts[label])
+
+
+def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
+    """What the user should know about a split."""
+    remarks = []
     for part, name in (("test", "test"), ("val", "validation")):
         if empty := classes_without_images(classes, parts[part]):
-            notes.append(f"no {name} image of {empty}")
-    if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
-        needed = "training needs two, validation and test need one each"
-        raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *notes]))
-    return Data(classes, parts["train"], parts["val"], parts["test"], content, tuple(notes))
+            remarks.append(f"no {name} image of {empty}")
+    ids = {identity for part in ("train", "val") for identity in parts[part].ids}
+    groups = {group for part in ("train", "val") for group in parts[part].groups}
+    identical = sum(identity in ids for identity in parts["test"].ids)
+    leaked = sum(group in groups for group in parts["test"].groups)
+    if leaked:
+        remarks.append(
+            f"{count_of(leaked, 'test image')} of groups that training or validation images belong to, too, "
+            f"{identical:,} identical to one of these: the test accuracy will be too high"
+        )
+    return remarks
 
 
 def load_split(source: str, root: Path, file: Path) -> Data:
@@ -103,13 +240,15 @@ def load_split(source: str, root: Path, file: Path) -> Data:
     classes, parts, _ = _read_source(source, root)
     everything, split, notes = Images.joined(parts.values()), {}, []
     places = {name: i for i, name in enumerate(everything.names)}
-    for part, ids in json.loads(file.read_text()).items():
+    stored = json.loads(file.read_text())
+    groups = stored.pop("groups", None)  # earlier versions did not write it, and identified large files otherwise
+    for part, ids in stored.items():
         found = [places[name] for name in ids if name in places]
         split[part] = everything.subset(torch.tensor(found, dtype=torch.int64))
         changed = sum(a != b for a, b in zip(split[part].ids, (ids[n] for n in split[part].names), strict=True))
         if gone := len(ids) - len(found):
             notes.append(f"{gone} of {len(ids)} {part} images of the run are gone")
-        if changed:
+        if changed and groups:
             notes.append(f"{changed} of {len(ids)} {part} images have changed since the run")
     return Data(classes, **split, content="", notes=tuple(notes))
 
@@ -144,24 +283,6 @@ def classes_without_images(classes: tuple[str, ...], images: Images) -> str:
     counts = images.labels.bincount(minlength=len(classes))
     names = [repr(name) for name, count in zip(classes, counts.tolist(), strict=True) if not count]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more classes" if len(names) > 5 else "")
-
-
-def _hold_out(images: Images, seed: int, at_least: int) -> tuple[Images, Images]:
-    """Holds out 20% of each class, at least one image, but none of a class smaller than `at_least`. Returns both."""
-    counts = images.labels.bincount()
-    held_out = torch.where(counts < at_least, 0, (0.2 * counts).round().clamp(min=1))
-    chosen = _ranks(images.labels, seed) < held_out[images.labels]
-    return images.subset((~chosen).nonzero().flatten()), images.subset(chosen.nonzero().flatten())
-
-
-def _ranks(labels: Tensor, seed: int) -> Tensor:
-    """The rank of each image in a random permutation of its class: 0, 1, 2..."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    ranks, shuffled = torch.empty_like(labels), labels[order]
-    for label in labels.unique():
-        members = order[shuffled == label]
-        ranks[members] = torch.arange(len(members))
-    return ranks
 
 
 # ---------------------------------------------------------------------------------------------- sources

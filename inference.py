@@ -35,7 +35,7 @@ from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, spmd
 from engine.export import export
 from engine.fast import fast_copy
-from engine.features import extract_features, most_similar
+from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
@@ -333,13 +333,13 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
     data, cache = data_of(model, args.cache), args.cache / "features"
-    known = extract_features(model, data.train.items, data.train.ids, cache, args.device, compute=False)
-    if not len(known.readable):
+    features, known = known_features(model, data.train.ids, cache, args.device)
+    if not len(known):
         raise FileNotFoundError(f"their features are not in {cache}")
-    train, fast = data.train.subset(known.readable), fast_copy(model, args.device)
+    train, fast = data.train.subset(known), fast_copy(model, args.device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels = [printable(data.classes[label]) for label in train.labels]
-    for found in most_similar(model.cpu(), rows, known.features, SIMILAR):
+    for found in most_similar(model.cpu(), rows, features, SIMILAR):
         captioned = [(train.items[i], f"{labels[i]}, {cosine:.2f}") for i, cosine in found]
         yield [(image, caption, None) for image, caption in read_for_plot(captioned)]
 

@@ -27,18 +27,28 @@ from torch import Tensor
 import models
 import train_utils
 import visualization
-from data import CIFAR10_SIZE, Data, classes_without_images, load_data
+from data import CIFAR10_SIZE, Data, load_data
 from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
-from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
+from engine.console import (
+    HelpFormatter,
+    attempt,
+    count_of,
+    first_line,
+    number,
+    pattern,
+    print_failure,
+    printable,
+    run_script,
+)
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
-from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
+from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
@@ -68,6 +78,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=number(int), metavar="N",
         help="use N training images, and the same share of the others; without val/, validation images are a fifth "
         "of the N")  # fmt: skip
+    add("--groups", type=pattern, metavar="REGEX", help="images whose paths below the data folder have the same match, or the same "
+        "first parentheses, stay together: 'patient[0-9]+' (default: near-duplicates stay together)")  # fmt: skip
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -102,7 +114,7 @@ class TrainedModel:
 
     model: models.TransferModel
     row: dict
-    logits: dict[str, Tensor]  # for the "val" and "test" images, (N, classes), NaN for those that cannot be read
+    logits: dict[str, Tensor]  # for the "val" and "test" images, (N, classes)
     features: dict[str, Extraction]  # of the frozen backbone, for "train", "val" and "test"
     failed: list = field(default_factory=list)  # the optional steps that did not work
 
@@ -116,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     provenance = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
-        data = load_data(args.data, args.cache, args.limit, test_split=args.test_split)
+        data = load_data(args.data, args.cache, args.limit, test_split=args.test_split, groups=args.groups)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
         print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
         if is_first():
@@ -188,30 +200,16 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     return model
 
 
-def extract(
-    model: models.TransferModel, data: Data, args: argparse.Namespace, device: torch.device
-) -> tuple[dict[str, Extraction], dict[str, Tensor]]:
-    """The features and labels of the readable images of each part. Raises ValueError if too few can be read."""
-    features, readable = {}, {}
-    for part, images in data.parts.items():
-        features[part] = extract_features(model, images.items, images.ids, args.cache / "features", device)
-        readable[part] = images.subset(features[part].readable)
-    if empty := classes_without_images(data.classes, readable["train"]):
-        raise ValueError(f"no training image of {empty} can be read")
-    if not len(readable["val"]) or not len(readable["test"]):
-        raise ValueError("no image for validation or testing can be read")
-    empty = classes_without_images(data.classes, readable["test"])
-    if empty and empty != classes_without_images(data.classes, data.test):
-        print(f"{model.name}: no test image of {empty} can be read", file=sys.stderr)
-    return features, {part: images.labels for part, images in readable.items()}
-
-
 def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model = new_model(name, data, args, args.seed)
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
-        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
-    features, labels = extract(model, data, args, device)
+        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
+    features = {
+        part: extract_features(model, images.items, images.ids, args.cache / "features", device)
+        for part, images in data.parts.items()
+    }
+    labels = {part: images.labels for part, images in data.parts.items()}
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
     )
@@ -241,11 +239,11 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
         **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
     }
-    for_unfamiliarity = features["train"].features, labels["train"], features["val"].features, logits["val"]
-    logits = {part: with_unread(rows, features[part].readable, len(data.parts[part])) for part, rows in logits.items()}
     trained = TrainedModel(model.to(device), row, logits, features)
     with attempt("detection of unfamiliar images", trained.failed):
-        model.unfamiliarity = fit_unfamiliarity(*for_unfamiliarity)
+        model.unfamiliarity = fit_unfamiliarity(
+            features["train"].features, labels["train"], features["val"].features, logits["val"]
+        )
     return trained
 
 
@@ -266,15 +264,14 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     """Trains the backbone as well, starting from the trained classifier. Resumes a training that was interrupted."""
     model = copy.deepcopy(frozen.model)
     model.unfreeze()
-    train, val = (data.parts[part].subset(frozen.features[part].readable) for part in ("train", "val"))
-    if min(len(train), len(val)) < world_size():
+    if min(len(data.train), len(data.val)) < world_size():
         raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
     precision = "fp32" if device.type == "cpu" else pick_precision("auto", device)  # CPUs train slower in bf16
     recipe = replace(FINE_TUNING, epochs=args.fine_tune, lr=args.fine_tune_lr, class_weights=args.class_weights)
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
-    settings += frozen.row["recipe"], frozen.row["precision"], frozen.row["features"]["unreadable"]
+    settings += frozen.row["recipe"], frozen.row["precision"]
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
@@ -287,13 +284,10 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
 
     known = frozen.features["train"].features
     training = train_utils.fine_tune(
-        model.cpu(), train, val, recipe, precision, device, args.seed, known, progress, save_progress
+        model.cpu(), data.train, data.val, recipe, precision, device, args.seed, known, progress, save_progress
     )
-    unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
-    train_images, fast, logits = len(train) - len(unread), fast_copy(model, device), {}
-    for part in ("val", "test"):
-        logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
-        unread |= {str(error) for error in errors}
+    fast = fast_copy(model, device)
+    logits = {part: outputs_of(fast, data.parts[part].items, f"{model.name} answers") for part in ("val", "test")}
     loss, frozen_loss = (calibrated_loss(each["val"], data.val.labels) for each in (logits, frozen.logits))
     if not loss < gather(frozen_loss)[0]:  # also if it is not a number
         print(f"{model.name}: no better on validation than the frozen model, whose weights are kept")
@@ -302,9 +296,8 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     accuracies = {part: [loss_and_accuracy(rows, data.parts[part].labels)[1]] for part, rows in logits.items()}
     row = {
         **frozen.row,
-        "features": {**frozen.row["features"], "unreadable": sorted(unread | {*frozen.row["features"]["unreadable"]})},
         "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
-        **training_row(model, recipe, precision, training.history, train_images, accuracies),
+        **training_row(model, recipe, precision, training.history, len(data.train), accuracies),
     }
     return TrainedModel(model, row, logits, frozen.features)
 
@@ -319,7 +312,12 @@ def save(
     model, failed, plots = trained.model, trained.failed, output / "plots"
     model.temperature = fit_temperature(trained.logits["val"], data.val.labels)
     parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
-    trained.row = row = {**trained.row, **provenance, **data.identity, **results.model_row(model, *parts)}
+    trained.row = row = {
+        **trained.row,
+        **provenance,
+        **data.identity,
+        **results.model_row(model, *parts, data.test_groups),
+    }
     if not is_first():
         model.cpu()
         return
@@ -367,28 +365,26 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
         report = check_data(best, data, plots)
     with attempt("report page", failed):
         visualization.write_page(compared, new[0], report, plots)
-    unreadable = sorted({reason for row in new for reason in row["features"]["unreadable"]})
-    for reason in unreadable:
+    for reason in data.unreadable:
         print(f"left out: {printable(reason)}", file=sys.stderr)
-    if unreadable:
-        print(f"{count_of(len(unreadable), 'image')} cannot be read: left out", file=sys.stderr)
-    return not failed and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
+    if data.unreadable:
+        print(f"{count_of(len(data.unreadable), 'image')} cannot be read: left out", file=sys.stderr)
+    return not failed and not data.unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
 def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
-    """Finds near-duplicates and label errors. Prints a summary, writes data.json, draws a plot, returns the report."""
-    parts = {part: data.parts[part].subset(found.readable) for part, found in trained.features.items()}
+    """Finds label errors, and tells of near-duplicates. Prints a summary, writes data.json, draws a plot."""
     features = [found.features for found in trained.features.values()]
-    labels = torch.cat([images.labels for images in parts.values()])
-    correct = [trained.row["correct"][i] for i in trained.features["test"].readable.tolist()]
-    print("\nlooking for near-duplicates and label errors")
+    labels = torch.cat([images.labels for images in data.parts.values()])
+    print("\nlooking for label errors")
     with threads(1):
         logits = train_utils.out_of_sample_logits(features, labels, len(data.classes))
-        report = {"model": trained.model.name, **audit(parts, features, logits, data.classes, correct)}
+        found = audit(data.parts, data.near_duplicates, logits, data.classes, trained.row["correct"])
+    report = {"model": trained.model.name, **found}
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     print(f"{summary(report)}: see {folder / 'data.json'}")
-    visualization.draw_audit(report, parts, folder / f"{trained.row['plot']}_data.png")
+    visualization.draw_audit(report, data.parts, folder / f"{trained.row['plot']}_data.png")
     return report
 
 

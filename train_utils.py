@@ -222,7 +222,7 @@ def _fit_linear(classifier: Classifier, train: Batches, val: Batches, recipe: Re
     split, labels = len(train.labels), torch.cat([train.labels, val.labels])
     chosen = sample(labels.cpu(), RIDGE_IMAGES)
     of_train, of_val = chosen[chosen < split], chosen[chosen >= split] - split
-    features = torch.cat([train.load(of_train, None)[0], val.load(of_val, None)[0]])
+    features = torch.cat([train.load(of_train, None), val.load(of_val, None)])
     loo_logits = classifier.fit_ridge(features, labels[chosen], recipe.class_weights)
     logits = compute_logits(nn.Sequential(classifier.standardize, classifier.linear), val)[0].clone()
     logits[of_val] = loo_logits[len(of_train) :].cpu()

@@ -30,10 +30,10 @@ SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfami
 
 def audit(
     parts: dict[str, Images],
-    features: list[Features],
+    near_duplicates: list[tuple[str, str, float]] | None,
     logits: Tensor,
     classes: Sequence[str],
-    correct: list[int | None],
+    correct: list[int],
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
@@ -50,12 +50,13 @@ def audit(
         {**described[i], "suggested": classes[label], "probability": probability}
         for i, label, probability in label_errors(logits, labels)
     ]
-    pairs = near_duplicates(features, [item for part in parts.values() for item in part.items])
-    if pairs is None:
+    if near_duplicates is None:
         return {"near_duplicates": None, "label_errors": errors}
+    places = {name: i for i, name in enumerate(name for part in parts.values() for name in part.names)}
+    pairs = [(places[one], places[other], correlation) for one, other, correlation in near_duplicates]
     duplicated = {i for *pair, _ in pairs for i in pair}
     first = len(labels) - len(correct)  # of the test images
-    others = [right for i, right in enumerate(correct, first) if i not in duplicated and right is not None]
+    others = [right for i, right in enumerate(correct, first) if i not in duplicated]
     return {
         "near_duplicates": [{"images": [described[i], described[j]], "correlation": c} for i, j, c in pairs],
         "label_errors": errors,

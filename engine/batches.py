@@ -14,11 +14,11 @@ from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
 from engine.folders import Images
-from engine.images import READING, ImageError, augment, preprocess, read_image
+from engine.images import READING, augment, preprocess, read_image
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
-# device, and the indices of the images that could be read.
-Loader = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+# device.
+Loader = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def feature_loader(features: Features | Tensor, device: torch.device) -> Loader:
@@ -28,36 +28,27 @@ def feature_loader(features: Features | Tensor, device: torch.device) -> Loader:
             blocks = torch.arange(len(features)).split(4096)
             features = torch.cat([features[block].to(device) for block in blocks])
 
-    def load(batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+    def load(batch: Tensor, draws: Tensor | None) -> Tensor:
         chosen = batch.to(features.device) if isinstance(features, Tensor) else batch
-        return features[chosen].to(device, torch.float32, non_blocking=True), batch
+        return features[chosen].to(device, torch.float32, non_blocking=True)
 
     return load
 
 
 class ImageLoader:
-    """Loads preprocessed images (B, 3, S, S), augmented while training.
-
-    `errors` names those that cannot be read.
-    """
+    """Loads preprocessed images (B, 3, S, S), augmented while training. Raises ImageError if one cannot be read."""
 
     def __init__(self, images: Images, preprocessing: dict, device: torch.device):
         self.images, self.preprocessing, self.device = images, preprocessing, device
-        self.pool, self.errors = ThreadPoolExecutor(min(16, available_cpus())), {}
+        self.pool = ThreadPoolExecutor(min(16, available_cpus()))
 
-    def read(self, i: int, draws: Tensor | None) -> Tensor | None:
-        try:
-            image = read_image(self.images.items[i], *(self.preprocessing[key] for key in READING))
-        except ImageError as error:  # it was readable during extraction
-            self.errors[i] = ImageError(str(error))  # without its traceback, which keeps the image in memory
-            return None
+    def read(self, i: int, draws: Tensor | None) -> Tensor:
+        image = read_image(self.images.items[i], *(self.preprocessing[key] for key in READING))
         return image if draws is None else augment(image, draws, self.preprocessing["mean"])
 
-    def __call__(self, batch: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
-        results = list(self.pool.map(self.read, batch.tolist(), [None] * len(batch) if draws is None else draws))
-        readable = [i for i, image in enumerate(results) if image is not None]
-        images = [results[i] for i in readable] or torch.empty(0, 3, 1, 1, dtype=torch.uint8)
-        return preprocess(images, self.preprocessing, self.device), batch[readable]
+    def __call__(self, batch: Tensor, draws: Tensor | None) -> Tensor:
+        images = list(self.pool.map(self.read, batch.tolist(), [None] * len(batch) if draws is None else draws))
+        return preprocess(images, self.preprocessing, self.device)
 
 
 class Batches:
@@ -98,25 +89,26 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.labels)
         order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
-        for batch, inputs, readable in self._loaded(order.tensor_split(self.steps)):
-            yield inputs, self.labels[readable.to(self.device, non_blocking=True)]
+        for batch, inputs in self._loaded(order.tensor_split(self.steps)):
+            own = batch[self.process :: self.processes]
+            yield inputs, self.labels[own.to(self.device, non_blocking=True)]
             self.progress(len(batch))
 
-    def _loaded(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Each batch, its inputs, and which of its images could be read. A GPU gets the next batch while it works."""
+    def _loaded(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each batch and its inputs. A GPU gets the next batch while it works."""
         share, pending = slice(self.process, None, self.processes), deque()
         with ThreadPoolExecutor(1) as pool:
             for batch in batches:
                 draws = torch.rand(len(batch), 5, generator=self.generator)[share] if self.generator else None
                 if self.device.type == "cpu":
-                    yield batch, *self.load(batch[share], draws)
+                    yield batch, self.load(batch[share], draws)
                     continue
                 pending.append((batch, pool.submit(self.load, batch[share], draws)))
                 if len(pending) > 1:
                     batch, loaded = pending.popleft()
-                    yield batch, *loaded.result()
+                    yield batch, loaded.result()
             for batch, loaded in pending:
-                yield batch, *loaded.result()
+                yield batch, loaded.result()
 
     def means(self, loss: Tensor, correct: Tensor, images: int) -> tuple[float, float]:
         """The mean loss and the accuracy, from sums over all batches of this process. The processes' sums are added."""
@@ -124,8 +116,6 @@ class Batches:
         if self.processes > 1:
             dist.all_reduce(sums)
         loss, correct, images = sums.tolist()
-        if not images:
-            raise OSError("no image can be read: are the files still there?")
         return loss / images, correct / images
 
 

@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -113,6 +114,15 @@ def number(kind: type, above: float = 0, below: float = math.inf) -> Callable[[s
 
     parse.__name__ = kind.__name__  # argparse names the type if the text is no number
     return parse
+
+
+def pattern(text: str) -> str:
+    """An argparse type for regular expressions."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a regular expression ({error})") from error
+    return text
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from engine.console import count_of, printable
+from engine.device import available_cpus
+from engine.distributed import gather, share
 from engine.images import is_image_file
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -27,8 +30,6 @@ or
     {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
-ENDS = 65_536  # bytes at the beginning and at the end of a compressed file, which identify it
-UNCOMPRESSED = (".bmp", ".dib", ".pbm", ".pgm", ".pnm", ".ppm", ".tga", ".tif", ".tiff")  # read as a whole
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -39,6 +40,7 @@ class Images:
     items: list[Path] | np.ndarray
     labels: Tensor
     names: list[str]  # the path below the data set's folder, or the part and the number: "test 17"
+    groups: list[str] | None = None  # images of one group stay on one side of a split
 
     def __len__(self) -> int:
         return len(self.items)
@@ -46,13 +48,19 @@ class Images:
     def subset(self, indices: Tensor) -> "Images":
         chosen = indices.numpy()
         items = self.items[chosen] if isinstance(self.items, np.ndarray) else [self.items[i] for i in chosen]
-        return Images(items, self.labels[indices], [self.names[i] for i in chosen])
+        groups = self.groups and [self.groups[i] for i in chosen]
+        part = Images(items, self.labels[indices], [self.names[i] for i in chosen], groups)
+        if "ids" in vars(self):  # they have been computed
+            part.ids = [self.ids[i] for i in chosen]
+        return part
 
     @classmethod
     def joined(cls, parts: Iterable["Images"]) -> "Images":
         parts = list(parts)
         items = [item for part in parts for item in part.items]
-        return cls(items, torch.cat([part.labels for part in parts]), [name for part in parts for name in part.names])
+        groups = [group for part in parts for group in part.groups] if all(part.groups for part in parts) else None
+        names = [name for part in parts for name in part.names]
+        return cls(items, torch.cat([part.labels for part in parts]), names, groups)
 
     def paths(self) -> list[str]:
         """For each image the path of its file, or its name."""
@@ -62,22 +70,30 @@ class Images:
 
     @cached_property
     def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file. It follows the image, wherever the file is."""
-        return [hashlib.blake2b(_identity(item), digest_size=16).hexdigest() for item in self.items]
+        """For each image a hash of its pixels, or of its file. It follows the image, wherever the file is.
+
+        Under torchrun each process reads a share of the files.
+        """
+        own = share(len(self), 256)
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            found = dict(zip(own, pool.map(_identity, (self.items[i] for i in own)), strict=True))
+        found = {i: identity for part in gather(found) for i, identity in part.items()}
+        return [found[i].hex() for i in range(len(self))]
 
 
-def _identity(item: Path | np.ndarray) -> bytes | np.ndarray:
+def _identity(item: Path | np.ndarray) -> bytes:
     if isinstance(item, np.ndarray):
-        return np.ascontiguousarray(item)
+        return hashlib.blake2b(np.ascontiguousarray(item), digest_size=16).digest()
+    digest, size = hashlib.blake2b(digest_size=16), 0
     with suppress(OSError):  # the file is gone; reading it will raise an ImageError
         if item.is_file():  # opening a pipe would block
             with item.open("rb") as file:
-                if item.suffix.lower() in UNCOMPRESSED:
-                    return file.read()
-                size, content = os.fstat(file.fileno()).st_size, file.read(ENDS)
-                file.seek(max(ENDS, size - ENDS))
-                return content + file.read(ENDS) + str(size).encode()
-    return os.fsencode(item)
+                while block := file.read(2**20):
+                    digest.update(block)
+                    size += len(block)
+            digest.update(str(size).encode())  # as in the features that earlier versions have computed
+            return digest.digest()
+    return hashlib.blake2b(os.fsencode(item), digest_size=16).digest()
 
 
 def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[str]]:

@@ -1,10 +1,11 @@
 """How good is a model, and is a difference real?
 
-Logits are (N, classes), labels (N,), probabilities and accuracies from 0 to 1. A row of NaN logits belongs to an image
-that could not be read: it has no answer, and every metric leaves it out.
+Logits are (N, classes), labels (N,), probabilities and accuracies from 0 to 1. Images that belong together, such as the
+frames of a film, say less than as many others: intervals take whole groups of them as the unit of sampling.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,25 +17,7 @@ TEMPERATURE_PRIOR = 0.1  # log(temperature) is normal around 0 with this deviati
 
 def loss_and_accuracy(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     """The mean cross-entropy, and the share of images whose label has the largest logit."""
-    logits, labels = answered(logits, labels)
     return F.cross_entropy(logits, labels).item(), (logits.argmax(dim=1) == labels).float().mean().item()
-
-
-def answered(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits and labels of the images that could be read."""
-    readable = ~logits[:, 0].isnan()
-    return logits[readable], labels[readable]
-
-
-def with_unread(rows: Tensor, readable: Tensor, count: int) -> Tensor:
-    """Rows (M, D) of the readable images, whose indices are (M,) -> (count, D), NaN for the other images."""
-    return torch.full((count, rows.shape[1]), torch.nan).index_copy(0, readable, rows)
-
-
-def correct(logits: Tensor, labels: Tensor) -> list[int | None]:
-    """For each image 1 if its label has the largest logit, else 0; None if it could not be read."""
-    hits = (logits.argmax(dim=1) == labels).int().tolist()
-    return [None if unread else hit for hit, unread in zip(hits, logits[:, 0].isnan().tolist(), strict=True)]
 
 
 def average_models(logits: Iterable[Tensor]) -> Tensor:
@@ -44,15 +27,12 @@ def average_models(logits: Iterable[Tensor]) -> Tensor:
 
 def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
     """Test metrics as plain numbers: accuracies, scores of each class, calibration, confusion matrix."""
-    hits = correct(logits, labels)
-    logits, labels = answered(logits, labels)
     loss, accuracy = loss_and_accuracy(logits, labels)
     return {
         "test_loss": loss,
         "test_accuracy": accuracy,
-        "test_interval": wilson_interval(accuracy, len(labels)),
         "test_images": len(labels),
-        "correct": hits,
+        "correct": (logits.argmax(dim=1) == labels).int().tolist(),
         "top2_accuracy": (logits.topk(min(2, logits.shape[1])).indices == labels[:, None]).any(1).float().mean().item(),
         **class_scores(logits.argmax(dim=1), labels, logits.shape[1]),
         "calibration": {"before": calibration(logits, labels), "after": calibration(logits / temperature, labels)},
@@ -92,7 +72,6 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior."""
-    logits, labels = answered(logits, labels)
 
     def negative_log_posterior(t: float) -> float:
         return F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item() + (t / TEMPERATURE_PRIOR) ** 2 / 2
@@ -108,7 +87,7 @@ def calibrated_loss(logits: Tensor, labels: Tensor) -> float:
     return loss_and_accuracy(logits / fit_temperature(logits, labels), labels)[0]
 
 
-def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
+def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     """The 95% confidence interval of an accuracy on `count` images (Wilson 1927)."""
     z = 1.96
     center = accuracy + z**2 / (2 * count)
@@ -116,14 +95,61 @@ def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
     return max(0.0, center - spread) / (1 + z**2 / count), min(1.0, (center + spread) / (1 + z**2 / count))
 
 
-def paired_difference(one: Sequence[int | None], other: Sequence[int | None]) -> tuple[float, float]:
+def accuracy_interval(accuracy: float, correct: Sequence[int], groups: Sequence[object] | None) -> tuple[float, float]:
+    """The 95% confidence interval of an accuracy, given which images are right and the group of each.
+
+    Of `groups`, the interval is Wilson's for the effective number of images: that of independent images which would
+    give the accuracy the same variance (Korn and Graubard 1998). The variance is the jackknife's, which leaves out each
+    group in turn.
+    """
+    if not groups or len({*groups}) == len(groups):
+        return wilson_interval(accuracy, len(correct))
+    share = sum(correct) / len(correct)
+    variance, number = _jackknife(correct, groups)
+    effective = share * (1 - share) / variance if variance else number  # all right, or all wrong
+    effective *= (1.96 / _t_quantile(number - 1)) ** 2
+    return wilson_interval(accuracy, max(1.0, min(effective, len(correct))))
+
+
+def paired_difference(
+    one: Sequence[int], other: Sequence[int], groups: Sequence[object] | None = None
+) -> tuple[float, float]:
     """By how much one accuracy exceeds another one on the same images, and the margin of its 95% interval.
 
-    Both are lists from `correct`. A difference smaller than the margin is not significant. Only images that exactly one
-    of the models has right count, as in McNemar's test (interval: Bonett and Price 2012).
+    Both are 1 where the model is right, else 0. A difference smaller than the margin is not significant. Only images
+    that exactly one of the models has right count, as in McNemar's test (interval: Bonett and Price 2012). Of `groups`,
+    the variance is the jackknife's, which leaves out each group in turn, if that is larger.
     """
-    pairs = [pair for pair in zip(one, other, strict=True) if None not in pair]
+    pairs = list(zip(one, other, strict=True))
     count = len(pairs) + 2
     gains, losses = pairs.count((1, 0)) + 1, pairs.count((0, 1)) + 1
     margin = 1.96 * math.sqrt(gains + losses - (gains - losses) ** 2 / count) / count
+    if groups and len({*groups}) < len(groups):
+        variance, number = _jackknife([a - b for a, b in pairs], groups)
+        margin = max(margin, _t_quantile(number - 1) * math.sqrt(variance))
     return (gains - losses) / count, margin
+
+
+def _jackknife(values: Sequence[float], groups: Sequence[object]) -> tuple[float, int]:
+    """The variance of the mean of values, one for each image, if groups of images are drawn, and how many there are."""
+    sums, counts = Counter(), Counter()
+    for value, group in zip(values, groups, strict=True):
+        sums[group] += value
+        counts[group] += 1
+    total, count, number = sum(values), len(values), len(counts)
+    if number == 1:
+        return math.inf, 1
+    means = [(total - sums[group]) / (count - counts[group]) for group in counts]
+    center = sum(means) / number
+    return (number - 1) / number * sum((mean - center) ** 2 for mean in means), number
+
+
+def _t_quantile(freedom: int) -> float:
+    """The 97.5% quantile of Student's t distribution, within 3% from 2 degrees of freedom (Fisher and Cornish 1960)."""
+    z, v = 1.96, max(1, freedom)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    )

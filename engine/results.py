@@ -20,10 +20,10 @@ from engine.device import device_name
 from engine.features import Extraction
 from engine.files import atomic_write, load_tensors
 
-SCHEMA = 3
+SCHEMA = 4
 COMPARABLE = ("content", "classes", "split")  # only models that agree in these were tested on the same images
 KEYS = {*COMPARABLE, *"backbone label plot fine_tuned accuracy_by_seed seconds correct confusion_matrix macro".split()}
-KEYS |= {"per_class", "calibration", "val_accuracy", "test_images"}  # what readers of a row need
+KEYS |= {"per_class", "calibration", "val_accuracy", "test_images", "test_groups"}  # what readers of a row need
 
 
 def provenance(argv: Sequence[str], device: torch.device) -> dict:
@@ -46,8 +46,11 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
     }
 
 
-def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: str) -> None:
-    """Raises ValueError if `checkpoint` was trained on other or more images than `data` (data.Data, from `source`)."""
+def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: str, limit: int | None) -> None:
+    """Raises ValueError if `checkpoint` was trained on other images than `data` (data.Data, from `source`), or on more.
+
+    A data set may shrink, as when its label errors are deleted, but not to less than half, and not by a `limit`.
+    """
     if not checkpoint.exists():
         return
     try:
@@ -59,7 +62,7 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
     images, same_content = row.get("train_images", 0), data.content == row.get("content")
     other = "" if same_content or source == row.get("data") else " of other data"
     same_model = (classes, size) == (model.classes, model.preprocessing["image_size"])
-    if other or not same_model or images > len(data.train):
+    if other or not same_model or len(data.train) < images * (1 if limit else 0.5):
         raise ValueError(
             f"{checkpoint} was trained on {images:,} images of {len(classes)} classes at {size} pixels{other}: "
             "choose another --output, or delete it"
@@ -71,21 +74,24 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
 def extraction_row(features: dict[str, Extraction]) -> dict:
     """What a row says of the extraction. Test images do not count as computed."""
     computed = features["train"].computed + features["val"].computed
-    unreadable = sorted({str(error) for part in features.values() for error in part.errors})
-    return {"computed": computed, "cached": not computed, "unreadable": unreadable}
+    return {"computed": computed, "cached": not computed}
 
 
-def model_row(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> dict:
+def model_row(
+    model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], groups: list[int] | None
+) -> dict:
     """A row's part that follows from a model and its logits and labels for the validation and test images."""
     val_loss, val_accuracy = metrics.loss_and_accuracy(*val)
+    tested = metrics.classification_metrics(*test, model.temperature)
     return {
         "model": model.name,
         **{key: getattr(model, key) for key in ("backbone", "label", "plot", "fine_tuned", "temperature", "views")},
         "image_size": model.preprocessing["image_size"],
-        "val_images": len(metrics.answered(*val)[1]),
+        "val_images": len(val[1]),
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
-        **metrics.classification_metrics(*test, model.temperature),
+        **tested,
+        "test_interval": metrics.accuracy_interval(tested["test_accuracy"], tested["correct"], groups),
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -94,13 +100,13 @@ def model_row(model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, 
 
 
 def ensemble_row(rows: Sequence[dict], logits: dict[str, list[Tensor]], labels: dict[str, Tensor]) -> dict:
-    """The row of all models together, from their rows and "val" and "test" logits, for images that all could read."""
+    """The row of all models together, from their rows and "val" and "test" logits."""
     temperatures, answers = [row["temperature"] for row in rows], {}
     for part, each in logits.items():
         answers[part] = metrics.average_models(rows / t for rows, t in zip(each, temperatures, strict=True))
     accuracies = {part: metrics.loss_and_accuracy(answers[part], labels[part])[1] for part in answers}
     return {
-        **{key: rows[0][key] for key in (*COMPARABLE, "date", "command", "versions", "device", "data")},
+        **{key: rows[0][key] for key in (*COMPARABLE, "test_groups", "date", "command", "versions", "device", "data")},
         "model": "ensemble",
         "label": f"{len(rows)} models together",
         "backbone": "ensemble",
@@ -149,7 +155,12 @@ def best_model(rows: Sequence[dict]) -> dict:
 def difference_from(best: dict, row: dict) -> tuple[float, float]:
     """The difference between two models' test accuracies, means over the seeds, and its margin at 95%."""
     test, best_test = (mean(each["accuracy_by_seed"]["test"]) for each in (row, best))
-    return test - best_test, metrics.paired_difference(row["correct"], best["correct"])[1]
+    return test - best_test, metrics.paired_difference(row["correct"], best["correct"], row["test_groups"])[1]
+
+
+def interval(row: dict) -> tuple[float, float]:
+    """The 95% confidence interval of a model's test accuracy, the mean over the seeds."""
+    return metrics.accuracy_interval(mean(row["accuracy_by_seed"]["test"]), row["correct"], row["test_groups"])
 
 
 def headline(rows: Sequence[dict]) -> str:
@@ -157,7 +168,7 @@ def headline(rows: Sequence[dict]) -> str:
     best, models = best_model(rows), [row for row in rows if row["backbone"] != "ensemble"]
     train, val, test = (best[f"{part}_images"] for part in ("train", "val", "test"))
     accuracy = mean(best["accuracy_by_seed"]["test"])
-    low, high = metrics.wilson_interval(accuracy, test)
+    low, high = interval(best)
     text = (
         f"{train + val + test:,} images of {count_of(len(best['classes']), 'class')}: {train:,} for training, {val:,} "
         f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It classifies "
@@ -175,7 +186,7 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
     images, table = [sum(row) for row in best["confusion_matrix"]], []
     for row in rows:
         val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
-        low, high = metrics.wilson_interval(test, row["test_images"])
+        low, high = interval(row)
         cells = {"model": row["model"], "val acc": f"{val:.2%}", "test acc": f"{test:.2%}"}
         cells["95% interval"] = f"{low:.1%}-{high:.1%}"
         if len(rows) > 1:

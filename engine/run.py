@@ -108,17 +108,18 @@ class _Runner:
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
 
 
-def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> tuple[Tensor, list[ImageError]]:
-    """The outputs (N, D) for N images, NaN for the unreadable ones, and their errors. All processes share the work."""
+def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> Tensor:
+    """The outputs (N, D) for N images. All processes share the work. Raises ImageError if an image cannot be read."""
 
-    def rows(items: Iterable[Item]) -> Iterator[tuple[Tensor, ImageError | None]]:
+    def rows(items: Iterable[Item]) -> Iterator[Tensor]:
         for batch in run_images([model], items):
+            for error in batch.errors.values():
+                raise error
             bar.update(len(batch.items) * world_size())
-            yield from ((row.clone(), batch.errors.get(i)) for i, row in enumerate(batch.outputs[0]))
+            yield from (row.clone() for row in batch.outputs[0])
 
     with Progress(len(items), title) as bar:
-        outputs, errors = zip(*shared_map(rows, items, batch_size_for(next(model.parameters()).device)), strict=True)
-    return torch.stack(outputs), [error for error in errors if error]
+        return torch.stack([*shared_map(rows, items, batch_size_for(next(model.parameters()).device))])
 
 
 def predictions(

@@ -10,7 +10,7 @@ from engine.batches import Batches
 @pytest.mark.parametrize("batch_size", [1, 2, 32, 512])
 def test_batches_contain_every_image_once(batch_size):
     for size in (*range(2, 40), 127, 128, 143, 1000):
-        batches = Batches(lambda batch, _: (batch, batch), 3 * torch.arange(size), batch_size, CPU, seed=0)
+        batches = Batches(lambda batch, _: batch, 3 * torch.arange(size), batch_size, CPU, seed=0)
         for _ in range(2):
             epoch = list(batches)
             assert len(epoch) == batches.steps and min(len(batch) for batch, _ in epoch) >= 2
@@ -21,7 +21,7 @@ def test_batches_contain_every_image_once(batch_size):
 def test_many_images_are_shuffled_in_blocks():
     """So a feature file that is larger than memory is not read by a seek for every row."""
     count = 300_000
-    batches = Batches(lambda batch, _: (batch, batch), torch.zeros(count), 512, CPU, seed=0)
+    batches = Batches(lambda batch, _: batch, torch.zeros(count), 512, CPU, seed=0)
     order = torch.cat([batch for batch, _ in batches])
     assert order.sort().values.equal(torch.arange(count))
     first = order[:100_000]
@@ -33,7 +33,7 @@ def test_the_seed_and_the_epoch_determine_all_that_is_random():
 
     def epoch(seed, number):
         drawn = []
-        batches = Batches(lambda batch, draws: (drawn.append(draws), batch)[1:] * 2, torch.zeros(100), 8, CPU, seed)
+        batches = Batches(lambda batch, draws: (drawn.append(draws), batch)[1], torch.zeros(100), 8, CPU, seed)
         batches.start_epoch(number)
         order = torch.cat([batch for batch, _ in batches]).tolist()
         return (*order, *torch.cat(drawn).flatten().tolist(), *torch.rand(3).tolist())
@@ -42,5 +42,5 @@ def test_the_seed_and_the_epoch_determine_all_that_is_random():
     assert every == [epoch(seed, number) for seed in (1, 2) for number in range(5)]
     for part in (slice(100), slice(100, 600), slice(600, None)):  # order, augmentation, dropout
         assert len({each[part] for each in every}) == 10
-    batches = Batches(lambda batch, _: (batch, batch), torch.zeros(100), 8, CPU)
+    batches = Batches(lambda batch, _: batch, torch.zeros(100), 8, CPU)
     assert torch.cat([batch for batch, _ in batches]).tolist() == list(range(100))

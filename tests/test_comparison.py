@@ -2,26 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import QUICK, SMALL, results
 
 import main_train
-from engine.metrics import class_scores, classification_metrics, correct, paired_difference
-from engine.results import ensemble_row
-
-
-def test_models_that_cannot_read_an_image_each_are_compared_on_the_others():
-    labels = torch.arange(20) % 2
-    logits = [torch.nn.functional.one_hot(labels, 2).float() for _ in range(2)]
-    logits[0][0], logits[1][-1] = torch.nan, torch.nan
-    logits[1][1] = logits[1][1].flip(0)  # a mistake
-    one, other = (correct(rows, labels) for rows in logits)
-    assert one[0] is None and other[-1] is None and paired_difference(one, other)[0] == pytest.approx(1 / 20)
-    rows = [{**dict.fromkeys(("content", "classes", "split", "date", "command", "versions", "device", "data")),
-             "backbone": str(i), "fine_tuned": False, "temperature": 1.0, "seconds": {}} for i in range(2)]  # fmt: skip
-    row = ensemble_row(rows, {"val": logits, "test": logits}, {"val": labels, "test": labels})
-    assert row["test_images"] == 18 and row["correct"][0] is row["correct"][-1] is None
+from engine.metrics import class_scores, classification_metrics
 
 
 def test_classes_without_test_images_do_not_count():

@@ -43,7 +43,7 @@ def test_every_class_has_images_in_every_part(tmp_path, seed):
     for i, count in enumerate(counts):
         for part, images in (("train", count), ("test", 1)):
             for j in range(images):
-                draw(tmp_path / part / f"class{i}" / f"{j}.png", (9, 9, 9), seed=j, size=(2, 2))
+                draw(tmp_path / part / f"class{i}" / f"{j}.png", (9, 9, 9), seed=20 * i + j, size=(9, 9))
     data = load_data(str(tmp_path), seed=seed)
     assert data.train.labels.bincount().tolist() == [1, 1, 2, 2, 2, 3, 6, 8]
     assert data.val.labels.bincount().tolist() == [0, 1, 1, 1, 1, 1, 1, 2]

@@ -41,7 +41,7 @@ def test_stale_features_are_not_used_and_damaged_ones_computed_again(run, photos
         content[-1] ^= 1
         file.write_bytes(content)
     code, out, err = run(main_train, *command)
-    assert code == 0 and "(cached)" not in out and err.count("1 images' features are damaged") == 1
+    assert code == 0 and "(cached)" not in out and err.count("1 images' records are damaged") == 1
     assert repeatable(tmp_path)["mobilenet_v3_small"] == changed
 
 

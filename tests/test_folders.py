@@ -77,7 +77,7 @@ def test_links_are_followed_to_files_only(photos):
     (red / "one.png").symlink_to(photos / "test" / "red" / "0.png")
     (red / "loop.png").symlink_to("loop.png")
     data = load_data(str(photos))
-    assert data.notes == ("3 files not used: 2 links to nothing, 1 linked folders",)
+    assert data.notes[0] == "3 files not used: 2 links to nothing, 1 linked folders"
     assert red / "one.png" in data.train.items + data.val.items and len(find_images(photos)[0]) == 79
 
 

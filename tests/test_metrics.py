@@ -14,13 +14,12 @@ from torch import nn
 from engine.batches import Batches, feature_loader
 from engine.metrics import (
     TEMPERATURE_PRIOR,
+    accuracy_interval,
     calibration,
     classification_metrics,
     fit_temperature,
-    loss_and_accuracy,
     paired_difference,
     wilson_interval,
-    with_unread,
 )
 from train_utils import evaluate
 
@@ -59,19 +58,6 @@ def test_metrics_agree_with_sklearn(seed):
     assert evaluate(nn.Identity(), batches) == pytest.approx((loss, ours["test_accuracy"]), rel=1e-5)
 
 
-def test_unreadable_images_count_nowhere():
-    logits, labels = problem(0, images=50)
-    readable = torch.arange(50) % 7 != 3
-    rows = with_unread(logits[readable], readable.nonzero().flatten(), 50)
-    ours, expected = (
-        classification_metrics(*each, 2.0) for each in ((rows, labels), (logits[readable], labels[readable]))
-    )
-    assert [hit for hit in ours["correct"] if hit is not None] == expected.pop("correct")
-    assert [hit is not None for hit in ours.pop("correct")] == readable.tolist() and ours == expected
-    assert loss_and_accuracy(rows, labels) == (ours["test_loss"], ours["test_accuracy"])
-    assert fit_temperature(rows, labels) == fit_temperature(logits[readable], labels[readable])
-
-
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 7), (45, 50), (4285, 5000), (9, 9)])
 def test_the_ends_of_the_wilson_interval(right, count):
     """Its ends are the accuracies p at which the observed one is 1.96 standard errors sqrt(p (1 - p) / n) away."""
@@ -88,7 +74,6 @@ def test_paired_difference():
     assert gain == pytest.approx(5 / 102) and margin == pytest.approx(1.96 * math.sqrt(17 - 25 / 102) / 102)
     assert paired_difference(other, one) == pytest.approx((-gain, margin))
     assert paired_difference(one, one) == pytest.approx((0, 1.96 * math.sqrt(2) / 102))  # never certain
-    assert paired_difference([1, None, *one, 0], [None, 0, *other, None]) == (gain, margin)  # unreadable images
     random, misses = torch.Generator().manual_seed(0), 0
     for _ in range(500):  # two models that are equally good: 95% of the intervals hold the true difference, 0
         hard, one, two = torch.rand(3, 300, generator=random)
@@ -141,3 +126,20 @@ def test_the_prior_limits_the_temperature_of_few_images():
     for seed in range(20):
         logits, _ = problem(seed, images=12)
         assert fit_temperature(logits, logits.argmax(dim=1)) > 0.7  # all of them right
+
+
+def test_intervals_of_groups_hold_the_truth():
+    """Groups whose images are all right or all wrong say as much as one image each; groups by chance change little."""
+    random, misses, pairs = torch.Generator().manual_seed(0), 0, 0
+    for _ in range(300):  # 20 groups of 15 images, 70% of the groups easy; the other model is equally good
+        one, other = ((torch.rand(20, generator=random) < 0.7).int().repeat_interleave(15).tolist() for _ in range(2))
+        groups = torch.arange(20).repeat_interleave(15).tolist()
+        low, high = accuracy_interval(sum(one) / 300, one, groups)
+        misses += not low < 0.7 < high
+        gain, margin = paired_difference(one, other, groups)
+        pairs += abs(gain) > margin
+    assert misses < 30 and pairs < 30  # 15 expected
+    hits = (torch.rand(300, generator=random) < 0.7).int().tolist()
+    plain, grouped = (accuracy_interval(sum(hits) / 300, hits, each) for each in (None, [i // 2 for i in range(300)]))
+    assert grouped == pytest.approx(plain, abs=0.02) and accuracy_interval(1.0, [1] * 30, [0] * 30)[0] < 0.3
+    assert paired_difference(hits, hits[::-1], range(300)) == paired_difference(hits, hits[::-1])

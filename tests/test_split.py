@@ -1,13 +1,20 @@
-"""The split of a run is stored, and used by whoever asks later which images were in which part."""
+"""Which images are in which part: what belongs together stays together, and a split stays as it is."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import pytest
 from conftest import QUICK, SMALL, draw, results
+from PIL import Image
+from sklearn.model_selection import StratifiedGroupKFold
 
 import inference
 import main_train
-from data import load_split
+from data import load_data, load_split
 
 
 def test_the_split_outlives_a_change_of_the_folder(run, photos, tmp_path):
@@ -67,3 +74,132 @@ def test_the_given_validation_images_may_be_the_test_images(run, photos, tmp_pat
         split = json.loads((folder / "checkpoints" / f"split-{row['split']}.json").read_text())
         assert len(split[part]) == 18 and all(name.startswith("val/") for name in split[part])
         assert not any(name.startswith("val/") for other in split.keys() - {part} for name in split[other])
+
+
+def folder_of(path: Path, names: Iterable[str], size: tuple[int, int] = (16, 16)) -> Path:
+    """Images of noise, each of its own."""
+    for seed, name in enumerate(names):
+        draw(path / name, (128, 128, 128), seed, size)
+    return path
+
+
+def split_of(folder: Path, **options) -> dict[str, set[str]]:
+    data = load_data(str(folder), folder.parent / "cache", **options)
+    return {part: set(images.names) for part, images in data.parts.items()}
+
+
+def test_an_image_more_moves_at_most_one_other(tmp_path):
+    names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(60)]
+    folder = folder_of(tmp_path / "pets", names)
+    before = split_of(folder)
+    assert [len(part) for part in before.values()] == [76, 20, 24]
+    for seed in range(1000, 1010):
+        draw(folder / "cat" / "new.png", (128, 128, 128), seed)
+        after = split_of(folder)
+        assert sum(name not in after[part] for part, each in before.items() for name in each) <= 1
+    (folder / "cat" / "7.png").rename(folder / "cat" / "renamed.png")
+    moved = {name.replace("renamed", "7") for name in split_of(folder)["test"]} ^ after["test"]
+    assert not moved
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_stay_together_and_classes_keep_their_shares(tmp_path, seed):
+    """Of random groups, which may have several classes, about as well as scikit-learn, which tries more splits."""
+    random = np.random.default_rng(seed)
+    groups = [f"g{number}_" for number, size in enumerate(random.integers(1, 9, 40)) for _ in range(size)]
+    labels = [random.choice(["a", "b", "c"], p=[0.5, 0.3, 0.2]) for _ in groups]
+    names = [f"{label}/{group}{i}.png" for i, (label, group) in enumerate(zip(labels, groups, strict=True))]
+    split = split_of(folder_of(tmp_path / "set", names, (8, 8)), groups="g[0-9]+", seed=seed)
+    assert sum(map(len, split.values())) == len(names)
+    parts = [{name.split("/")[1].split("_")[0] for name in part} for part in split.values()]
+    assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+    def deviation(tested: set[str]) -> float:
+        return max(abs(sum(n[0] == c for n in tested) / labels.count(c) - 0.2) for c in "abc")
+
+    theirs = [
+        deviation({names[i] for i in test})
+        for _, test in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, groups)
+    ]
+    assert deviation(split["test"]) <= max(np.median(theirs), 0.05)
+
+
+def test_groups_by_name(run, tmp_path):
+    names = [f"{name}/{name}{film}_{i}.png" for name in ("cat", "dog") for film in range(6) for i in range(5)]
+    folder = folder_of(tmp_path / "films", names)
+    code, out, _ = run(main_train, "--data", folder, *SMALL, *QUICK, "--groups", "([a-z]+[0-9])_")
+    assert code == 0 and "12 groups" in out
+    [row] = results(tmp_path)
+    stored = json.loads((tmp_path / "checkpoints" / f"split-{row['split']}.json").read_text())
+    assert {*stored["groups"]["test"]}.isdisjoint(stored["groups"]["train"] + stored["groups"]["val"])
+    assert len(row["test_groups"]) == row["test_images"] == 10 and len({*row["test_groups"]}) == 2
+    low, high = row["test_interval"]
+    assert high - low > 0.7  # two groups say little
+    for pattern, message in (("film", "matches"), ("^[a-z]+", "one group"), ("(", "regular expression")):
+        code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK, "--groups", pattern, "--output", "other")
+        assert code == 2 and message in err and err.count("\n") < 4
+
+
+def test_identical_and_similar_images_stay_together(tmp_path):
+    names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(40)]
+    folder, random = folder_of(tmp_path / "pets", names, (48, 48)), np.random.default_rng(0)
+    for i in range(20):
+        pixels = np.asarray(Image.open(folder / "cat" / f"{i}.png").resize((12, 12)).resize((96, 96)), float)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "cat" / f"{i}.png")
+        noisy = Image.fromarray((pixels + random.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8))
+        noisy.save(folder / "cat" / f"copy{i}.jpg")
+        shutil.copy(folder / "dog" / f"{i}.png", folder / "dog" / f"copy{i}.png")
+    data = load_data(str(folder), tmp_path / "cache")
+    stems = [{name.replace("copy", "").split(".")[0] for name in part.names} for part in data.parts.values()]
+    assert not stems[0] & stems[1] | stems[0] & stems[2] | stems[1] & stems[2]
+    assert len(data.near_duplicates) >= 40
+    shutil.move(folder, tmp_path / "train")
+    (tmp_path / "given").mkdir()
+    shutil.move(tmp_path / "train", tmp_path / "given" / "train")
+    for name in ("cat/1.png", "dog/2.png"):
+        (tmp_path / "given" / "test" / name).parent.mkdir(parents=True)
+        shutil.copy(tmp_path / "given" / "train" / name, tmp_path / "given" / "test" / name)
+    assert any("2 identical" in note for note in load_data(str(tmp_path / "given"), tmp_path / "cache").notes)
+
+
+def test_two_files_of_one_hash_are_refused(run, tmp_path, monkeypatch):
+    """Whatever makes a hash of different files the same."""
+    names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)]
+    folder, blake2b = folder_of(tmp_path / "pets", names), hashlib.blake2b
+    monkeypatch.setattr(hashlib, "blake2b", lambda content=b"", digest_size=64: blake2b(b"", digest_size=digest_size))
+    code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK)
+    assert code == 2 and "0.png" in err and "1.png" in err and err.count("\n") == 1
+
+
+def test_limit_keeps_the_natural_shares_of_test_images(tmp_path):
+    names = [f"{name}/{i}.png" for name, count in (("cat", 100), ("dog", 10)) for i in range(count)]
+    data = load_data(str(folder_of(tmp_path / "pets", names, (8, 8))), tmp_path / "cache", limit=16)
+    assert data.test.labels.bincount().tolist() == [4, 1]  # of 20 and 2
+    assert (data.train.labels.bincount() + data.val.labels.bincount()).tolist() == [8, 8]
+
+
+def test_a_data_set_may_shrink(run, photos):
+    command = "--data", photos, *SMALL, *QUICK
+    assert run(main_train, *command)[0] == 0
+    for i in range(3):
+        (photos / "train" / "red" / f"{i}.png").unlink()
+    assert run(main_train, *command)[0] == 0
+    code, _, err = run(main_train, *command, "--limit", 30)
+    assert code == 2 and "trained on" in err
+    for i in range(3, 20):
+        (photos / "train" / "red" / f"{i}.png").unlink()
+        (photos / "train" / "blue" / f"{i}.png").unlink()
+    draw(photos / "train" / "red" / "0.png", (250, 20, 20), 1)
+    draw(photos / "train" / "red" / "1.png", (250, 20, 20), 2)
+    code, _, err = run(main_train, *command)
+    assert code == 2 and "trained on" in err
+
+
+def test_more_images_than_full_precision_is_for(run, photos, replace):
+    """Only the new ones are computed."""
+    replace("HALF_PRECISION_ABOVE", 48)
+    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+    for i in range(100, 110):
+        draw(photos / "train" / "red" / f"{i}.png", (210, 50, 40), seed=i)
+    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+    assert results(Path())[0]["features"]["computed"] == 10

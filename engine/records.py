@@ -1,0 +1,165 @@
+"""What is known of each image already, and where is it kept? Records in files, to which later runs append."""
+
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.console import Progress
+from engine.distributed import barrier, gather, is_first, rank, share, world_size
+from engine.files import explain_write_error, locked
+from engine.images import ImageError
+
+# Given the positions of images that have no record: yields, batch by batch, the positions of those that could be read,
+# their rows, an array (B, length), and the errors of the others by position.
+Compute = Callable[[list[int]], Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]]
+
+
+@dataclass
+class Features:
+    """A row of numbers for each of N images. The files stay mapped into memory; `rows[indices]` reads some."""
+
+    tables: Sequence[Tensor]  # one for each file, (rows, width)
+    places: Tensor  # (N, 2): for each image the number of its table and its row there
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def width(self) -> int:
+        return self.tables[0].shape[1]
+
+    def __getitem__(self, images: Tensor) -> Tensor:
+        """The rows (B, width) of B images, as they are kept."""
+        tables, rows = self.places[images].T
+        if len(self.tables) == 1:
+            return self.tables[0][rows]
+        kind = reduce(torch.promote_types, (table.dtype for table in self.tables))
+        found = torch.empty(len(rows), self.width, dtype=kind)
+        for number, table in enumerate(self.tables):
+            here = tables == number
+            found[here] = table[rows[here]].to(kind)
+        return found
+
+    def blocks(self) -> Iterator[Tensor]:
+        """All rows in order, float32, 1024 images at a time."""
+        return (self[images].float() for images in torch.arange(len(self)).split(1024))
+
+    @classmethod
+    def in_memory(cls, table: Tensor) -> "Features":
+        return cls([table], F.pad(torch.arange(len(table))[:, None], (1, 0)))
+
+
+class Records:
+    """The records of images in a folder: files NAME.RANK.features, one for each process that has written some.
+
+    The name holds a hash of everything that determines the rows, except the image. A record holds the image's id, the
+    seconds spent on it, its row and the row's checksum, so stale or damaged rows are never used. `kinds` are the types
+    of numbers in which rows may be kept, by the ending of the file's name; new rows are kept in the first one.
+    """
+
+    def __init__(self, folder: Path, name: str, kinds: dict[str, str], width: int):
+        self.folder, self.name = folder, name
+        head = [("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4")]
+        self.layouts = {end: np.dtype([*head, ("features", kind, (width,))]) for end, kind in kinds.items()}
+        self.end = next(iter(kinds))
+
+    def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], dict[bytes, tuple[int, int]], int]:
+        """The tables of all files, each image's table and row there, and how many images have only damaged records."""
+        tables, places, wanted, damaged = [], {}, set(ids), set()
+        for end, layout in reversed(self.layouts.items()):  # where an image is in several files, the first kind counts
+            for file in sorted(self.folder.glob(f"{self.name}.*[0-9]{end}")):
+                if not (count := file.stat().st_size // layout.itemsize):
+                    continue
+                table = np.asarray(np.memmap(file, layout, mode="c", shape=count))  # torch wants it writable
+                rows = {image: row for row, image in enumerate(table["image"].tolist()) if image in wanted}
+                for image, row in rows.items():
+                    if zlib.crc32(table["features"][row]) == table["checksum"][row]:
+                        places[image] = len(tables), row
+                    else:
+                        damaged.add(image)
+                tables.append(table)
+        return tables or [np.zeros(0, self.layouts[self.end])], places, len(damaged - places.keys())
+
+    def complete(
+        self, ids: Sequence[str], compute: Compute, title: str, batch_size: int
+    ) -> tuple[Features, Tensor, float, int, dict[int, ImageError]]:
+        """The rows of the images that can be read, computed where they are missing.
+
+        Returns the rows, the indices (M,) of these images, the seconds it took in this run and in earlier ones, how
+        many were computed now, and the errors of the other images. Under torchrun each process computes a share, then
+        reads the files of all. An interrupted run resumes; the next run tries unreadable images again.
+        Raises OSError if a file cannot be written.
+        """
+        ids, computed, errors = [image.encode() for image in ids], 0, {}
+        tables, places, _ = self.read(ids)
+        if not all(gather(all(image in places for image in ids))):
+            # one lock for all processes; another run may be computing the same rows
+            with locked(self.folder / f".{self.name}.lock", wait=True) if is_first() else nullcontext():
+                barrier()
+                computed, errors = self._compute_missing(ids, compute, title, batch_size)
+                tables, places, _ = self.read(ids)
+                barrier()  # every process has read the files
+        found = {i: places[image] for i, image in enumerate(ids) if image in places}
+        if len(found) + len(errors) < len(ids):
+            raise OSError(f"records of other processes are not in {self.folder}: is it on shared storage?")
+        return *self.located(tables, found), computed, errors
+
+    def located(self, tables: list[np.ndarray], found: dict[int, tuple[int, int]]) -> tuple[Features, Tensor, float]:
+        """The rows of images whose places have been `found`, these images' indices, and their seconds."""
+        seconds = sum(float(tables[number]["seconds"][row]) for number, row in found.values())
+        places = torch.tensor(list(found.values()), dtype=torch.int64).reshape(-1, 2)
+        rows = Features([torch.from_numpy(table["features"]) for table in tables], places)
+        return rows, torch.tensor(list(found), dtype=torch.int64), seconds
+
+    def _compute_missing(
+        self, ids: list[bytes], compute: Compute, title: str, batch_size: int
+    ) -> tuple[int, dict[int, ImageError]]:
+        """Computes this process's share of the missing rows. Returns the total and the errors of all processes."""
+        _, places, damaged = self.read(ids)  # under the lock
+        barrier()  # before any process writes
+        first = {image: i for i, image in reversed([*enumerate(ids)])}  # identical images share a record
+        missing = [i for i in sorted(first.values()) if ids[i] not in places]
+        if damaged:
+            print(f"{self.name}: {damaged} images' records are damaged: computing them again", file=sys.stderr)
+        if missing and places:
+            print(f"{title}: {len(ids) - len(missing):,} of {len(ids):,} images are known")
+        own, errors = [missing[i] for i in share(len(missing), batch_size)], {}
+        with Progress(len(ids), title, len(ids) - len(missing)) as bar:
+            for count, unreadable in self._append(ids, compute(own)):
+                errors |= unreadable
+                bar.update(count * world_size())
+        errors = {i: error for part in gather(errors) for i, error in part.items()}  # waits until all have written
+        return len(missing) - len(errors), {
+            i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors
+        }
+
+    def _append(self, ids: list[bytes], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
+        """Appends each batch's records to this process's file. Yields its size and errors when it is written."""
+        file, layout = self.folder / f"{self.name}.{rank()}{self.end}", self.layouts[self.end]
+        before = time.perf_counter()
+        with explain_write_error(file), file.open("ab") as stream:
+            stream.truncate(stream.tell() // layout.itemsize * layout.itemsize)  # a killed run's last record
+            for images, rows, errors in batches:
+                records = np.zeros(len(images), layout)
+                records["image"] = [ids[i] for i in images]
+                with np.errstate(over="ignore"):  # see below
+                    records["features"] = rows
+                if not np.isfinite(records["features"]).all():
+                    raise FloatingPointError(f"{self.name}: values overflow in {layout['features'].base}")
+                records["checksum"] = [zlib.crc32(row) for row in records["features"]]
+                now = time.perf_counter()
+                records["seconds"] = (now - before) / max(1, len(images)) / world_size()
+                stream.write(records.tobytes())
+                stream.flush()
+                before = now
+                yield len(images) + len(errors), errors
