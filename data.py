@@ -9,6 +9,7 @@ How a folder is read is in engine/folders.py, which images belong together in en
 import filecmp
 import hashlib
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from engine.records import Features
 from engine.survey import survey
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+ORDERS = 50  # in which groups may be held out, see _hold_out
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
 
@@ -174,33 +176,44 @@ def _fifth(counts: Tensor, at_least: int = 2) -> Tensor:
 def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: int, last: bool) -> tuple[Tensor, Tensor]:
     """Holds out whole groups of the images in `pool` (indices), about `sizes` (classes,) of each class. Returns both.
 
-    Of each class, `others` groups are left at least. The groups come in the order of random numbers that follow from
-    their names, or from their images' hashes, and `seed`: a new image moves no other one but at the boundary. The
+    Of each class, at least `others` groups are left. The groups come in the order of random numbers that follow from
+    their names (an image's hash, if it is alone) and `seed`: a new image moves no other one but at the boundary. The
     validation images are the `last` ones, so that an image that leaves the test images goes to the training images.
-    First come groups that fit, then, class by class, those that bring the held-out images nearer to `sizes`.
+    If a class is more than 5 points from its share, other orders are tried.
     """
-    members, labels = defaultdict(list), images.labels.tolist()
+    members, labels = defaultdict(Counter), images.labels.tolist()
     for i in pool.tolist():
-        members[images.groups[i]].append(i)
-    counts = {group: Counter(labels[i] for i in each) for group, each in members.items()}
-    left = Counter(label for each in counts.values() for label in each)  # groups of each class
-    missing, held = dict(enumerate(sizes.tolist())), set()
-    order = sorted(members, key=lambda group: draw(seed, group), reverse=last)
-    for fits in (True, False):
-        for group in order:
-            gain = sum(
-                (abs(missing[label]) - abs(missing[label] - count)) / max(1, sizes[label])
-                for label, count in counts[group].items()
-            )
-            fitting = all(count <= missing[label] for label, count in counts[group].items())
-            if group in held or gain <= 0 or (fits and not fitting) or any(left[c] <= others for c in counts[group]):
-                continue
-            held.add(group)
-            for label, count in counts[group].items():
-                missing[label] -= count
-                left[label] -= 1
+        members[images.groups[i]][labels[i]] += 1
+    images_of, best = images.labels[pool].bincount(minlength=len(sizes)).clamp(min=1), math.inf
+    for attempt in range(ORDERS):
+        order = sorted(members, key=lambda group: draw(f"{seed} {attempt}", group), reverse=last)
+        groups, missing = _fitting_groups({group: members[group] for group in order}, sizes.tolist(), others)
+        deviation = float((torch.tensor(missing) / images_of).abs().max())
+        if deviation < best:
+            best, held = deviation, groups
+        if best <= 0.05:
+            break
     chosen = torch.tensor([images.groups[i] in held for i in pool.tolist()], dtype=torch.bool)
     return pool[~chosen], pool[chosen]
+
+
+def _fitting_groups(counts: dict[str, Counter[int]], sizes: list[int], others: int) -> tuple[set[str], list[int]]:
+    """The groups to hold out, and how many images of each class are still missing then, given each group's images.
+
+    First the groups that fit, then those that bring the held-out images nearer to `sizes`.
+    """
+    left = Counter(label for each in counts.values() for label in each)  # groups of each class
+    missing, held = list(sizes), set()
+    for only_fitting in (True, False):
+        for group, each in counts.items():
+            gain = sum((abs(missing[c]) - abs(missing[c] - n)) / max(1, sizes[c]) for c, n in each.items())
+            fits = all(n <= missing[c] for c, n in each.items())
+            if group not in held and gain > 0 and fits >= only_fitting and all(left[c] > others for c in each):
+                held.add(group)
+                for label, count in each.items():
+                    missing[label] -= count
+                    left[label] -= 1
+    return held, missing
 
 
 def _in_one_group(classes: tuple[str, ...], images: Images) -> str:

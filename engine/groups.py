@@ -20,7 +20,7 @@ LARGEST = 0.2  # of a class; larger groups of near-duplicates cannot be held out
 Pair = tuple[int, int, float]  # two images, and the correlation of their pixels
 
 
-def draw(seed: int, name: str) -> int:
+def draw(seed: object, name: str) -> int:
     """A random number that follows from a seed and a name."""
     text = f"{seed} {name}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
