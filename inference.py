@@ -169,7 +169,7 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
 @lru_cache
 def data_of(model: TransferModel, cache: Path) -> Data:
     """The images of the run that trained the model, in the parts in which they were then. Prints notes about them."""
-    source, split = (model.metrics.get(key) for key in ("data", "split"))
+    source, split = (model.origin.get(key) for key in ("data", "split"))
     if split:
         data = load_split(source, cache, model.path.with_name(f"split-{split}.json"))
     else:  # saved without main_train.py
@@ -256,12 +256,12 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
     scores, accuracy = class_scores(predicted, labels, len(classes)), (predicted == labels).float().mean().item()
     low, high = wilson_interval(accuracy, len(records))
     print(f"\n{name}: {accuracy:.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
-    matrix, names = scores["confusion_matrix"], [printable(label) for label in classes]
+    names, images = [printable(label) for label in classes], labels.bincount(minlength=len(classes)).tolist()
     width = max(map(len, names))
     print(f"{'':{width}}  images  precision  recall     f1")
-    for label, row, precision, recall, f1 in zip(names, matrix, *scores["per_class"].values(), strict=True):
-        figures = f" {precision:10.1%} {recall:7.1%} {f1:6.3f}" if sum(row) else ""
-        print(f"{label:{width}} {sum(row):7,}{figures}")
+    for label, count, precision, recall, f1 in zip(names, images, *scores["per_class"].values(), strict=True):
+        figures = f" {precision:10.1%} {recall:7.1%} {f1:6.3f}" if count else ""
+        print(f"{label:{width}} {count:7,}{figures}")
     wrong = sorted((r for r in records if r["label"] != r["true"]), key=lambda r: -r["probability"])
     table = io.StringIO(newline="")
     lines = csv.DictWriter(table, ("path", "true", "label", "probability"), extrasaction="ignore")
@@ -269,7 +269,7 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
     lines.writerows(wrong)
     with atomic_write(output / f"{name}_wrong.csv") as file:
         file.write(table.getvalue().encode(errors="surrogateescape"))
-    visualization.save(visualization.plot_confusion(name, matrix, names), output / f"{name}_confusion.png")
+    visualization.save(visualization.plot_confusion(name, scores["confusion"], names), output / f"{name}_confusion.png")
     mistakes = ((Path(r["path"]), printable(r["true"]), printable(r["label"]), r["probability"]) for r in wrong)
     if figure := visualization.plot_mistakes(mistakes):
         visualization.save(figure, output / f"{name}_mistakes.png")
@@ -287,7 +287,7 @@ def report(args: Namespace, models: list[TransferModel], answers: list[Answer]) 
         print(f"{correct} of {len(answers)} right{name}")
     shown = [(item, records[0], records[0].get("models", records)) for item, records in answers[:SAMPLE]]
     if args.explain:
-        best = max(range(len(models)), key=lambda i: models[i].metrics.get("val_accuracy", 0))
+        best = max(range(len(models)), key=lambda i: models[i].origin.get("val_accuracy", 0))
         captioned = [(item, caption(by_model[best], [("", by_model[best])])) for item, _, by_model in shown]
         explain(args, models[best], captioned)
     if plot := args.plot or (None if args.paths else Path("plots/predictions.png")):

@@ -322,8 +322,7 @@ def save(
         model.cpu()
         return
     checkpoint, file = output / "checkpoints" / f"{model.name}.pt", plots / "results.json"
-    metrics = {key: value for key, value in row.items() if key not in ("history", "correct")}
-    models.save_checkpoint(checkpoint, model, metrics)
+    models.save_checkpoint(checkpoint, model, row)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
     rows[model.name] = row
     with attempt(file, failed):

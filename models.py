@@ -121,7 +121,7 @@ class TransferModel(nn.Module):
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
         self.views = 2
         self.unfamiliarity: Unfamiliarity | None = None  # of a frozen backbone's features
-        self.metrics: dict = {}  # what a loaded checkpoint says of its training
+        self.origin: dict = {}  # of a loaded checkpoint: which data it was trained on, its validation accuracy
         self.path: Path | None = None  # of a loaded checkpoint
 
         self.features = features_of(network).requires_grad_(False).eval()
@@ -287,13 +287,15 @@ def balanced_weights(labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-SCHEMA = 4
+SCHEMA = 5
+ORIGIN = ("data", "content", "split", "train_images", "val_accuracy")  # what is kept of a row of results.json
 SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views")  # attributes of the model
 
 
-def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
-    """Saves all that rebuilds the model without a download, as plain types and tensors."""
-    values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "metrics": metrics}
+def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
+    """Saves all that rebuilds the model without a download, as plain types and tensors. `row` is of results.json."""
+    origin = {key: row[key] for key in ORIGIN if key in row}
+    values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "origin": origin}
     values |= {name: getattr(model, name) for name in SAVED}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {**values, "sha256": content_hash(tensors, values)}
@@ -302,7 +304,7 @@ def save_checkpoint(path: Path, model: TransferModel, metrics: dict) -> None:
 
 
 def load_checkpoint(path: str | Path) -> TransferModel:
-    """Loads a model onto the CPU, in eval mode. Its saved metrics are in `model.metrics`.
+    """Loads a model onto the CPU, in eval mode. The data that it was trained on are in `model.origin`.
 
     Raises FileNotFoundError if `path` is missing, ValueError if it is damaged or not a checkpoint of this project.
     The message is one line. Code in the file is never executed.
@@ -312,7 +314,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
     try:
         values = load_tensors(path)
-        if values.get("schema") != SCHEMA:
+        if values.get("schema") not in (SCHEMA, 4):  # 4 had the whole row, as "metrics"
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
@@ -334,6 +336,8 @@ def _rebuild(values: dict, tensors: dict[str, Tensor]) -> TransferModel:
     state.clear()
     state.update(tensors)
     model.load_state_dict(state, assign=True)
-    for name in ("metrics", *SAVED):
+    for name in SAVED:
         setattr(model, name, values[name])
+    row = values["origin"] if "origin" in values else values["metrics"]
+    model.origin = {key: row[key] for key in ORIGIN if key in row}
     return model

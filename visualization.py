@@ -90,9 +90,15 @@ def plot_history(row: dict, color: str) -> Figure:
     return figure
 
 
-def plot_confusion(title: str, matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
-    """Numbers of images by true class, with its recall, and predicted class. Of many classes, lists the worst pairs."""
-    counts, names, many = np.asarray(matrix), [shorten(name) for name in classes], len(classes) > MANY
+def plot_confusion(title: str, pairs: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """Numbers of images by true class, with its recall, and predicted class. Of many classes, lists the worst pairs.
+
+    `pairs` is the "confusion" of engine/metrics.py.
+    """
+    names, many = [shorten(name) for name in classes], len(classes) > MANY
+    counts = np.zeros((len(names), len(names)), np.int32)
+    for true, taken, count in pairs:
+        counts[true, taken] = count
     shares, right = counts / counts.sum(axis=1, keepdims=True).clip(1), np.eye(len(counts), dtype=bool)
     size = 8 if many else max(5.0, 0.55 * len(names) + 1.5)
     figure = Figure(figsize=(size, 1.5 * size if many else size), layout="constrained")
@@ -194,14 +200,14 @@ def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor,
         (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # of an earlier run
     label, classes = row["label"], [printable(name) for name in row["classes"]]
     confidence, predicted = (logits / row["temperature"]).softmax(dim=1).max(dim=1)
-    wrong = ((predicted != labels) & ~confidence.isnan()).nonzero().flatten()
+    wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
     nth = defaultdict(itertools.count)  # mistake of its class: the clearest of every class come first
     wrong.sort(key=lambda i: next(nth[int(labels[i])]))
     mistakes = ((items[i], classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in wrong)
     figures = {
         "": plot_history(row, color),
-        "_confusion": plot_confusion(label, row["confusion_matrix"], classes),
+        "_confusion": plot_confusion(label, row["confusion"], classes),
         "_reliability": plot_reliability(label, row["calibration"], color),
         "_mistakes": plot_mistakes(mistakes),
     }

@@ -26,7 +26,7 @@ def average_models(logits: Iterable[Tensor]) -> Tensor:
 
 
 def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -> dict:
-    """Test metrics as plain numbers: accuracies, scores of each class, calibration, confusion matrix."""
+    """Test metrics as plain numbers: accuracies, scores of each class, calibration, confusion."""
     loss, accuracy = loss_and_accuracy(logits, labels)
     return {
         "test_loss": loss,
@@ -40,12 +40,14 @@ def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -
 
 
 def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
-    """Precision, recall and F1 of each class and their means, and the confusion matrix, whose rows are true classes.
+    """Precision, recall and F1 of each class and their means, None for a class without images, which the means leave out.
 
-    They are None for a class without images, which the means leave out.
+    "confusion" lists the pairs that occur: a true class, the predicted one, and how many images. With thousands of
+    classes, a matrix would be mostly zeros.
     """
-    confusion = (labels * classes + predicted).bincount(minlength=classes**2).reshape(classes, classes)
-    hits, predictions, images = confusion.diagonal(), confusion.sum(dim=0), confusion.sum(dim=1)
+    hits = labels[labels == predicted].bincount(minlength=classes)
+    predictions, images = predicted.bincount(minlength=classes), labels.bincount(minlength=classes)
+    pairs, counts = torch.stack([labels, predicted], dim=1).unique(dim=0, return_counts=True)
     scores = {"precision": hits / predictions.clamp(1), "recall": hits / images.clamp(1)}
     scores["f1"] = 2 * hits / (predictions + images).clamp(1)
     return {
@@ -54,7 +56,7 @@ def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
             for name, score in scores.items()
         },
         "macro": {name: score[images > 0].mean().item() for name, score in scores.items()},
-        "confusion_matrix": confusion.tolist(),
+        "confusion": torch.cat([pairs, counts[:, None]], dim=1).tolist(),
     }
 
 

@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from engine.files import atomic_write, load_tensors
 
 SCHEMA = 4
 COMPARABLE = ("content", "classes", "split")  # only models that agree in these were tested on the same images
-KEYS = {*COMPARABLE, *"backbone label plot fine_tuned accuracy_by_seed seconds correct confusion_matrix macro".split()}
+KEYS = {*COMPARABLE, *"backbone label plot fine_tuned accuracy_by_seed seconds correct confusion macro".split()}
 KEYS |= {"per_class", "calibration", "val_accuracy", "test_images", "test_groups"}  # what readers of a row need
 
 
@@ -55,7 +56,11 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
         return
     try:
         old = load_tensors(checkpoint)
-        size, row, classes = old["preprocessing"]["image_size"], old["metrics"], tuple(old["classes"])
+        size, row, classes = (
+            old["preprocessing"]["image_size"],
+            old["origin"] if "origin" in old else old["metrics"],
+            tuple(old["classes"]),
+        )
     except Exception as error:  # whatever a damaged file makes torch raise
         print(f"{checkpoint} cannot be read ({first_line(error)}) and will be replaced")
         return
@@ -68,7 +73,7 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
             "choose another --output, or delete it"
         )
     changed = "" if same_content else ", on other images at the same place"
-    print(f"{checkpoint}, made on {row.get('date')} by {row.get('command')}{changed}, will be replaced")
+    print(f"{checkpoint}, trained on {count_of(images, 'image')}{changed}, will be replaced")
 
 
 def extraction_row(features: dict[str, Extraction]) -> dict:
@@ -183,7 +188,9 @@ def headline(rows: Sequence[dict]) -> str:
 def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
     """A header and a line for each model. Accuracies are means over the seeds, "best" is the best on validation."""
     best = best_model(rows)
-    images, table = [sum(row) for row in best["confusion_matrix"]], []
+    images, table = Counter(), []
+    for true, _, count in best["confusion"]:
+        images[true] += count
     for row in rows:
         val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
         low, high = interval(row)
@@ -193,7 +200,8 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
             difference, margin = difference_from(best, row)
             cells["difference"] = "best" if row is best else f"{100 * difference:+.1f} ± {100 * margin:.1f}"
         cells["seconds"] = f"{sum(row['seconds'].values()):.1f}"
-        if max(images) > 3 * min(images):  # accuracy alone would hide the rare classes
+        if len(images) < len(best["classes"]) or max(images.values()) > 3 * min(images.values()):
+            # accuracy alone would hide the rare classes
             cells["macro F1"] = f"{row['macro']['f1']:.3f}"
             cells["worst recall"] = f"{min(r for r in row['per_class']['recall'] if r is not None):.2%}"
         table.append(cells)

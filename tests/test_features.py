@@ -17,7 +17,7 @@ def test_a_second_run_uses_the_features_and_is_identical(run, photos, tmp_path):
     run(main_train, "--data", photos, *SMALL, *QUICK)
     first, state = repeatable(tmp_path), checkpoints(tmp_path)
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 0 and "(cached)" in out and "checkpoints/mobilenet_v3_small.pt, made on" in out
+    assert code == 0 and "(cached)" in out and "checkpoints/mobilenet_v3_small.pt, trained on" in out
     assert repeatable(tmp_path) == first and same(checkpoints(tmp_path), state)
     shutil.rmtree(tmp_path / "data")
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)

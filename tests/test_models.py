@@ -48,7 +48,7 @@ def test_a_checkpoint_restores_the_model(name, tmp_path):
     save_checkpoint(tmp_path / "x.pt", model, {"val_accuracy": 0.5})
     again = load_checkpoint(tmp_path / "x.pt")
     assert not any(module.training for module in again.modules())
-    assert again.classes == ("zebra", "ant", "car") and again.metrics == {"val_accuracy": 0.5}
+    assert again.classes == ("zebra", "ant", "car") and again.origin == {"val_accuracy": 0.5}
     assert again.preprocessing == model.preprocessing and again.temperature == 1.5
     assert torch.equal(again(noise(model)), model(noise(model)))
     assert torch.equal(model.classifier(model.forward_features(noise(model))), model(noise(model)))
