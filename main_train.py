@@ -78,8 +78,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit", type=number(int), metavar="N",
         help="use N training images, and the same share of the others; without val/, validation images are a fifth "
         "of the N")  # fmt: skip
-    add("--groups", type=pattern, metavar="REGEX", help="images whose paths below the data folder have the same match, or the same "
-        "first parentheses, stay together: 'patient[0-9]+' (default: near-duplicates stay together)")  # fmt: skip
+    add("--groups", type=pattern, metavar="REGEX",
+        help="images whose paths below the data folder give the same match, or the same first parentheses, stay on one "
+        "side of the split: 'patient[0-9]+' (default: near-duplicates do)")  # fmt: skip
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")

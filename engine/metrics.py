@@ -40,7 +40,7 @@ def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -
 
 
 def class_scores(predicted: Tensor, labels: Tensor, classes: int) -> dict:
-    """Precision, recall and F1 of each class and their means, None for a class without images, which the means leave out.
+    """Precision, recall and F1 of each class and their means, which leave out classes without images: theirs are None.
 
     "confusion" lists the pairs that occur: a true class, the predicted one, and how many images. With thousands of
     classes, a matrix would be mostly zeros.
