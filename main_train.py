@@ -48,8 +48,8 @@ from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
-from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy
-from engine.run import measure_cost, outputs_of
+from engine.metrics import calibrated_loss, fit_temperature
+from engine.run import outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
 
@@ -111,12 +111,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class TrainedModel:
-    """A trained model, its row of results.json, and what it was trained on."""
+    """A trained model and what it was trained on."""
 
     model: models.TransferModel
-    row: dict
-    logits: dict[str, Tensor]  # for the "val" and "test" images, (N, classes)
+    training: dict  # what results.json says of the training
+    logits: list[dict[str, Tensor]]  # of each seed's classifier for "val" and "test" images, (N, classes); first: saved
     features: dict[str, Extraction]  # of the frozen backbone, for "train", "val" and "test"
+    row: dict = field(default_factory=dict)  # of results.json, once it is saved
     failed: list = field(default_factory=list)  # the optional steps that did not work
 
 
@@ -171,12 +172,12 @@ def train_models(
         what = f"training {name}"
         try:
             frozen = train_classifier(name, data, args, device)
-            save(frozen, data, provenance, rows, device, args.output)
+            save(frozen, data, provenance, rows, args.output)
             trained.append(frozen)
             if args.fine_tune:
                 what = f"fine-tuning {name}"
                 tuned = fine_tune(frozen, data, args, device)
-                save(tuned, data, provenance, rows, device, args.output)
+                save(tuned, data, provenance, rows, args.output)
                 trained.append(tuned)
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
             # the other processes would wait for this one, or nobody reads what is printed
@@ -210,7 +211,6 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
         part: extract_features(model, images.items, images.ids, args.cache / "features", device)
         for part, images in data.parts.items()
     }
-    labels = {part: images.labels for part, images in data.parts.items()}
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
     )
@@ -218,7 +218,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
 
     def batches(part: str, seed: int | None = None) -> Batches:
         load = feature_loader(features[part].features, device)
-        return Batches(load, labels[part], recipe.batch_size, device, seed)
+        return Batches(load, data.parts[part].labels, recipe.batch_size, device, seed)
 
     def train(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
         classifier = (model if seed == args.seed else new_model(name, data, args, seed)).classifier.to(device)
@@ -230,35 +230,29 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
             logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
         return logits, history, synchronized_time(device) - start
 
-    runs = [train(seed) for seed in range(args.seed, args.seed + args.seeds)]
-    logits, history, seconds = runs[0]
-    accuracies = {part: [loss_and_accuracy(each[part], labels[part])[1] for each, *_ in runs] for part in logits}
-    row = {
+    logits, histories, seconds = zip(*map(train, range(args.seed, args.seed + args.seeds)), strict=True)
+    computed = features["train"].computed + features["val"].computed  # test images do not count
+    extraction = sum(features[part].seconds for part in ("train", "val"))
+    training = {
         "weights": "random" if args.demo else weights_name(models.find_backbone(name).name),
         "seed": args.seed,
-        "features": results.extraction_row(features),
-        "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},
-        **training_row(model, recipe, precision, history, len(labels["train"]), accuracies),
+        "features": {"computed": computed, "cached": not computed},
+        "seconds": {"features": extraction, "classifier": seconds[0]},
+        **describe(recipe, model.precision, precision, histories[0], data),
     }
-    trained = TrainedModel(model.to(device), row, logits, features)
+    trained = TrainedModel(model.to(device), training, list(logits), features)
     with attempt("detection of unfamiliar images", trained.failed):
         model.unfamiliarity = fit_unfamiliarity(
-            features["train"].features, labels["train"], features["val"].features, logits["val"]
+            features["train"].features, data.train.labels, features["val"].features, logits[0]["val"]
         )
+    model.temperature = fit_temperature(logits[0]["val"], data.val.labels)
     return trained
 
 
-def training_row(
-    model: models.TransferModel, recipe: Recipe, precision: str, history: list, train_images: int, accuracies: dict
-) -> dict:
-    """What a row of results.json says of a training. Accuracies are a list over the seeds for "val" and "test"."""
-    return {
-        "recipe": asdict(recipe),
-        "precision": {"features": model.precision, "training": precision},
-        "history": history,
-        "train_images": train_images,
-        "accuracy_by_seed": accuracies,
-    }
+def describe(recipe: Recipe, of_features: str, of_training: str, history: list[dict], data: Data) -> dict:
+    """What a row of results.json says of a training."""
+    precision = {"features": of_features, "training": of_training}
+    return {"recipe": asdict(recipe), "precision": precision, "history": history, "train_images": len(data.train)}
 
 
 def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
@@ -272,7 +266,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
-    settings += frozen.row["recipe"], frozen.row["precision"]
+    settings += frozen.training["recipe"], frozen.training["precision"]
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
@@ -287,40 +281,33 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     training = train_utils.fine_tune(
         model.cpu(), data.train, data.val, recipe, precision, device, args.seed, known, progress, save_progress
     )
-    fast = fast_copy(model, device)
+    fast, labels = fast_copy(model, device), data.val.labels
     logits = {part: outputs_of(fast, data.parts[part].items, f"{model.name} answers") for part in ("val", "test")}
-    loss, frozen_loss = (calibrated_loss(each["val"], data.val.labels) for each in (logits, frozen.logits))
+    loss, frozen_loss = (calibrated_loss(each["val"], labels) for each in (logits, frozen.logits[0]))
     if not loss < gather(frozen_loss)[0]:  # also if it is not a number
         print(f"{model.name}: no better on validation than the frozen model, whose weights are kept")
-        model, logits = copy.deepcopy(frozen.model), frozen.logits
+        model, logits = copy.deepcopy(frozen.model), frozen.logits[0]
         model.fine_tuned = True
-    accuracies = {part: [loss_and_accuracy(rows, data.parts[part].labels)[1]] for part, rows in logits.items()}
-    row = {
-        **frozen.row,
-        "seconds": {**frozen.row["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
-        **training_row(model, recipe, precision, training.history, len(data.train), accuracies),
+    model.temperature = fit_temperature(logits["val"], labels)
+    described = {
+        **frozen.training,
+        "seconds": {**frozen.training["seconds"], "fine_tuning": sum(epoch["seconds"] for epoch in training.history)},
+        **describe(recipe, model.precision, precision, training.history, data),
     }
-    return TrainedModel(model, row, logits, frozen.features)
+    return TrainedModel(model, described, [logits], frozen.features)
 
 
-def save(
-    trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, dict], device: torch.device, output: Path
-) -> None:
-    """Saves the model and its row of results.json, then measures its speed and draws its plots.
+def save(trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, dict], output: Path) -> None:
+    """Saves the model and its row of results.json, then draws its plots.
 
     Only saving the checkpoint may raise; what else fails goes into `trained.failed`.
     """
     model, failed, plots = trained.model, trained.failed, output / "plots"
-    model.temperature = fit_temperature(trained.logits["val"], data.val.labels)
-    parts = [(trained.logits[part], data.parts[part].labels) for part in ("val", "test")]
-    trained.row = row = {
-        **trained.row,
-        **provenance,
-        **data.identity,
-        **results.model_row(model, *parts, data.test_groups),
-    }
+    labels = {part: data.parts[part].labels for part in ("val", "test")}
+    run = {**provenance, **data.identity}
+    trained.row = row = results.build_row(run, model, trained.training, trained.logits, labels)
+    model.cpu()  # makes room on the GPU for the next one
     if not is_first():
-        model.cpu()
         return
     checkpoint, file = output / "checkpoints" / f"{model.name}.pt", plots / "results.json"
     models.save_checkpoint(checkpoint, model, row)
@@ -333,14 +320,9 @@ def save(
     trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
-    with attempt("measurement of speed", failed):
-        row.update(measure_cost(model, device))
-    with attempt(file, failed):
-        results.write_results(file, rows)
     with attempt(f"plots of {model.name}", failed):
         color = visualization.colors(rows)[model.backbone]
-        visualization.draw_model(row, data.test.items, data.test.labels, trained.logits["test"], color, plots)
-    model.cpu()  # makes room on the GPU for the next one
+        visualization.draw_model(row, data.test.items, data.test.labels, trained.logits[0]["test"], color, plots)
 
 
 def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, output: Path) -> bool:
@@ -354,8 +336,8 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     best, report, failed = trained[new.index(results.best_model(new))], None, []
     if len(trained) > 1:
         with attempt("ensemble", failed):
-            logits = {part: [each.logits[part] for each in trained] for part in ("val", "test")}
-            compared["ensemble"] = results.ensemble_row(new, logits, {part: data.parts[part].labels for part in logits})
+            labels = {part: data.parts[part].labels for part in ("val", "test")}
+            compared["ensemble"] = results.ensemble_row(new, [each.logits[0] for each in trained], labels)
             results.write_results(plots / "results.json", rows, compared["ensemble"])
     with attempt("comparison", failed):
         print()

@@ -22,7 +22,7 @@ from engine.console import printable, without_user_settings
 from engine.files import atomic_write
 from engine.folders import Images
 from engine.images import Item, read_for_plot
-from engine.results import comparison_table, headline, interval
+from engine.results import comparison_table, headline
 
 with without_user_settings():
     import matplotlib
@@ -224,7 +224,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, (row, seconds) in enumerate(zip(ranked, times, strict=True)):
         accuracy, shade = mean(row["accuracy_by_seed"]["test"]), color[row["backbone"]]
-        low, high = interval(row)
+        low, high = row["test_interval"]
         left.plot((low, high), (y, y), color=shade, linewidth=4, alpha=0.4)
         left.plot(accuracy, y, "o", color=shade, markersize=9)
         left.annotate(f"{accuracy:.1%}", (high, y), (6, 0), textcoords="offset points", va="center", fontsize=12)

@@ -32,7 +32,6 @@ def classification_metrics(logits: Tensor, labels: Tensor, temperature: float) -
         "test_loss": loss,
         "test_accuracy": accuracy,
         "test_images": len(labels),
-        "correct": (logits.argmax(dim=1) == labels).int().tolist(),
         "top2_accuracy": (logits.topk(min(2, logits.shape[1])).indices == labels[:, None]).any(1).float().mean().item(),
         **class_scores(logits.argmax(dim=1), labels, logits.shape[1]),
         "calibration": {"before": calibration(logits, labels), "after": calibration(logits / temperature, labels)},
@@ -97,39 +96,38 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     return max(0.0, center - spread) / (1 + z**2 / count), min(1.0, (center + spread) / (1 + z**2 / count))
 
 
-def accuracy_interval(accuracy: float, correct: Sequence[int], groups: Sequence[object] | None) -> tuple[float, float]:
-    """The 95% confidence interval of an accuracy, given which images are right and the group of each.
+def accuracy_interval(correct: Sequence[float], groups: Sequence[object] | None) -> tuple[float, float]:
+    """The 95% confidence interval of an accuracy, given which images are right, or how often, and the group of each.
 
     Of `groups`, the interval is Wilson's for the effective number of images: that of independent images which would
     give the accuracy the same variance (Korn and Graubard 1998). The variance is the jackknife's, which leaves out each
     group in turn.
     """
-    if not groups or len({*groups}) == len(groups):
-        return wilson_interval(accuracy, len(correct))
     share = sum(correct) / len(correct)
+    if not groups or len({*groups}) == len(groups):
+        return wilson_interval(share, len(correct))
     variance, number = _jackknife(correct, groups)
     effective = share * (1 - share) / variance if variance else number  # all right, or all wrong
     effective *= (1.96 / _t_quantile(number - 1)) ** 2
-    return wilson_interval(accuracy, max(1.0, min(effective, len(correct))))
+    return wilson_interval(share, max(1.0, min(effective, len(correct))))
 
 
 def paired_difference(
-    one: Sequence[int], other: Sequence[int], groups: Sequence[object] | None = None
+    one: Sequence[float], other: Sequence[float], groups: Sequence[object] | None = None
 ) -> tuple[float, float]:
     """By how much one accuracy exceeds another one on the same images, and the margin of its 95% interval.
 
-    Both are 1 where the model is right, else 0. A difference smaller than the margin is not significant. Only images
-    that exactly one of the models has right count, as in McNemar's test (interval: Bonett and Price 2012). Of `groups`,
-    the variance is the jackknife's, which leaves out each group in turn, if that is larger.
+    Both are 1 where the model is right, else 0, or means of that over seeds. A difference smaller than the margin is
+    not significant. Images that both models have right, or wrong, change nothing, as in McNemar's test (interval:
+    Bonett and Price 2012, who add a pair for each side). Of `groups`, the variance is the jackknife's, if it is larger.
     """
-    pairs = list(zip(one, other, strict=True))
-    count = len(pairs) + 2
-    gains, losses = pairs.count((1, 0)) + 1, pairs.count((0, 1)) + 1
-    margin = 1.96 * math.sqrt(gains + losses - (gains - losses) ** 2 / count) / count
+    gains = [a - b for a, b in zip(one, other, strict=True)] + [1, -1]
+    total, count = sum(gains), len(gains)
+    margin = 1.96 * math.sqrt(sum(gain**2 for gain in gains) - total**2 / count) / count
     if groups and len({*groups}) < len(groups):
-        variance, number = _jackknife([a - b for a, b in pairs], groups)
+        variance, number = _jackknife(gains[:-2], groups)
         margin = max(margin, _t_quantile(number - 1) * math.sqrt(variance))
-    return (gains - losses) / count, margin
+    return total / count, margin
 
 
 def _jackknife(values: Sequence[float], groups: Sequence[object]) -> tuple[float, int]:

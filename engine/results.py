@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from engine import metrics
 from engine.console import count_of, first_line
 from engine.device import device_name
-from engine.features import Extraction
 from engine.files import atomic_write, load_tensors
 
 SCHEMA = 4
 COMPARABLE = ("content", "classes", "split")  # only models that agree in these were tested on the same images
-KEYS = {*COMPARABLE, *"backbone label plot fine_tuned accuracy_by_seed seconds correct confusion macro".split()}
-KEYS |= {"per_class", "calibration", "val_accuracy", "test_images", "test_groups"}  # what readers of a row need
 
 
 def provenance(argv: Sequence[str], device: torch.device) -> dict:
@@ -76,27 +73,24 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
     print(f"{checkpoint}, trained on {count_of(images, 'image')}{changed}, will be replaced")
 
 
-def extraction_row(features: dict[str, Extraction]) -> dict:
-    """What a row says of the extraction. Test images do not count as computed."""
-    computed = features["train"].computed + features["val"].computed
-    return {"computed": computed, "cached": not computed}
-
-
-def model_row(
-    model: nn.Module, val: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], groups: list[int] | None
+def build_row(
+    run: dict, model: nn.Module, training: dict, logits: list[dict[str, Tensor]], labels: dict[str, Tensor]
 ) -> dict:
-    """A row's part that follows from a model and its logits and labels for the validation and test images."""
-    val_loss, val_accuracy = metrics.loss_and_accuracy(*val)
-    tested = metrics.classification_metrics(*test, model.temperature)
+    """A row of results.json, from what is known of the run, the data included, and of the model's training.
+
+    `logits` are those of the classifiers of each seed for the "val" and "test" images. The first one is the model's.
+    """
+    val_loss, val_accuracy = metrics.loss_and_accuracy(logits[0]["val"], labels["val"])
     return {
+        **run,
+        **training,
         "model": model.name,
         **{key: getattr(model, key) for key in ("backbone", "label", "plot", "fine_tuned", "temperature", "views")},
         "image_size": model.preprocessing["image_size"],
-        "val_images": len(val[1]),
+        "val_images": len(labels["val"]),
         "val_loss": val_loss,
         "val_accuracy": val_accuracy,
-        **tested,
-        "test_interval": metrics.accuracy_interval(tested["test_accuracy"], tested["correct"], groups),
+        **_tested(logits, labels, model.temperature, run["test_groups"]),
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -104,22 +98,36 @@ def model_row(
     }
 
 
-def ensemble_row(rows: Sequence[dict], logits: dict[str, list[Tensor]], labels: dict[str, Tensor]) -> dict:
-    """The row of all models together, from their rows and "val" and "test" logits."""
-    temperatures, answers = [row["temperature"] for row in rows], {}
-    for part, each in logits.items():
-        answers[part] = metrics.average_models(rows / t for rows, t in zip(each, temperatures, strict=True))
-    accuracies = {part: metrics.loss_and_accuracy(answers[part], labels[part])[1] for part in answers}
+def _tested(
+    logits: list[dict[str, Tensor]], labels: dict[str, Tensor], temperature: float, groups: list[int] | None
+) -> dict:
+    accuracies = {part: [metrics.loss_and_accuracy(each[part], labels[part])[1] for each in logits] for part in labels}
+    right = torch.stack([each["test"].argmax(dim=1) == labels["test"] for each in logits])
+    correct = right.float().mean(dim=0).tolist()  # over the seeds
+    return {
+        "accuracy_by_seed": accuracies,
+        "correct": correct,
+        "test_interval": metrics.accuracy_interval(correct, groups),
+        **metrics.classification_metrics(logits[0]["test"], labels["test"], temperature),
+    }
+
+
+def ensemble_row(rows: Sequence[dict], logits: list[dict[str, Tensor]], labels: dict[str, Tensor]) -> dict:
+    """The row of all models together, from their rows and their logits for the "val" and "test" images."""
+    together = {
+        part: metrics.average_models(each[part] / row["temperature"] for each, row in zip(logits, rows, strict=True))
+        for part in labels
+    }
+    tested = _tested([together], labels, 1.0, rows[0]["test_groups"])
     return {
         **{key: rows[0][key] for key in (*COMPARABLE, "test_groups", "date", "command", "versions", "device", "data")},
         "model": "ensemble",
         "label": f"{len(rows)} models together",
         "backbone": "ensemble",
         "fine_tuned": any(row["fine_tuned"] for row in rows),
-        "val_accuracy": accuracies["val"],
-        "accuracy_by_seed": {part: [accuracy] for part, accuracy in accuracies.items()},
+        "val_accuracy": tested["accuracy_by_seed"]["val"][0],
         "seconds": {f"{row['backbone']} {stage}": s for row in rows for stage, s in row["seconds"].items()},
-        **metrics.classification_metrics(answers["test"], labels["test"], 1.0),
+        **tested,
     }
 
 
@@ -130,7 +138,7 @@ def read_results(file: Path) -> dict[str, dict]:
     try:
         results = json.loads(file.read_text())
         rows = {row["model"]: row for row in results["runs"]}
-        if results["schema"] == SCHEMA and all(KEYS <= row.keys() for row in rows.values()):
+        if results["schema"] == SCHEMA:
             return rows
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -163,17 +171,12 @@ def difference_from(best: dict, row: dict) -> tuple[float, float]:
     return test - best_test, metrics.paired_difference(row["correct"], best["correct"], row["test_groups"])[1]
 
 
-def interval(row: dict) -> tuple[float, float]:
-    """The 95% confidence interval of a model's test accuracy, the mean over the seeds."""
-    return metrics.accuracy_interval(mean(row["accuracy_by_seed"]["test"]), row["correct"], row["test_groups"])
-
-
 def headline(rows: Sequence[dict]) -> str:
     """What models that were tested on the same images show, in sentences."""
     best, models = best_model(rows), [row for row in rows if row["backbone"] != "ensemble"]
     train, val, test = (best[f"{part}_images"] for part in ("train", "val", "test"))
     accuracy = mean(best["accuracy_by_seed"]["test"])
-    low, high = interval(best)
+    low, high = best["test_interval"]
     text = (
         f"{train + val + test:,} images of {count_of(len(best['classes']), 'class')}: {train:,} for training, {val:,} "
         f"for validation, {test:,} for testing. The best model on validation is {best['label']}. It classifies "
@@ -193,7 +196,7 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
         images[true] += count
     for row in rows:
         val, test = (mean(row["accuracy_by_seed"][part]) for part in ("val", "test"))
-        low, high = interval(row)
+        low, high = row["test_interval"]
         cells = {"model": row["model"], "val acc": f"{val:.2%}", "test acc": f"{test:.2%}"}
         cells["95% interval"] = f"{low:.1%}-{high:.1%}"
         if len(rows) > 1:

@@ -157,16 +157,13 @@ def plots():
 def run(tmp_path, weights, monkeypatch, capsys, replace, request):
     """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr.
 
-    Training writes into that folder, unless the arguments say otherwise. It does not measure the speed of models.
-    Equal models share a fast copy.
+    Training writes into that folder, unless the arguments say otherwise. Equal models share a fast copy.
     """
     if "plots" not in request.fixturenames:
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
         replace("draw_model", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    speed = {"one": 100.0, "best": 200.0, "best_batch_size": 32}
-    replace("measure_cost", lambda *args: {"multiply_adds": 10**6, "images_per_second": speed})
     replace("fast_copy", shared_fast_copy)
 
     def command(script, *args):
@@ -245,7 +242,7 @@ def results(folder: Path) -> list[dict]:
 
 def repeatable(folder: Path) -> dict[str, dict]:
     """The rows of results.json, by model, without what may differ from run to run, such as times."""
-    rows, measured = results(folder), ("seconds", "features", "multiply_adds", "images_per_second", "checkpoint_bytes")
+    rows, measured = results(folder), ("seconds", "features", "checkpoint_bytes")
     for row in rows:
         for key in (*measured, "date", "command", "commit"):
             del row[key]

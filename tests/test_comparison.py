@@ -43,7 +43,7 @@ def test_no_checkpoint_is_replaced_without_a_word(run, photos, tmp_path):
     values = torch.load(file, weights_only=True)
     torch.save({**values, "schema": 1}, file)
     assert "will be replaced" in run(main_train, *command)[1]
-    values["metrics"] |= {"data": "elsewhere", "content": "other"}
+    values["origin"] |= {"data": "elsewhere", "content": "other"}
     torch.save({**values, "schema": 1}, file)
     code, _, err = run(main_train, *command)
     assert code == 2 and "of other data" in err

@@ -37,7 +37,6 @@ def interrupted(*args):
 epochs = []
 matplotlib.figure.Figure.savefig = save_blank
 replace_everywhere("draw_model", lambda *args: None)
-replace_everywhere("measure_cost", lambda *args: {{"multiply_adds": 1, "images_per_second": 1}})
 run_script(spmd(main))
 """
 

@@ -92,14 +92,13 @@ def test_the_failure_of_one_model_does_not_end_the_run(run, photos, tmp_path):
     assert list((tmp_path / "data").glob("*cifar*")) == []
 
 
-def test_a_failing_plot_or_benchmark_costs_no_result(run, plots, photos, tmp_path, replace, monkeypatch):
+def test_a_failing_plot_costs_no_result(run, plots, photos, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("nothing works today")
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", broken)
-    replace("measure_cost", broken)
     code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 1 and err.count("nothing works today (visualization.py, line ") == 2 and err.count("\n") == 3
+    assert code == 1 and err.count("nothing works today (visualization.py, line ") == err.count("\n") == 2
     assert "mobilenet_v3_small" in out and results(tmp_path)[0]["test_accuracy"] >= 0
     assert load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
 
@@ -172,7 +171,6 @@ def test_the_demo_and_a_closed_pipe(tmp_path):
     assert (code, err) == (0, "") and "not the models" in out
     assert int(re.search(r"(\d+) test images? ha(s|ve) near-duplicates", out)[1]) < 4  # few of 200 shapes look the same
     assert all(row["test_accuracy"] > 0.5 for row in repeatable(tmp_path / "demo").values())  # by chance a third
-    assert all(row["images_per_second"]["best"] > 0 for row in results(tmp_path / "demo"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo"]
     files = (tmp_path / "demo" / "checkpoints").glob("*.pt")
     reader = start(ROOT / "inference.py", "--checkpoint", *files, cwd=tmp_path)

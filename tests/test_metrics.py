@@ -135,12 +135,12 @@ def test_intervals_of_groups_hold_the_truth():
     for _ in range(300):  # 20 groups of 15 images, 70% of the groups easy; the other model is equally good
         one, other = ((torch.rand(20, generator=random) < 0.7).int().repeat_interleave(15).tolist() for _ in range(2))
         groups = torch.arange(20).repeat_interleave(15).tolist()
-        low, high = accuracy_interval(sum(one) / 300, one, groups)
+        low, high = accuracy_interval(one, groups)
         misses += not low < 0.7 < high
         gain, margin = paired_difference(one, other, groups)
         pairs += abs(gain) > margin
     assert misses < 30 and pairs < 30  # 15 expected
     hits = (torch.rand(300, generator=random) < 0.7).int().tolist()
-    plain, grouped = (accuracy_interval(sum(hits) / 300, hits, each) for each in (None, [i // 2 for i in range(300)]))
-    assert grouped == pytest.approx(plain, abs=0.02) and accuracy_interval(1.0, [1] * 30, [0] * 30)[0] < 0.3
+    plain, grouped = (accuracy_interval(hits, each) for each in (None, [i // 2 for i in range(300)]))
+    assert grouped == pytest.approx(plain, abs=0.02) and accuracy_interval([1] * 30, [0] * 30)[0] < 0.3
     assert paired_difference(hits, hits[::-1], range(300)) == paired_difference(hits, hits[::-1])
