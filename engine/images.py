@@ -104,14 +104,19 @@ def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Ite
 
 def is_image_file(path: str, extension: str) -> bool:
     """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
-    formats = image_formats()  # first, because it registers the extensions
-    if Image.EXTENSION.get(extension) in formats:
+    formats = image_formats()
+    if has_image_extension(extension):
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
             Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
             return True
     return False
+
+
+def has_image_extension(name: str) -> bool:
+    formats = image_formats()  # first, because it registers the extensions
+    return Image.EXTENSION.get("." + name.rpartition(".")[2].lower()) in formats
 
 
 @lru_cache
