@@ -38,14 +38,11 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
     try:
         return read_folder(source)
     except ValueError as error:
-        reason, separator, _ = str(error).partition("; a data set looks like this")
+        reason = str(error).partition("; a data set looks like this")[0]
         if tables := _tables_in(source):
-            raise ValueError(f"{reason}; the labels may be in {tables[0].name}: use {_data(tables[0])}") from error
+            command = f"python main_train.py --data {shlex.quote(str(tables[0]))}"
+            raise ValueError(f"{reason}; {tables[0].name} may hold the labels: {command}") from error
         raise
-
-
-def _data(path: Path) -> str:
-    return f"--data {shlex.quote(str(path))}"
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -94,6 +91,21 @@ def read_table(table: Path, columns: Sequence[str] | None = None) -> Source:
     return tuple(classes), images, notes
 
 
+def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] | None) -> tuple[Images, list[str]]:
+    """The images of a table that have one of these classes, and notes. If the table has a test part, only that."""
+    own, parts, notes = read_table(table, columns)
+    if "test" in parts:
+        notes.append(f"only the test part of {table.name} is used")
+    images = parts["test"] if "test" in parts else Images.joined(parts.values())
+    numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in own])
+    images.labels = numbers[images.labels]
+    if others := ", ".join(printable(name) for name in own if name not in classes):
+        notes.append(
+            f"{int((images.labels < 0).sum())} images not used: of classes that the model does not know, {others}"
+        )
+    return images.subset((images.labels >= 0).nonzero().flatten()), notes
+
+
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
     """The part, label and group of each file that the rows name, and what is in the rows that are not used, by reason.
 
@@ -124,11 +136,11 @@ def _classes(table: Path, labels: list[str], notes: list[str]) -> dict[str, int]
     """The classes and their numbers: numbers in their order, other names in that of the alphabet."""
     names = {*labels}
     if len(names) < 2:
-        given = f"one class only, {[*names][0]!r}" if names else "no labelled training image"
+        given = f"one class only, {next(iter(names))!r}" if names else "no labelled training image"
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *notes]))
     for name in names:
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
-        if "|" in name or len(pieces) > 1 and {*pieces} <= names:
+        if "|" in name or (len(pieces) > 1 and {*pieces} <= names):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
     spellings = defaultdict(set)
     for name in names:
