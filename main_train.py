@@ -51,11 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", metavar="NAME", default=three,
         help=f"{', '.join(models.BACKBONES)}, or any classification model of torchvision or timm (timm/NAME); "
         "NAME:WEIGHTS picks the weights")  # fmt: skip
-    add(
-        "--data",
-        default="cifar10",
-        help="cifar10, DIR/CLASS/*, DIR/{train,val,test}/CLASS/*, or a table of labels (.csv)",
-    )
+    add("--data", default="cifar10", help="cifar10, DIR/CLASS/*, DIR/{train,val,test}/CLASS/*, or a table (.csv)")
     add("--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the columns of the table, if they cannot be guessed")
     add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=number(int), default=RECIPE.batch_size, help="images per step; small data sets get fewer, "

@@ -58,21 +58,22 @@ def _tables_in(folder: Path) -> list[Path]:
     return found
 
 
-def read_table(table: Path, columns: Sequence[str] | None = None) -> Source:
+def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
     """Reads a table that names image files and their labels.
 
     `columns` are the names of its image column and its label column, which are otherwise found; without a header they
-    are called 1, 2, 3... Raises OSError or ValueError if it cannot be read, or if a guess could be wrong.
+    are called 1, 2, 3... `known` are the classes, otherwise those of its training images.
+    Raises OSError or ValueError if it cannot be read, or if a guess could be wrong.
     """
-    rows = _Table(table, columns)
+    rows = _Table(table, columns, known)
     found, skipped = _match(rows)
     notes, root = [rows.summary()], rows.files.root
     tops = {file: part_of(words_of(name_below(root, file).partition("/")[0])) for file in found}
     if rows.split is None and len({*tops.values()}) > 1 and {*tops.values()} <= {"train", "val", "test"}:
         found = {file: (tops[file], *rest) for file, (_, *rest) in found.items()}
         notes.append("the folders of the images say which part they belong to")
-    classes = _classes(table, [label for part, label, _ in found.values() if part == "train"], notes)
-    parts = defaultdict(list)
+    trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
+    classes, parts = {name: i for i, name in enumerate(trained)}, defaultdict(list)
     for file, (part, label, group) in sorted(found.items()):
         if label in classes:
             parts[part].append((file, classes[label], name_below(root, file), group))
@@ -87,23 +88,21 @@ def read_table(table: Path, columns: Sequence[str] | None = None) -> Source:
         reasons = ", ".join(f"{len(values)} {why} ({_some(values)})" for why, values in skipped.items())
         notes.append(f"{count} of {table.name} not used: {reasons}")
     if unnamed := len(rows.files.images - found.keys()):
-        notes.append(f"{count_of(unnamed, 'image')} below {root} not used: not in {table.name}, or in such a row")
+        notes.append(f"{count_of(unnamed, 'other image')} below {root} not used")
     return tuple(classes), images, notes
 
 
 def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] | None) -> tuple[Images, list[str]]:
-    """The images of a table that have one of these classes, and notes. If the table has a test part, only that."""
-    own, parts, notes = read_table(table, columns)
+    """The images of a table that have one of these classes, and notes. If the table has a test part, only that.
+
+    `columns` are those of the table that was used for training, which count if this one has them, too.
+    """
+    _, parts, notes = read_table(table, columns, classes)
+    if not parts:
+        raise ValueError("; ".join([f"{table} has no image of a class that the model knows", *notes]))
     if "test" in parts:
         notes.append(f"only the test part of {table.name} is used")
-    images = parts["test"] if "test" in parts else Images.joined(parts.values())
-    numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in own])
-    images.labels = numbers[images.labels]
-    if others := ", ".join(printable(name) for name in own if name not in classes):
-        notes.append(
-            f"{int((images.labels < 0).sum())} images not used: of classes that the model does not know, {others}"
-        )
-    return images.subset((images.labels >= 0).nonzero().flatten()), notes
+    return parts["test"] if "test" in parts else Images.joined(parts.values()), notes
 
 
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
@@ -132,9 +131,8 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
     return {f: several[0] for f, several in meanings.items() if len({one[:2] for one in several}) == 1}, skipped
 
 
-def _classes(table: Path, labels: list[str], notes: list[str]) -> dict[str, int]:
-    """The classes and their numbers: numbers in their order, other names in that of the alphabet."""
-    names = {*labels}
+def _classes(table: Path, names: set[str], notes: list[str]) -> list[str]:
+    """The labels as classes: numbers in their order, other names in that of the alphabet. Notes what looks odd."""
     if len(names) < 2:
         given = f"one class only, {next(iter(names))!r}" if names else "no labelled training image"
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *notes]))
@@ -147,8 +145,7 @@ def _classes(table: Path, labels: list[str], notes: list[str]) -> dict[str, int]
         spellings[float(name) if _is_number(name) else name.casefold()].add(name)
     if alike := [" and ".join(sorted(each)) for each in spellings.values() if len(each) > 1]:
         notes.append(f"classes that look the same: {', '.join(alike)}")
-    ordered = sorted(names, key=(lambda name: (float(name), name)) if all(map(_is_number, names)) else str)
-    return {name: i for i, name in enumerate(ordered)}
+    return sorted(names, key=(lambda name: (float(name), name)) if all(map(_is_number, names)) else str)
 
 
 def _is_number(text: str) -> bool:
@@ -212,8 +209,9 @@ def _same(a: Sequence[str], b: Sequence[str]) -> int:
 class _Table:
     """The rows of a table, and what its columns mean. Columns are numbers from 0, their names those of the header."""
 
-    def __init__(self, path: Path, columns: Sequence[str] | None):
-        self.path, self.files, text = path, _Files(path), _read_text(path)
+    def __init__(self, path: Path, columns: Sequence[str] | None, known: Sequence[str]):
+        text = _read_text(path)
+        self.path, self.files, self.known = path, _Files(path), {*known}
         self.rows, self.names, self.odd, most = [], [], 0, 0  # `odd` rows have another number of columns
         for delimiter in (",", "\t", ";", " "):  # the right one is the one that shows the most file names
             rows = _parse(text, delimiter)
@@ -222,9 +220,11 @@ class _Table:
             found = max((len(self._named(fitting, column)) for column in range(width)), default=0)
             if width > 1 and (found > most or not self.rows):
                 self.rows, self.odd, most = fitting, len(rows) - len(fitting), found
+        self._take_header()
         if not self.rows:
             raise ValueError(f"{path} is no table: it needs a column of image files and one of labels")
-        self._take_header()
+        if known and not {*(columns or ())} <= {*self.names}:
+            columns = None
         self.image, label = map(self._column, columns) if columns else (self._image_column(), None)
         self.split = self._split_column([c for c in range(len(self.names)) if c not in (self.image, label)])
         others = [c for c in range(len(self.names)) if c not in (self.image, self.split)]
@@ -256,7 +256,7 @@ class _Table:
 
     def _take_header(self) -> None:
         """The first row is a header if it names no image and no value of it is repeated in its column."""
-        first, *rest = self.rows
+        first, *rest = self.rows or [[]]
         files = any(self.files.find(cell) or has_image_extension(cell) for cell in first)
         if files or any(cell and cell in {row[i] for row in rest} for i, cell in enumerate(first)):
             self.names = [str(i + 1) for i in range(len(first))]
@@ -284,9 +284,10 @@ class _Table:
         for column in others:
             values = {value.lower() for value in self._values(column)} - {""}
             known = {part_of({value}) for value in values}
-            if "train" in known and (None not in known or words_of(self.names[column]) & SPLIT) and len(values) > 1:
+            named = words_of(self.names[column]) & SPLIT
+            if (known and None not in known) or ("train" in known and named):
                 return column
-            if words_of(self.names[column]) & SPLIT and len(values) > 1:
+            if named and values:
                 some = _some(sorted(values))
                 raise ValueError(f"{self.path}: {self.names[column]!r} should say train, val or test, not {some}")
         return None
@@ -294,10 +295,17 @@ class _Table:
     def _labels(self, others: list[int]) -> tuple[list[str], str]:
         """The label of each row, and the name of its column."""
         values = {column: self._values(column) for column in others}
-        candidates = [c for c in others if 2 * len({*values[c]}) <= len(self.rows) and not self.names[c].isspace()]
+        candidates = [c for c in others if 2 * len({*values[c]}) <= len(self.rows) or self.known & {*values[c]}]
+        candidates = [c for c in candidates if self.known & {*values[c]}] or candidates
         named = [c for c in candidates if words_of(self.names[c]) & LABEL]
         exact = [c for c in named if self.names[c].lower() in LABEL]
         plain = [c for c in candidates if not words_of(self.names[c]) & {*GROUP} and len({*values[c]}) > 1]
+        flags = [c for c in others if {*values[c]} <= {"0", "1", "0.0", "1.0"}]
+        if not named and len(flags) > 1:
+            marked = [[self.names[c] for c in flags if float(row[c])] for row in self.rows]
+            if all(len(names) == 1 for names in marked):
+                return [name for [name] in marked], f"{self.names[flags[0]]} to {self.names[flags[-1]]}"
+            raise self._unclear("an image has several labels, or none; this project needs one for each")
         chosen = named or plain or candidates
         if len(chosen) > 1 and all(_same_meaning(values[chosen[0]], values[c]) for c in chosen):  # a number and a name
             chosen = [min(chosen, key=lambda c: all(map(_is_number, values[c])))]
@@ -305,17 +313,13 @@ class _Table:
             chosen = exact
         if len(chosen) == 1:
             return values[chosen[0]], self.names[chosen[0]]
-        flags = [c for c in others if {*values[c]} <= {"0", "1", "0.0", "1.0"}]
-        if not named and len(flags) > 2:
-            marked = [[self.names[c] for c in flags if float(row[c])] for row in self.rows]
-            if all(len(names) == 1 for names in marked):
-                return [name for [name] in marked], f"{self.names[flags[0]]} to {self.names[flags[-1]]}"
-            raise self._unclear("some images have several labels, or none; this project gives an image one label")
         raise self._unclear("several columns may be the label" if chosen else "no column repeats a few labels")
 
     def _unclear(self, reason: str) -> ValueError:
         columns = [f"{name!r} ({printable(cell[:30])})" for name, cell in zip(self.names, self.rows[0], strict=True)]
-        return ValueError(f"{self.path}: {reason}. Its columns: {_some(columns, 12)}. Name two: --columns IMAGE LABEL")
+        return ValueError(
+            f"{self.path}: {reason}. Its columns: {_some(columns, 12)}. --columns IMAGE LABEL names the right ones"
+        )
 
 
 def _same_meaning(a: list[str], b: list[str]) -> bool:
@@ -336,7 +340,9 @@ def _read_text(table: Path) -> str:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} is not UTF-8: save it as CSV in UTF-8") from error
-    return text
+    lines = text.splitlines(keepends=True)
+    comments = list(takewhile(lambda line: line.startswith("#"), lines))  # one such line may be a header
+    return "".join(lines[len(comments) :]) if len(comments) > 1 else text
 
 
 def _parse(text: str, delimiter: str) -> list[list[str]]:
