@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -211,14 +211,15 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
                 )
 
 
-def words_of(name: str) -> set[str]:
+@lru_cache
+def words_of(name: str) -> frozenset[str]:
     """The words of a name, in lower case: "seg_train", "TrainImages"."""
-    return {*re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())}
+    return frozenset(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
 
 
-def part_of(words: set[str]) -> str | None:
+def part_of(words: Iterable[str]) -> str | None:
     """The part of a data set that one of the words names."""
-    return next((part for part, spellings in SPLITS.items() if words & {*spellings}), None)
+    return next((part for part, spellings in SPLITS.items() if not {*spellings}.isdisjoint(words)), None)
 
 
 def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:

@@ -8,6 +8,7 @@ import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -46,14 +47,11 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    """The tables in a folder that give labels to images."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in TABLES and path.is_file():
-            try:
-                read_table(path)
-            except (OSError, ValueError):
-                continue
+    """The tables in a folder, or in a folder in it, that give labels to images."""
+    found, patterns = [], ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))[:20]):
+        with suppress(OSError, ValueError):
+            read_table(path)
             found.append(path)
     return found
 
@@ -74,7 +72,7 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
         notes.append("the folders of the images say which part they belong to")
     trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
     classes, parts = {name: i for i, name in enumerate(trained)}, defaultdict(list)
-    for file, (part, label, group) in sorted(found.items()):
+    for file, (part, label, group) in sorted(found.items(), key=lambda each: str(each[0])):
         if label in classes:
             parts[part].append((file, classes[label], name_below(root, file), group))
         else:
@@ -169,7 +167,7 @@ class _Files:
             images += find_images(folder)[0]
         self.images = {path for path in images if not self._describes(path)} or {*images}
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
-        for path in sorted(self.images):
+        for path in sorted(self.images, key=str):
             self.by_name[_key(path.name)].append(path)
             self.by_stem[_key(path.stem)].append(path)
 
