@@ -1,6 +1,5 @@
 """How does a folder become labelled images? Which files below it are images, of which class, in which part?"""
 
-import difflib
 import hashlib
 import os
 import re
@@ -248,22 +247,17 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
 def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
     """The images in the class folders of `folder`, named by their paths below `source`, and how many files are unused.
 
-    A class may be missing. Folders of other classes are not used. Raises ValueError if such a folder may be a
-    misspelt class.
+    A class may be missing, and folders of other classes are not used. Raises ValueError if both is so: one of them may
+    be misspelt.
     """
     folders, skipped = class_folders(folder)
-    lacking = [name for name in classes if name not in folders]
-    for name in folders.keys() - set(classes):
-        if len(lacking) == len(classes):
-            inner = (str(path) for path in folders.values() if class_folders(path)[0].keys() & set(classes))
-            holds = f"it holds {', '.join(map(printable, list(folders)[:5]))}"
-            advice = next((f"its class folders are in {path}" for path in inner), f"the classes are {classes[0]}, ...")
-            raise ValueError(f"{folder} has no class of the training images: {holds}; {advice}")
-        if similar := [one for one in lacking if _may_be_meant(name, one)]:
-            raise ValueError(
-                f"{folder} has a class that the training images lack, {name!r}, and lacks {similar[0]!r}: rename it, "
-                "or, if it is another class, move it away"
-            )
+    unknown, lacking = sorted(folders.keys() - set(classes)), [name for name in classes if name not in folders]
+    if unknown and lacking:
+        inside = [str(path) for path in folders.values() if class_folders(path)[0].keys() & set(classes)]
+        advice = f"the class folders are in {inside[0]}" if inside else "rename it, or move it away"
+        unknown, lacking = (", ".join(map(printable, names[:5])) for names in (unknown, lacking))
+        raise ValueError(f"{folder} has what is no class of the training images, {unknown}, but no {lacking}: {advice}")
+    for name in unknown:
         skipped[f"of a class that the training images lack ({printable(name)})"] += _count_files(folders[name])
     items, labels = [], []
     for label, name in enumerate(classes):
@@ -278,12 +272,6 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
 def name_below(source: Path, item: Path) -> str:
     """The path of a file below a folder, the same on every system."""
     return unicodedata.normalize("NFC", str(item).removeprefix(f"{source}{os.sep}")).replace(os.sep, "/")
-
-
-def _may_be_meant(name: str, other: str) -> bool:
-    """Whether two names may mean the same class: "cats" and "cat", "Siamese" and "n02123597-siamese_cat"."""
-    name, other = name.lower(), other.lower()
-    return name in other or other in name or difflib.SequenceMatcher(None, name, other).ratio() > 0.6
 
 
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:

@@ -47,9 +47,8 @@ def images_of(images: object) -> Iterable[Item]:
     """The images of what `is_image` calls one or several. Raises TypeError if it is neither."""
     if is_image(images):
         return [images]
-    if (
-        isinstance(images, Mapping) or getattr(images, "ndim", 4) == 2 or not isinstance(images, Iterable)
-    ):  # a DataFrame
+    a_table = isinstance(images, Mapping) or type(images).__name__ == "DataFrame"  # which would yield its columns
+    if a_table or not isinstance(images, Iterable):
         raise TypeError(f"not images: {type(images).__name__}; {EXPECTED}")
     return images.ravel() if _of_paths(images) else images
 
