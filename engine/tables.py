@@ -32,7 +32,7 @@ Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images
 
 def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
     """Reads an image folder or a table. Raises OSError or ValueError if it is neither."""
-    if source.is_file() or source.suffix.lower() in TABLES:
+    if source.is_file() or (source.suffix.lower() in TABLES and not source.is_dir()):
         return read_table(source, columns)
     if columns:
         raise ValueError(f"--columns is for a table; {source} is none")
@@ -67,7 +67,7 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
     found, skipped = _match(rows)
     notes, root = [rows.summary()], rows.files.root
     tops = {file: part_of(words_of(name_below(root, file).partition("/")[0])) for file in found}
-    if rows.split is None and len({*tops.values()}) > 1 and {*tops.values()} <= {"train", "val", "test"}:
+    if rows.split is None and len({*tops.values()}) > 1 and {"train"} <= {*tops.values()} <= {"train", "val", "test"}:
         found = {file: (tops[file], *rest) for file, (_, *rest) in found.items()}
         notes.append("the folders of the images say which part they belong to")
     trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
@@ -185,7 +185,7 @@ class _Files:
             return [Path(direct)]
         steps = [_key(step) for step in path.split("/") if step not in ("", ".", "..")][::-1]
         found = (self.by_name.get(steps[0]) or self.by_stem.get(steps[0]) or []) if steps else []
-        shared = [1 + _same(steps[1:], [*map(_key, path.parts[-2::-1])]) for path in found]
+        shared = [1 + _shared(steps[1:], [*map(_key, path.parts[-2::-1])]) for path in found]
         elsewhere = path.startswith(("/", "..")) or path[1:2] == ":"  # of another machine: its last folders count
         needed = max(shared, default=0) if elsewhere else len(steps)
         found = [path for path, length in zip(found, shared, strict=True) if length >= needed]
@@ -199,8 +199,8 @@ def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _same(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many first elements are equal."""
+def _shared(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many elements at the beginning are the same."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -215,7 +215,7 @@ class _Table:
             rows = _parse(text, delimiter)
             width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
             fitting = [row for row in rows if len(row) == width]
-            found = max((len(self._named(fitting, column)) for column in range(width)), default=0)
+            found = max((len({*self._named(fitting, column)} - {None}) for column in range(width)), default=0)
             if width > 1 and (found > most or not self.rows):
                 self.rows, self.odd, most = fitting, len(rows) - len(fitting), found
         self._take_header()
@@ -247,10 +247,10 @@ class _Table:
     def _values(self, column: int) -> list[str]:
         return [row[column] for row in self.rows]
 
-    def _named(self, rows: list[list[str]], column: int) -> set[Path]:
+    def _named(self, rows: list[list[str]], column: int) -> list[Path | None]:
         """The files that a sample of a column's values names."""
-        sample = rows[:: max(1, len(rows) // 500)]
-        return {file for row in sample for file in self.files.find(row[column])[:1]}
+        found = (self.files.find(row[column]) for row in rows[:: max(1, len(rows) // 500)])
+        return [files[0] if files else None for files in found]
 
     def _take_header(self) -> None:
         """The first row is a header if it names no image and no value of it is repeated in its column."""
@@ -268,11 +268,12 @@ class _Table:
 
     def _image_column(self) -> int:
         named = [self._named(self.rows, column) for column in range(len(self.names))]
-        most = max(map(len, named))
+        counts = [len({*files} - {None}) for files in named]
+        most = max(counts)
         if not most:
             raise self._unclear(f"no column names image files below {self.files.root}")
-        rivals = [column for column, files in enumerate(named) if 2 * len(files) > most]
-        if len({frozenset(named[column]) for column in rivals}) > 1:
+        rivals = [column for column, count in enumerate(counts) if 2 * count > most]
+        if any(named[column] != named[rivals[0]] for column in rivals):
             rivals = [column for column in rivals if words_of(self.names[column]) & IMAGE]
             if len(rivals) != 1:
                 raise self._unclear("several columns may name the images")
@@ -329,7 +330,7 @@ def _read_text(table: Path) -> str:
     """The text of a table in UTF-8, or in UTF-16 with its mark."""
     if not table.exists():
         raise FileNotFoundError(f"no table {table}")
-    if "".join(table.suffixes[-2:]).lower().endswith(ARCHIVES):
+    if table.name.lower().endswith(ARCHIVES):
         raise ValueError(f"{table} is an archive: unpack it, and use the folder")
     if table.suffix.lower() not in TABLES:
         raise ValueError(f"{table} is no folder and no table: save a table as CSV, with the ending .csv")

@@ -11,7 +11,6 @@ from conftest import COLORS, QUICK, SMALL, draw, results
 import inference
 import main_train
 from data import load_data
-from models import load_checkpoint
 
 NAMES = [f"{i:03x}" for i in range(30)]
 LABELS = [sorted(COLORS)[i % 3] for i in range(30)]
@@ -112,6 +111,18 @@ def test_paths_of_other_systems(pets, path):
     table = write(pets / "labels.csv", ("path", "label"), *[(path.format(name), label) for name, label in ROWS])
     data = load_data(str(table))
     assert labels_of(data) == dict(ROWS) and all(name.startswith("train/") for name in data.test.names)
+
+
+def test_a_column_of_numbers_is_not_taken_for_file_names(tmp_path):
+    """As pandas writes it: the first column counts the rows, and a file of that name exists, too."""
+    order = [7 * i % 30 for i in range(30)]
+    for i in range(30):
+        draw(tmp_path / "images" / f"{i}.png", (0, 0, 0), seed=i)
+    rows = [(i, f"{name}.png", "ab"[name % 2]) for i, name in enumerate(order)]
+    data = load_data(str(write(tmp_path / "labels.csv", ("", "image", "label"), *rows)))
+    assert labels_of(data) == {str(name): "ab"[name % 2] for name in order}
+    with pytest.raises(ValueError, match=r"several columns may name the images. Its columns: '1' \(0\), '2' \(0.png\)"):
+        load_data(str(write(tmp_path / "labels.csv", *rows)))
 
 
 def test_equal_names_in_two_folders(pets):
@@ -225,10 +236,3 @@ def test_lists_beside_masks(tmp_path):
         load_data(str(table))
     data = load_data(str(table), columns=("1", "2"))
     assert data.classes == ("1", "2", "3") and all(name.startswith("images/") for name in data.train.names)
-
-
-def test_a_checkpoint_of_a_table_predicts(run, pets, tmp_path):
-    table = write(pets / "labels.csv", ("id", "label"), *ROWS)
-    assert run(main_train, "--data", table, *SMALL, *QUICK)[0] == 0
-    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
-    assert model.classes == tuple(sorted(COLORS)) and model.metrics["columns"] is None
