@@ -193,7 +193,11 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
     """
     with os.scandir(root) as entries:  # also folders without images
         beside = [Path(entry.path) for entry in entries if entry.is_dir() and words_of(entry.name) & DESCRIPTIONS]
-    for images in (path for name, path in folders.items() if words_of(name) & PICTURES):
+    others = [
+        name for name in folders if not words_of(name) & (PICTURES | DESCRIPTIONS) and not part_of(words_of(name))
+    ]
+    pictures = [path for name, path in folders.items() if words_of(name) & PICTURES and path not in beside]
+    for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
         if not all(part_of(words_of(name)) for name in class_folders(images)[0]):  # as images/cat/1.jpg
             continue
         described = {path.stem.lower() for path in find_images(images)[0]}

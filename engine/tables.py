@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
 def _tables_in(folder: Path) -> list[Path]:
     """The tables in a folder, or in a folder in it, that give labels to images."""
     found, patterns = [], ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
-    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))[:20]):
+    for path in islice((path for pattern in patterns for path in sorted(folder.glob(pattern))), 8):
         with suppress(OSError, ValueError):
             read_table(path)
             found.append(path)
@@ -287,8 +287,8 @@ class _Table:
             if (known and None not in known) or ("train" in known and named):
                 return column
             if named and values:
-                some = _some(sorted(values))
-                raise ValueError(f"{self.path}: {self.names[column]!r} should say train, val or test, not {some}")
+                where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
+                raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         return None
 
     def _labels(self, others: list[int]) -> tuple[list[str], str]:

@@ -226,6 +226,9 @@ def test_classes_may_have_such_names(tmp_path):
         for i in range(5):
             draw(tmp_path / "faces" / name / f"{i}.png", (9, 99, 9), seed=i)
     assert load_data(str(tmp_path / "faces")).classes == ("mask", "no mask")
+    for name in ("icons", "masks", "photos", "sketches"):
+        shutil.copytree(tmp_path / "faces" / "mask", tmp_path / "kinds" / name)
+    assert load_data(str(tmp_path / "kinds")).classes == ("icons", "masks", "photos", "sketches")
     for name in ("akita", "pug"):
         for i in range(5):
             draw(tmp_path / "dogs" / "Images" / name / f"{i}.png", (9, 99, 9), seed=i)
