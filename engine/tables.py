@@ -15,7 +15,17 @@ from pathlib import Path
 import torch
 
 from engine.console import count_of, printable
-from engine.folders import DESCRIPTIONS, Images, class_folders, find_images, name_below, part_of, read_folder, words_of
+from engine.folders import (
+    DESCRIPTIONS,
+    PICTURES,
+    Images,
+    class_folders,
+    find_images,
+    name_below,
+    part_of,
+    read_folder,
+    words_of,
+)
 from engine.images import has_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
@@ -37,13 +47,22 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
     if columns:
         raise ValueError(f"--columns is for a table; {source} is none")
     try:
-        return read_folder(source)
+        classes, parts, notes = read_folder(source)
     except ValueError as error:
         reason = str(error).partition("; a data set looks like this")[0]
         if tables := _tables_in(source):
-            command = f"python main_train.py --data {shlex.quote(str(tables[0]))}"
-            raise ValueError(f"{reason}; {tables[0].name} may hold the labels: {command}") from error
+            raise ValueError(f"{reason}; {_advice(tables[0])}") from error
         raise
+    if all(words_of(name) & PICTURES for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
+        for table in _tables_in(source):
+            images = Images.joined(read_table(table)[1].values())
+            if len({*zip(map(os.path.dirname, images.names), images.labels.tolist(), strict=True)}) > len(classes):
+                raise ValueError(f"the folders in {source} seem to be no classes; {_advice(table)}")
+    return classes, parts, notes
+
+
+def _advice(table: Path) -> str:
+    return f"{table.name} may hold the labels: python main_train.py --data {shlex.quote(str(table))}"
 
 
 def _tables_in(folder: Path) -> list[Path]:

@@ -85,6 +85,19 @@ def test_the_folder_names_the_command_that_reads_its_table(run, pets, tmp_path):
     assert main_train.parse_args(["--data", str(folder / "train.csv")]).output == Path("runs/pets")
 
 
+def test_folders_of_images_beside_a_table_are_no_classes(tmp_path):
+    for folder, names in (("images_part_1", NAMES[:15]), ("images_part_2", NAMES[15:])):
+        for name in names:
+            draw(tmp_path / "scans" / folder / f"{name}.png", (0, 0, 0), seed=int(name, 16))
+    assert load_data(str(tmp_path / "scans")).classes == ("images_part_1", "images_part_2")
+    table = write(tmp_path / "scans" / "labels.csv", ("id", "dx"), *ROWS)
+    with pytest.raises(ValueError, match=r"seem to be no classes; .*--data .*labels\.csv"):
+        load_data(str(tmp_path / "scans"))
+    assert labels_of(load_data(str(table))) == dict(ROWS)
+    write(table, ("id", "dx"), *[(name, "ab"[i // 15]) for i, name in enumerate(NAMES)])  # says what the folders say
+    assert len(load_data(str(tmp_path / "scans")).classes) == 2
+
+
 @pytest.mark.parametrize(
     ("delimiter", "encoding", "header"),
     [
