@@ -71,9 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--explain", type=Path, metavar="FILE",
         help=f"draw the first {SAMPLE} images with heat maps and the most similar training images")  # fmt: skip
-    add(
-        "--data", metavar="PATH", help="where the folder or table that the model was trained on is now, if it has moved"
-    )
+    add("--data", metavar="PATH", help="where the folder or table that was used for training is now, if it has moved")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -185,9 +183,7 @@ def data_of(model: TransferModel, cache: Path, moved: str | None) -> Data:
     source, split, columns = (model.metrics.get(key) for key in ("data", "split", "columns"))
     source = moved or source or "cifar10"
     if source not in ("cifar10", "demo") and not Path(source).exists():
-        raise FileNotFoundError(
-            f"{source}, on which {model.name} was trained, is not there: --data says where it is now"
-        )
+        raise FileNotFoundError(f"{source}, used to train {model.name}, is not there: --data PATH says where it is now")
     if split:
         data = load_split(source, cache, model.path.with_name(f"split-{split}.json"), columns)
     else:  # saved without main_train.py

@@ -112,14 +112,9 @@ def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
             return item.copy()
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item.permute(1, 2, 0).cpu().numpy()
-    if (
-        isinstance(item, np.ndarray)
-        and item.dtype == np.uint8
-        and item.size
-        and item.ndim in (2, 3)
-        and item.shape[2:] <= (4,)
-    ):
-        return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
+        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] <= 4):
+            return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
     raise TypeError(f"not an image: {type(item).__name__} {tuple(item.shape)} of {item.dtype}; {EXPECTED}")
 
 
@@ -142,19 +137,18 @@ def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Ite
 
 def is_image_file(path: str, extension: str) -> bool:
     """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
-    formats = image_formats()
-    if has_image_extension(extension):
+    if is_image_extension(extension):
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
-            Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
+            Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
             return True
     return False
 
 
-def has_image_extension(name: str) -> bool:
+def is_image_extension(extension: str) -> bool:
     formats = image_formats()  # first, because it registers the extensions
-    return Image.EXTENSION.get("." + name.rpartition(".")[2].lower()) in formats
+    return Image.EXTENSION.get(extension.lower()) in formats
 
 
 @lru_cache

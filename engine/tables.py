@@ -26,7 +26,7 @@ from engine.folders import (
     read_folder,
     words_of,
 )
-from engine.images import has_image_extension, is_image_file
+from engine.images import is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
@@ -274,7 +274,7 @@ class _Table:
     def _take_header(self) -> None:
         """The first row is a header if it names no image and no value of it is repeated in its column."""
         first, *rest = self.rows or [[]]
-        files = any(self.files.find(cell) or has_image_extension(cell) for cell in first)
+        files = any(self.files.find(cell) or is_image_extension(Path(cell).suffix) for cell in first)
         if files or any(cell and cell in {row[i] for row in rest} for i, cell in enumerate(first)):
             self.names = [str(i + 1) for i in range(len(first))]
         else:
