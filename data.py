@@ -3,7 +3,7 @@
     data = load_data("cifar10", root=Path("data"))      # or a folder of class folders
     data.train.items[0], data.train.labels[0]
 
-How a folder is read is in engine/folders.py, which images belong together in engine/groups.py.
+How a folder is read is in engine/folders.py, a table in engine/tables.py, which images belong together in groups.py.
 """
 
 import filecmp
@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from engine.console import count_of, first_line
 from engine.files import atomic_write, locked
-from engine.folders import SPLITS, Images, not_used, read_folder
+from engine.folders import SPLITS, Images
 from engine.groups import assign_groups, draw, find_near_duplicates
 from engine.records import Features
 from engine.survey import survey
+from engine.tables import read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ORDERS = 50  # in which groups may be held out, see _hold_out
@@ -78,18 +80,20 @@ def load_data(
     seed: int = 0,
     test_split: str = "test",
     groups: str | None = None,
+    columns: Sequence[str] | None = None,
 ) -> Data:
-    """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or a folder of images (its path).
+    """Loads CIFAR-10 ("cifar10", kept in `root`), drawn shapes ("demo"), or images by their folder or table (its path).
 
     If test or validation images are missing, holds out 20% of the training images of each class, chosen by `seed`.
     Images that belong together stay on one side: those to whose names the regular expression `groups` gives the same
     group, or else near-duplicates. `limit` keeps that many training images, balanced over the classes, and that share
     of the others. With `test_split` "val", the validation images of the source become the test images.
+    `columns` are those of a table that hold the images and their labels, if they cannot be found.
     Images that cannot be read are left out. Thumbnails of the others are kept in `root`/features.
     Raises OSError if nothing can be read or downloaded, ValueError if the images are not a usable data set.
     """
-    classes, parts, notes = _read_source(source, root)
-    content = _content(classes, parts)
+    classes, parts, notes = _read_source(source, root, columns)
+    content = _content(classes, parts, with_labels=Path(source).is_file())
     if test_split == "val":
         if "val" not in parts or "test" in parts:
             raise ValueError(f"--test-split val is for data with validation images and without test images: {source}")
@@ -243,19 +247,20 @@ def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
     return remarks
 
 
-def load_split(source: str, root: Path, file: Path) -> Data:
+def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | None = None) -> Data:
     """Loads the data of an earlier run, each image in the part in which it was in that run (`Data.save_split`).
 
     Its notes tell how many images are gone or have changed. Raises OSError or ValueError if nothing can be loaded.
     """
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: it says which images the model was trained on")
-    classes, parts, _ = _read_source(source, root)
+    classes, parts, _ = _read_source(source, root, columns)
     everything, split, notes = Images.joined(parts.values()), {}, []
     places = {name: i for i, name in enumerate(everything.names)}
     stored = json.loads(file.read_text())
     groups = stored.pop("groups", None)  # earlier versions did not write it, and identified large files otherwise
     for part, ids in stored.items():
+        ids = {name if name in places else name.replace("\\", "/"): id for name, id in ids.items()}  # from Windows
         found = [places[name] for name in ids if name in places]
         split[part] = everything.subset(torch.tensor(found, dtype=torch.int64))
         changed = sum(a != b for a, b in zip(split[part].ids, (ids[n] for n in split[part].names), strict=True))
@@ -266,18 +271,22 @@ def load_split(source: str, root: Path, file: Path) -> Data:
     return Data(classes, **split, content="", notes=tuple(notes))
 
 
-def _read_source(source: str, root: Path) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+def _read_source(
+    source: str, root: Path, columns: Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
     """The classes, the parts that the source has, and notes for the user."""
     if source == "cifar10":
         return CIFAR10_CLASSES, _cifar10(root), []
     if source == "demo":
         return *_demo(), ["drawn shapes and random backbones: this tests the installation, not the models"]
-    classes, parts, skipped = read_folder(Path(source))
-    return classes, parts, [not_used(skipped)] if skipped.total() else []
+    return read_source(Path(source), columns)
 
 
-def _content(classes: tuple[str, ...], parts: dict[str, Images]) -> str:
-    """The same for every copy of a data set: a hash of its classes and pixels, or of its files' names and sizes."""
+def _content(classes: tuple[str, ...], parts: dict[str, Images], with_labels: bool) -> str:
+    """The same for every copy of a data set: a hash of its classes and pixels, or of its files' names and sizes.
+
+    In a folder of class folders, the names tell the labels; of a table, `with_labels` adds them.
+    """
     digest = hashlib.sha256("\0".join(classes).encode(errors="surrogateescape"))
     for part in SPLITS:
         images = parts.get(part)
@@ -287,6 +296,8 @@ def _content(classes: tuple[str, ...], parts: dict[str, Images]) -> str:
             else:
                 size = os.path.getsize(item) if os.path.exists(item) else 0
                 digest.update(os.fsencode(f"/{name}\0{size}\0"))
+        if images and with_labels:
+            digest.update(images.labels.numpy())
         digest.update(b"\0")
     return digest.hexdigest()[:16]
 

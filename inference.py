@@ -3,7 +3,7 @@
     python inference.py cat.jpg holiday/                    images, and all images below a folder
     python inference.py cat.jpg --checkpoint checkpoints/mobilenet_v2.pt
     python inference.py photos/ --format json > labels.jsonl
-    python inference.py more_pets/ --evaluate               a folder of class folders: how many are right
+    python inference.py more_pets/ --evaluate               a folder of class folders, or a table: how many are right
     find . -name '*.jpg' | python inference.py -            paths from standard input
     python inference.py cat.jpg --explain why.png           what decided it, and the training images most like it
     python inference.py --export model.pt2 --checkpoint checkpoints/mobilenet_v2.pt      for use without this project
@@ -41,6 +41,7 @@ from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
 from engine.metrics import class_scores, wilson_interval
 from engine.run import heat_map, predictions, run_images
+from engine.tables import TABLES, labelled_rows
 from models import TransferModel, load_checkpoint
 
 COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # of --format csv
@@ -55,7 +56,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("paths", nargs="*", metavar="PATH",
         help="images, folders, patterns, or - for a list of paths on standard input")  # fmt: skip
     add("--checkpoint", nargs="+", metavar="FILE", help="models, or patterns (default: checkpoints/*.pt)")
-    add("--evaluate", action="store_true", help="PATH is a folder of class folders: measure how many answers are right")
+    add("--evaluate", action="store_true",
+        help="PATH is a folder of class folders, or a table of labels: measure how many answers are right")  # fmt: skip
     add("--output", type=Path, default="evaluation", metavar="DIR",
         help="where --evaluate writes confusion matrices, mistakes, and MODEL_wrong.csv")  # fmt: skip
     add("--ensemble", action=BooleanOptionalAction,
@@ -69,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
     add("--explain", type=Path, metavar="FILE",
         help=f"draw the first {SAMPLE} images with heat maps and the most similar training images")  # fmt: skip
+    add("--data", metavar="PATH", help="where the folder or table that was used for training is now, if it has moved")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -82,8 +85,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
             parser.error("--checkpoint takes files that end in .pt")
     if urls := [path for path in args.paths if "://" in path]:
         parser.error(f"{urls[0]} is a URL: download the image first, for example with curl -O")
-    if args.evaluate and (len(args.paths) != 1 or not Path(args.paths[0]).is_dir()):
-        parser.error("--evaluate takes one folder, which holds a folder of images for each class")
+    table = len(args.paths) == 1 and Path(args.paths[0]).suffix.lower() in TABLES
+    if args.evaluate and not table and (len(args.paths) != 1 or not Path(args.paths[0]).is_dir()):
+        parser.error("--evaluate takes one folder, which holds a folder of images for each class, or one table")
     if args.evaluate and args.format != "text":
         parser.error(f"--evaluate prints text; it writes the wrong answers to {args.output}/MODEL_wrong.csv")
     return args
@@ -154,12 +158,16 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
     """The images to classify, their paths and true labels if these are known, and counts of unused files by reason."""
     skipped = Counter()
     if not args.paths:
-        data = data_of(model, args.cache)
+        data = data_of(model, args.cache, args.data)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:SAMPLE]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
-        folder, classes = Path(args.paths[0]), model.classes
-        images, skipped = labelled_images(folder, classes, folder)
+        source, classes = Path(args.paths[0]), model.classes
+        if source.is_dir():
+            images, skipped = labelled_images(source, classes, source)
+        else:
+            images, notes = labelled_rows(source, classes, model.origin.get("columns"))
+            print(*notes, sep="\n", file=sys.stderr)
     else:
         return expand(args.paths, args.separator, skipped), [], skipped
     labels = [classes[label] for label in images.labels]
@@ -167,13 +175,19 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
 
 
 @lru_cache
-def data_of(model: TransferModel, cache: Path) -> Data:
-    """The images of the run that trained the model, in the parts in which they were then. Prints notes about them."""
-    source, split = (model.origin.get(key) for key in ("data", "split"))
+def data_of(model: TransferModel, cache: Path, moved: str | None) -> Data:
+    """The images of the run that trained the model, in the parts in which they were then. Prints notes about them.
+
+    `moved` is where they are now, if not where they were.
+    """
+    source, split, columns = (model.origin.get(key) for key in ("data", "split", "columns"))
+    source = moved or source or "cifar10"
+    if source not in ("cifar10", "demo") and not Path(source).exists():
+        raise FileNotFoundError(f"{source}, used to train {model.name}, is not there: --data PATH says where it is now")
     if split:
-        data = load_split(source, cache, model.path.with_name(f"split-{split}.json"))
+        data = load_split(source, cache, model.path.with_name(f"split-{split}.json"), columns)
     else:  # saved without main_train.py
-        data = load_data(source or "cifar10", cache)
+        data = load_data(source, cache, columns=columns)
     for note in data.notes:
         print(note, file=sys.stderr)
     return data
@@ -195,7 +209,10 @@ def expand(paths: Iterable[str], separator: str, skipped: Counter[str]) -> Itera
 
 def matches(pattern: str) -> list[str]:
     """The paths that match a pattern, or the pattern itself if it is a path or matches none."""
-    return [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    prefix = pattern  # a path that exists is no pattern, nor is the beginning of one, as in "runs [v2]/*.pt"
+    while prefix and not os.path.exists(prefix):
+        prefix = os.path.dirname(prefix)
+    return sorted(glob.glob(glob.escape(prefix) + pattern[len(prefix) :], recursive=True)) or [pattern]
 
 
 def classify(args: Namespace, models: list[TransferModel], items: Iterable[Item], known: list) -> Iterator[Answer]:
@@ -332,7 +349,7 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
 
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
-    data, cache = data_of(model, args.cache), args.cache / "features"
+    data, cache = data_of(model, args.cache, args.data), args.cache / "features"
     features, known = known_features(model, data.train.ids, cache, args.device)
     if not len(known):
         raise FileNotFoundError(f"their features are not in {cache}")

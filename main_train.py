@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", metavar="NAME", default=three,
         help=f"{', '.join(models.BACKBONES)}, or any classification model of torchvision or timm (timm/NAME); "
         "NAME:WEIGHTS picks the weights")  # fmt: skip
-    add("--data", default="cifar10", help="cifar10, or an image folder: DIR/CLASS/* or DIR/{train,val,test}/CLASS/*")
+    add("--data", default="cifar10", help="cifar10, DIR/CLASS/*, DIR/{train,val,test}/CLASS/*, or a table (.csv)")
+    add("--columns", nargs=2, metavar=("IMAGE", "LABEL"), help="the columns of the table, if they cannot be guessed")
     add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=number(int), default=RECIPE.batch_size, help="images per step; small data sets get fewer, "
         f"fine-tuning at most {FINE_TUNING.batch_size}")  # fmt: skip
@@ -105,7 +107,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.output, args.image_size = args.output or Path(), args.image_size or CIFAR10_SIZE
     else:
         args.data = os.path.abspath(os.path.expanduser(args.data))  # also without a trailing slash
-        args.output = args.output or Path("runs", Path(args.data).name)
+        folder = os.path.dirname(args.data) if os.path.isfile(args.data) else args.data
+        args.output = args.output or Path("runs", os.path.basename(folder))
     return args
 
 
@@ -127,10 +130,13 @@ def main(argv: list[str] | None = None) -> int:
     args.precision = gather(pick_precision(args.precision, device))[0]
     if args.precision == "bf16" and not computes_in_bf16(device):
         print("no bf16 instructions are known here: expect up to 40 times the time of fp32", file=sys.stderr)
-    provenance = {"data": args.data, **results.provenance(sys.argv[1:] if argv is None else argv, device)}
+    provenance = results.provenance(sys.argv[1:] if argv is None else argv, device)
+    provenance |= {"data": args.data, "columns": args.columns}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
-        data = load_data(args.data, args.cache, args.limit, test_split=args.test_split, groups=args.groups)
+        data = load_data(
+            args.data, args.cache, args.limit, test_split=args.test_split, groups=args.groups, columns=args.columns
+        )
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
         print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
         if is_first():
@@ -146,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
             complete &= summarize(trained, rows, data, args.output)
     best = results.best_model([each.row for each in trained])["model"]
-    checkpoint = args.output / "checkpoints" / f"{best}.pt"
+    checkpoint = shlex.quote(str(args.output / "checkpoints" / f"{best}.pt"))
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
     return 0 if complete else 1
 

@@ -26,7 +26,7 @@ from engine.backbones import FILES, build, check_name, features_of
 from engine.console import first_line
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
-from engine.images import Item, is_image, preprocess, read_image
+from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
 from engine.run import predictions
 
@@ -191,20 +191,25 @@ class TransferModel(nn.Module):
         return torch.cat([logits, score[:, None]], dim=1)
 
     def predict(self, images: Item | Iterable[Item], top_k: int = 3) -> dict | list[dict]:
-        """Classifies an image or several: paths, PIL images, files' bytes, uint8 arrays (H, W, 3) or tensors (3, H, W).
+        """Classifies one image or several: a path, a PIL image, a file's bytes, an open file, a uint8 array (H, W, 3)
+        or tensor (3, H, W); anything that yields such images; an array (B, H, W, 3), or one of paths.
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
         read. An unfamiliar image is unlike the training images; its label is a guess. A record of a fine-tuned backbone
-        has no "unfamiliar".
+        has no "unfamiliar". Raises TypeError if `images` is something else, ValueError if `top_k` is below 1.
         """
-        single = is_image(images)
-        records = [record for _, [record] in predictions([self.fast()], [images] if single else images, top_k)]
+        if top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {top_k}")
+        single, items = is_image(images), images_of(images)
+        records = [record for _, [record] in predictions([self.fast()], items, top_k)]
         return records[0] if single else records
 
     def fast(self) -> "TransferModel":
         """The fast copy that `predict` uses. It is made again when the model has changed."""
         tensors = [*self.parameters(), *self.buffers()]
+        if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} != {torch.float32}:
+            raise TypeError("the model's weights must be float32: use model.float(), and model.precision for speed")
         version = [self.classes, self.precision, self.temperature, self.views, {**self.preprocessing}]
         version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
         with _making_fast_copy:
@@ -288,7 +293,7 @@ def balanced_weights(labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 SCHEMA = 5
-ORIGIN = ("data", "content", "split", "train_images", "val_accuracy")  # what is kept of a row of results.json
+ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy")  # of its row of results.json
 SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views")  # attributes of the model
 
 

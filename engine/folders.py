@@ -3,13 +3,14 @@
 import hashlib
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,10 @@ or
     {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
+# folders that describe images for detection or segmentation, and folders of such images
+DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
+DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
+PICTURES = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -40,7 +45,7 @@ class Images:
     items: list[Path] | np.ndarray
     labels: Tensor
     names: list[str]  # the path below the data set's folder, or the part and the number: "test 17"
-    groups: list[str] | None = None  # images of one group stay on one side of a split
+    groups: list[str] | None = None  # the name of each image's group (patient, film), if the data set has groups
 
     def __len__(self) -> int:
         return len(self.items)
@@ -58,8 +63,8 @@ class Images:
     def joined(cls, parts: Iterable["Images"]) -> "Images":
         parts = list(parts)
         items = [item for part in parts for item in part.items]
-        groups = [group for part in parts for group in part.groups] if all(part.groups for part in parts) else None
-        names = [name for part in parts for name in part.names]
+        names, grouped = [name for part in parts for name in part.names], all(part.groups is not None for part in parts)
+        groups = [group for part in parts for group in part.groups] if grouped else None
         return cls(items, torch.cat([part.labels for part in parts]), names, groups)
 
     def paths(self) -> list[str]:
@@ -96,16 +101,21 @@ def _identity(item: Path | np.ndarray) -> bytes:
     return hashlib.blake2b(os.fsencode(item), digest_size=16).digest()
 
 
-def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Counter[str]]:
-    """The classes of an image folder, its parts, and how many files are not used, by reason."""
+def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+    """The classes of an image folder, its parts, and notes: which files are not used, and why.
+
+    Raises FileNotFoundError if there is no folder, ValueError if it is not a data set.
+    """
     expected = f"a data set looks like this:{EXPECTED_TREE.format(root=source)}"
     if not source.is_dir():
         raise FileNotFoundError(f"no folder {source}; {expected}")
     root, skipped, (folders, beside) = source, Counter(), class_folders(source)
+    _refuse_descriptions(root, folders)
     if len(folders) == 1 and not _part_folders(source, folders):  # an unpacked archive, perhaps
         [inner] = folders.values()
         if class_folders(inner)[0]:
             root, skipped, (folders, beside) = inner, beside, class_folders(inner)
+            _refuse_descriptions(root, folders)
     if part_folders := _part_folders(root, folders):
         skipped += beside
         for name, folder in folders.items():
@@ -114,18 +124,27 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], Count
         if "train" not in part_folders:
             raise ValueError(f"no train/ in {root}; {expected}")
     part_folders = {part: _unnested(folder) for part, folder in part_folders.items()} or {"train": root}
-    class_paths = class_folders(part_folders["train"])[0]
-    classes = tuple(class_paths)
+    train = part_folders["train"]
+    class_paths, beside = class_folders(train)
+    _refuse_descriptions(train, class_paths)
+    classes, unused = tuple(class_paths), f"; {not_used(beside)}" if beside else ""
     if not classes:
-        raise ValueError(f"no class folders in {part_folders['train']}; {expected}")
+        raise ValueError(f"no class folders in {train}; {expected}")
     if len(classes) == 1:
-        raise ValueError(f"{part_folders['train']} has one class only, {classes[0]!r}: a classifier needs two or more")
-    _refuse_nested_classes(part_folders["train"], list(class_paths.values()))
-    parts = {}
+        raise ValueError(f"{train} has one class only, {classes[0]!r}: a classifier needs two or more{unused}")
+    _refuse_nested_classes(train, list(class_paths.values()))
+    parts, notes = {}, []
     for part, folder in part_folders.items():
-        parts[part], more = labelled_images(folder, classes, source)
-        skipped += more
-    return classes, parts, skipped
+        inside = class_folders(folder)[0]
+        if len(inside) < 2 and not inside.keys() & classes:
+            images, more = find_images(folder)
+            skipped += more
+            advice = f"not used. python inference.py {shlex.quote(str(folder))} classifies them"
+            notes.append(f"{folder} has no folder of a class: its {count_of(len(images), 'image')} are {advice}")
+        else:
+            parts[part], more = labelled_images(folder, classes, source)
+            skipped += more
+    return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
 
 
 def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
@@ -134,8 +153,8 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     They hold class folders; without any, a "train" among several other names is a class. Names such as "test_set" or
     "seg_train" count if there are training and other images.
     """
-    words = {name: {*re.split("[^a-z]+", name.lower())} for name in folders}
-    named = [name for name in folders if any(words[name] & {*spellings} for spellings in SPLITS.values())]
+    words = {name: words_of(name) for name in folders}
+    named = [name for name in folders if part_of(words[name])]
     with_classes = [name for name in named if _has_folders(folders[name])]
     exact, similar = {}, {}
     for part, spellings in SPLITS.items():
@@ -151,6 +170,8 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
         exact = {part: name for part, name in exact.items() if part == "train" or name in with_classes}
     elif exact and len(folders) - len(named) > 1:
         return {}
+    if not exact and len(named) == len(folders) > 1 and not with_classes:  # as train_images/ and test_images/
+        similar = {part_of(words[name]): name for name in reversed(named)}
     chosen = exact or (similar if "train" in similar and len(similar) > 1 else {})
     return {part: folders[name] for part, name in chosen.items()}
 
@@ -177,8 +198,47 @@ def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
             )
 
 
+def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
+    """Raises ValueError if the folders are not classes, but images and what describes them: boxes or masks.
+
+    Such a pair has telling names, and the files of both have the same names, or the description is text.
+    """
+    with os.scandir(root) as entries:  # also folders without images
+        beside = [Path(entry.path) for entry in entries if entry.is_dir() and words_of(entry.name) & DESCRIPTIONS]
+    others = [
+        name for name in folders if not words_of(name) & (PICTURES | DESCRIPTIONS) and not part_of(words_of(name))
+    ]
+    pictures = [path for name, path in folders.items() if words_of(name) & PICTURES and path not in beside]
+    for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
+        if not all(part_of(words_of(name)) for name in class_folders(images)[0]):  # as images/cat/1.jpg
+            continue
+        described = {path.stem.lower() for path in find_images(images)[0]}
+        for folder in beside:
+            files = [Path(name) for *_, names in os.walk(folder) for name in names]
+            is_text = 2 * sum(file.suffix.lower() in (".txt", ".xml", ".json", ".csv") for file in files) > len(files)
+            stems = {file.stem.lower() for file in files}
+            stems |= {re.sub("[_-][a-z]+$", "", stem) for stem in stems}  # as 1_mask.png
+            if is_text or 2 * len(described & stems) > len(described):
+                raise ValueError(
+                    f"{root} seems to be made for {'detection' if is_text else 'segmentation'}: {folder.name}/ "
+                    f"describes the images in {images.name}/. This project classifies whole images: it needs a folder "
+                    "for each class, or a table of labels"
+                )
+
+
+@lru_cache
+def words_of(name: str) -> frozenset[str]:
+    """The words of a name, in lower case: "seg_train", "TrainImages"."""
+    return frozenset(re.findall("[a-z]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+
+
+def part_of(words: Iterable[str]) -> str | None:
+    """The part of a data set that one of the words names."""
+    return next((part for part, spellings in SPLITS.items() if not {*spellings}.isdisjoint(words)), None)
+
+
 def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
-    """The visible folders in `folder` by name, sorted, and how many files lie beside them, by reason.
+    """The visible folders with images in `folder` by name, sorted, and how many files are not used, by reason.
 
     Names are composed Unicode (NFC); a Mac decomposes those of files.
     """
@@ -190,6 +250,8 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
             skipped["in hidden folders"] += _count_files(entry.path)
         elif _is_output(Path(entry.path)):
             skipped["in folders that main_train.py has made"] += _count_files(entry.path)
+        elif not _holds_images(entry.path):
+            skipped[f"folder without images ({printable(entry.name)}/)"] += 1
         else:
             name = unicodedata.normalize("NFC", entry.name)
             if name in folders:
@@ -201,12 +263,18 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
 def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
     """The images in the class folders of `folder`, named by their paths below `source`, and how many files are unused.
 
-    A class may be missing. Raises ValueError if `folder` holds any other class.
+    A class may be missing, and folders of other classes are not used. Raises ValueError if both is so: one of them may
+    be misspelt.
     """
     folders, skipped = class_folders(folder)
-    if unknown := ", ".join(sorted(folders.keys() - set(classes))):
-        lacking = f"{folder} has a class that the training images lack: {unknown}"
-        raise ValueError(f"{lacking}; rename it, or add it to the training images")
+    unknown, lacking = sorted(folders.keys() - set(classes)), [name for name in classes if name not in folders]
+    if unknown and lacking:
+        inside = [str(path) for path in folders.values() if class_folders(path)[0].keys() & set(classes)]
+        advice = f"the class folders are in {inside[0]}" if inside else "rename it, or move it away"
+        unknown, lacking = (", ".join(map(printable, names[:5])) for names in (unknown, lacking))
+        raise ValueError(f"{folder} has what is no class of the training images, {unknown}, but no {lacking}: {advice}")
+    for name in unknown:
+        skipped[f"of a class that the training images lack ({printable(name)})"] += _count_files(folders[name])
     items, labels = [], []
     for label, name in enumerate(classes):
         if name in folders:
@@ -214,8 +282,12 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
             items += found
             labels += [label] * len(found)
             skipped += more
-    names = [unicodedata.normalize("NFC", str(item).removeprefix(f"{source}{os.sep}")) for item in items]
-    return Images(items, torch.tensor(labels, dtype=torch.int64), names), skipped
+    return Images(items, torch.tensor(labels, dtype=torch.int64), [name_below(source, item) for item in items]), skipped
+
+
+def name_below(source: Path, item: Path) -> str:
+    """The path of a file below a folder, the same on every system."""
+    return unicodedata.normalize("NFC", str(item).removeprefix(f"{source}{os.sep}")).replace(os.sep, "/")
 
 
 def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -260,6 +332,19 @@ def _is_hidden(name: str) -> bool:
 def _is_output(folder: Path) -> bool:
     """Whether main_train.py or inference.py has made the folder, beside the class folders."""
     return any(next(folder.glob(pattern), None) for pattern in OUTPUTS)
+
+
+def _holds_images(folder: str) -> bool:
+    """Whether an image lies below the folder, be it one that needs a package. Stops at the first one."""
+    inner = []
+    with suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:
+            extension = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir(follow_symlinks=False):
+                inner += [] if _is_hidden(entry.name) else [entry.path]
+            elif extension in PLUGINS or is_image_file(entry.path, extension):
+                return True
+    return any(map(_holds_images, inner))
 
 
 def _count_files(path: str | Path) -> int:

@@ -8,11 +8,12 @@ import importlib
 import io
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,15 +28,34 @@ MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
 ONE_AT_A_TIME = 32_000_000  # bytes of memory beyond which images are decoded one at a time
 _one_large_image, _one_at_a_time = threading.Lock(), threading.Lock()
 
-# an image file or its path, a uint8 array (H, W, 3), a uint8 tensor (3, H, W), a Pillow image, or a file's content
-Item = Path | str | np.ndarray | Tensor | Image.Image | bytes
+# a path, a uint8 array (H, W, 3), a uint8 tensor (3, H, W), a Pillow image, a file's content, or a file opened to read
+Item = Path | str | np.ndarray | Tensor | Image.Image | bytes | bytearray | memoryview | BinaryIO
+EXPECTED = (
+    "an image is a path, a file's bytes or an open file, a Pillow image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or "
+    "(H, W, 4), or a uint8 tensor (C, H, W)"
+)
 
 
 def is_image(images: object) -> bool:
     """Whether this is one image, not several."""
     if isinstance(images, np.ndarray | Tensor):
-        return images.ndim < 4
-    return isinstance(images, Path | str | Image.Image | bytes)
+        return images.ndim < 4 and not _of_paths(images)
+    return isinstance(images, Path | str | Image.Image | bytes | bytearray | memoryview) or hasattr(images, "read")
+
+
+def images_of(images: object) -> Iterable[Item]:
+    """The images of what `is_image` calls one or several. Raises TypeError if it is neither."""
+    if is_image(images):
+        return [images]
+    a_table = isinstance(images, Mapping) or type(images).__name__ == "DataFrame"  # which would yield its columns
+    if a_table or not isinstance(images, Iterable):
+        raise TypeError(f"not images: {type(images).__name__}; {EXPECTED}")
+    return images.ravel() if _of_paths(images) else images
+
+
+def _of_paths(images: object) -> bool:
+    """Whether this is an array of texts or objects, such as a column of a table."""
+    return isinstance(images, np.ndarray) and images.dtype.kind in "OUT"
 
 
 class ImageError(OSError):
@@ -57,8 +77,8 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation
         if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
             if item.shape[2] == 3 and 0 < item.shape[0] == item.shape[1] <= max_size:  # nothing to decode or to resize
                 return torch.from_numpy(np.array(item)).permute(2, 0, 1)  # a copy, because the array may be read-only
-        if isinstance(item, Path | str | bytes):
-            content = item if isinstance(item, bytes) else _read_file(Path(item))
+        if not isinstance(item, np.ndarray | Tensor | Image.Image):
+            content = _content(item)
             with Image.open(io.BytesIO(content), formats=image_formats()) as image:
                 return _decode(image, max_size, crop, interpolation)
         return _decode(_pillow_image(item), max_size, crop, interpolation)
@@ -68,21 +88,34 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
+def _content(item: Item) -> bytes:
+    """The content of a file, of which this is the path, the content, or the open file."""
+    if isinstance(item, bytes | bytearray | memoryview):
+        return bytes(item)
+    if hasattr(item, "read") and not isinstance(item, Path):
+        with _one_at_a_time:  # it may be in several batches
+            if hasattr(item, "seek"):  # it may have been read before; a socket cannot be read again
+                with suppress(OSError):
+                    item.seek(0)
+            content = item.read()
+        if isinstance(content, str):
+            raise TypeError("the file is open as text: open it with mode 'rb'")
+        return content
+    if not isinstance(item, Path | str):
+        raise TypeError(f"not an image: {type(item).__name__}; {EXPECTED}")
+    return _read_file(Path(item))
+
+
 def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
     if isinstance(item, Image.Image):
         with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
             return item.copy()
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item.permute(1, 2, 0).cpu().numpy()
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size and item.ndim in (2, 3):
-        return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
-    given = (
-        f"{type(item).__name__} {tuple(item.shape)} of {item.dtype}" if hasattr(item, "dtype") else type(item).__name__
-    )
-    raise TypeError(
-        "an image is a path, a file's bytes, a Pillow image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-        f"or a uint8 tensor (C, H, W), not {given}"
-    )
+    if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
+        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] <= 4):
+            return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
+    raise TypeError(f"not an image: {type(item).__name__} {tuple(item.shape)} of {item.dtype}; {EXPECTED}")
 
 
 def _read_file(path: Path) -> bytes:
@@ -104,14 +137,18 @@ def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Ite
 
 def is_image_file(path: str, extension: str) -> bool:
     """Whether a file is an image: by its extension, or by its first bytes if its format has a signature."""
-    formats = image_formats()  # first, because it registers the extensions
-    if Image.EXTENSION.get(extension) in formats:
+    if is_image_extension(extension):
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
-            Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
+            Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
             return True
     return False
+
+
+def is_image_extension(extension: str) -> bool:
+    formats = image_formats()  # first, because it registers the extensions
+    return Image.EXTENSION.get(extension.lower()) in formats
 
 
 @lru_cache

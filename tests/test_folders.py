@@ -156,6 +156,88 @@ def test_names_that_look_the_same_are_the_same(photos, monkeypatch):
     assert main_train.parse_args(["--data=~/photos"]).data == str(photos)
 
 
+@pytest.mark.parametrize("layout", ["{}.png", "test/{}.png", "unknown/{}.png", "images/{}.png"])
+def test_unlabelled_test_images_are_counted(photos, layout):
+    files = sorted((photos / "test").rglob("*.png"))
+    for i, image in enumerate(files):
+        target = photos / "later" / layout.format(i)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image.rename(target)
+    shutil.rmtree(photos / "test")
+    (photos / "later").rename(photos / "test")
+    data = load_data(str(photos))
+    assert (len(data.test), len(data.train) + len(data.val)) == (12, 48) and "18" in data.notes[0]
+    assert layout == "{}.png" or "python inference.py" in data.notes[0]
+
+
+def test_other_classes_of_the_test_images(photos):
+    """A class that training lacks is left out; a misspelt one is an error."""
+    (photos / "test" / "unknown").mkdir()
+    shutil.copy(photos / "test" / "red" / "0.png", photos / "test" / "unknown" / "0.png")
+    data = load_data(str(photos))
+    assert len(data.test) == 18 and data.notes[0].endswith("1 of a class that the training images lack (unknown)")
+    (photos / "test" / "green").rename(photos / "test" / "Greens")
+    with pytest.raises(ValueError, match="no class of the training images, Greens, unknown, but no green: rename it"):
+        load_data(str(photos))
+
+
+def test_folders_without_images_are_no_classes(photos):
+    for folder, name in (("train/models", "x.pth"), ("test/models", "y.pth"), ("train/empty", ".keep"), ("logs", "z")):
+        (photos / folder).mkdir()
+        (photos / folder / name).write_bytes(b"1")
+    data = load_data(str(photos))
+    assert data.classes == ("blue", "green", "red") and len(data.test) == 18
+    assert all(data.notes[0].count(f"folder without images ({name}/)") == 1 for name in ("models", "empty", "logs"))
+    shutil.rmtree(photos / "train" / "green")
+    shutil.rmtree(photos / "train" / "red")
+    with pytest.raises(ValueError, match=r"one class only, 'blue'.*without images \(models/\)"):
+        load_data(str(photos))
+
+
+DETECTION = {
+    "YOLO": ("{part}/images/{i}.png", "{part}/labels/{i}.txt"),
+    "YOLO by kind": ("images/{part}/{i}.png", "labels/{part}/{i}.txt"),
+    "VOC": ("JPEGImages/{i}.png", "Annotations/{i}.xml"),
+    "COCO": ("images/{i}.png", "annotations/instances.json"),
+    "masks": ("images/{i}.png", "masks/{i}.png"),
+    "named masks": ("train_images/{i}.png", "train_masks/{i}_mask.png"),
+    "trimaps": ("images/{i}.png", "annotations/trimaps/{i}.png"),
+    "folders of parts": ("train_images/{i}.png", "test_images/{i}.png"),
+    "COCO's parts": ("train2017/{i}.png", "val2017/{i}.png"),
+}
+
+
+@pytest.mark.parametrize("layout", DETECTION.values(), ids=DETECTION)
+def test_folders_of_images_and_descriptions_are_no_classes(run, tmp_path, layout):
+    for part in ("train", "val"):
+        for i in range(12):
+            for name in layout:
+                file = tmp_path / "x" / name.format(part=part, i=f"{part[0]}{i}")
+                draw(file if file.suffix == ".png" else file.with_name("z.png"), (9, 99, 9), seed=i)
+                if file.suffix != ".png":
+                    file.with_name("z.png").rename(file)
+    code, _, err = run(main_train, "--data", tmp_path / "x", *SMALL, *QUICK)
+    assert code == 2 and ("seems to be made for" in err or "no class folders" in err)
+
+
+def test_classes_may_have_such_names(tmp_path):
+    """Folders that only look like descriptions of images, and descriptions beside real class folders."""
+    for name in ("mask", "no mask"):
+        for i in range(5):
+            draw(tmp_path / "faces" / name / f"{i}.png", (9, 99, 9), seed=i)
+    assert load_data(str(tmp_path / "faces")).classes == ("mask", "no mask")
+    for name in ("icons", "masks", "photos", "sketches"):
+        shutil.copytree(tmp_path / "faces" / "mask", tmp_path / "kinds" / name)
+    assert load_data(str(tmp_path / "kinds")).classes == ("icons", "masks", "photos", "sketches")
+    for name in ("akita", "pug"):
+        for i in range(5):
+            draw(tmp_path / "dogs" / "Images" / name / f"{i}.png", (9, 99, 9), seed=i)
+            (tmp_path / "dogs" / "Annotation" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "dogs" / "Annotation" / name / f"{i}").write_text("<annotation>")
+    data = load_data(str(tmp_path / "dogs"))
+    assert data.classes == ("akita", "pug") and "without images (Annotation/)" in data.notes[0]
+
+
 def test_own_output_is_not_read_as_input(run, photos, monkeypatch):
     monkeypatch.chdir(photos / "train")
     for output in (".", "runs/photos"):

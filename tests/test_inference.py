@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -55,6 +56,51 @@ def test_paths_folders_patterns_and_standard_input(run, answers, photos, monkeyp
     assert run(inference, files[0], "--evaluate")[0] == 2
     code, out, err = run(inference, photos / "test", "--evaluate", "--format", "json")
     assert (code, out) == (2, "") and "MODEL_wrong.csv" in err
+
+
+def test_the_command_that_training_prints_and_folders_with_brackets(run, photos, tmp_path):
+    output = tmp_path / "my runs [v2]"
+    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK, "--output", output)
+    command = out.splitlines()[-1].partition("next: python ")[2]
+    assert code == 0 and shlex.split(command) == [
+        *("inference.py", "--checkpoint", str(output / "checkpoints" / "mobilenet_v3_small.pt"), "IMAGE...")
+    ]
+    photo = photos / "test" / "red" / "0.png"
+    for pattern in (output / "checkpoints" / "*.pt", "my runs [v2]/*/mobilenet_v[34]_*.pt", "my*/checkpoints/*.pt"):
+        code, out, err = run(inference, photo, "--checkpoint", pattern)
+        assert code == 0 and len(out.splitlines()) == 1, err
+    code, out, _ = run(
+        inference, f"{output}/../photos/test/**/[01].png", "--checkpoint", output / "checkpoints" / "*.pt"
+    )
+    assert code == 0 and len(out.splitlines()) == 6
+
+
+def test_data_that_has_moved(run, photos, tmp_path):
+    """Also to another system: Windows writes the names of the split with backslashes."""
+    for part in (photos / "test").iterdir():
+        part.rename(photos / f"{part.name}")
+    shutil.rmtree(photos / "train")
+    (photos / "test").rmdir()
+    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+    before = run(inference)
+    photos.rename(tmp_path / "elsewhere")
+    code, out, err = run(inference)
+    assert (code, out) == (2, "") and str(photos) in err and "--data" in err and err.count("\n") == 1
+    assert run(inference, "--data", "elsewhere")[1].replace("elsewhere", str(photos)) == before[1]
+    [split] = (tmp_path / "checkpoints").glob("split-*.json")
+    split.write_text(split.read_text().replace("/", "\\\\"))
+    code, out, err = run(inference, "--data", "elsewhere", "--explain", "why.png")
+    assert out.replace("elsewhere", str(photos)) == before[1] and "gone" not in err and "changed" not in err
+
+
+def test_evaluate_names_the_folder_that_it_takes(run, photos, tmp_path):
+    run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = run(inference, photos, "--evaluate")
+    assert (code, out) == (2, "") and str(photos / "test") in err and err.count("\n") == 1
+    (photos / "test" / "violet").mkdir()
+    shutil.copy(photos / "test" / "red" / "0.png", photos / "test" / "violet" / "0.png")
+    code, out, err = run(inference, photos / "test", "--evaluate")
+    assert code == 0 and " of 18 images" in out and "violet" in err
 
 
 def test_models_with_different_classes_are_no_ensemble(run, photos, tmp_path):

@@ -36,6 +36,46 @@ def test_what_is_an_image_and_what_is_not():
     assert [one["label"] for one in model.predict(PIXELS[None])] == [model.predict(PIXELS)["label"]]
 
 
+def test_what_other_programs_pass(tmp_path):
+    model = random_model("mobilenet_v3_small", 64)
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.roll(PIXELS, i)).save(file)
+    names = [str(file) for file in files]
+    expected = [pytest.approx(record["probability"]) for record in model.predict(files)]
+    content = files[0].read_bytes()
+    with open(files[0], "rb") as opened, open(files[0], errors="replace") as text:
+        for one in (
+            names[0],
+            np.array(names)[0],
+            content,
+            bytearray(content),
+            memoryview(content),
+            io.BytesIO(content),
+        ):
+            assert model.predict(one)["probability"] == expected[0], type(one)
+        assert all(model.predict(opened)["probability"] == expected[0] for _ in range(2))  # read again
+        assert all(record["probability"] == expected[0] for record in model.predict([opened] * 70))
+        assert "'rb'" in model.predict(text)["error"]
+    column = np.array(names, dtype=object)
+    for several in (np.array(names), column, column[:, None], (name for name in names), dict.fromkeys(names).keys()):
+        records = model.predict(several)
+        assert [record["probability"] for record in records] == expected
+        assert [record["path"] for record in records] == names
+    DataFrame = type("DataFrame", (dict,), {})
+    for nothing in (None, 3, 2.5, {"image": names[0]}, DataFrame(), object()):
+        with pytest.raises(TypeError, match=f"not images: {type(nothing).__name__}; an image is a path"):
+            model.predict(nothing)
+    assert "ndarray (3, 40, 40) of uint8" in model.predict(PIXELS.transpose(2, 0, 1))["error"]
+    assert "not an image: NoneType" in model.predict([None])[0]["error"] and model.predict([]) == []
+    with pytest.raises(ValueError, match="top_k"):
+        model.predict(PIXELS, top_k=0)
+    for convert in (model.half, model.bfloat16, model.double):
+        with pytest.raises(TypeError, match=r"float32: use model\.float\(\)"):
+            convert().predict(PIXELS)
+        model.float()
+
+
 def test_one_lazily_opened_image_in_many_batches(tmp_path, replace):
     replace("CPU_BATCH", 2)
     Image.fromarray(np.tile(PIXELS, (20, 20, 1))).save(tmp_path / "x.jpg")

@@ -1,0 +1,253 @@
+"""Labels from a table: which columns count, which files they name, and which rows are not used."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLORS, QUICK, SMALL, draw, results
+
+import inference
+import main_train
+from data import load_data
+
+NAMES = [f"{i:03x}" for i in range(30)]
+LABELS = [sorted(COLORS)[i % 3] for i in range(30)]
+ROWS = list(zip(NAMES, LABELS, strict=True))
+
+
+@pytest.fixture
+def pets(tmp_path) -> Path:
+    """pets/train/*.png, 30 images without labels, and pets/test/*.png, 6 of other names."""
+    for i, (name, label) in enumerate(ROWS):
+        draw(tmp_path / "pets" / "train" / f"{name}.png", COLORS[label], seed=i)
+    for i in range(6):
+        draw(tmp_path / "pets" / "test" / f"t{i}.png", COLORS[LABELS[i]], seed=50 + i)
+    return tmp_path / "pets"
+
+
+def write(path: Path, *rows: tuple, delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    return path
+
+
+def labels_of(data) -> dict[str, str]:
+    """The label of each image, by the name of its file without the extension."""
+    return {
+        Path(name).stem: data.classes[label]
+        for images in data.parts.values()
+        for name, label in zip(images.names, images.labels.tolist(), strict=True)
+    }
+
+
+def test_train_classify_evaluate_and_explain_by_a_table(run, pets, tmp_path):
+    """As in competitions: a table of names without extensions beside train/, and unlabelled images in test/."""
+    table = write(
+        pets / "labels [1].csv", ("id", "kind", "note"), *[(*row, "a b"[i % 2]) for i, row in enumerate(ROWS)]
+    )
+    code, _, err = run(main_train, "--data", table, *SMALL, *QUICK)
+    assert code == 2 and all(name in err for name in ("'id'", "'kind'", "'note'", "--columns"))
+    command = ("--data", table, *SMALL, *QUICK, "--columns", "id", "kind", "--epochs", 20)
+    code, out, err = run(main_train, *command)
+    assert (code, err) == (0, "") and "6 other images" in out
+    [row] = results(tmp_path)
+    assert (row["data"], row["columns"], row["classes"]) == (str(table), ["id", "kind"], sorted(COLORS))
+    split = json.loads((tmp_path / "checkpoints" / f"split-{row['split']}.json").read_text())
+    assert sum(len(split[part]) for part in ("train", "val", "test")) == 30 and all(
+        name.startswith("train/") for name in split["test"]
+    )
+
+    code, out, _ = run(inference)
+    shown = [line.split(": ")[0] for line in out.splitlines()[:-1]]
+    assert code == 0 and {Path(path).stem for path in shown} == {Path(name).stem for name in split["test"]}
+    more = write(
+        pets / "more.csv", ("id", "kind"), *[(f"t{i}", LABELS[i]) for i in range(6)], ("t9", "red"), ("000", "x")
+    )
+    code, out, err = run(inference, more, "--evaluate")
+    assert code == 0 and " of 6 images right" in out and "missing (t9)" in err and "'x' (000.png)" in err
+
+    pets.rename(tmp_path / "moved")
+    code, out, err = run(inference)
+    assert (code, out) == (2, "") and str(table) in err and "--data" in err
+    code, out, err = run(inference, "--data", tmp_path / "moved" / table.name)
+    assert code == 0 and len(out.splitlines()) == len(split["test"]) + 1 and "gone" not in err
+
+
+def test_the_folder_names_the_command_that_reads_its_table(run, pets, tmp_path):
+    (pets.parent / "my pets").mkdir()
+    folder = pets.rename(pets.parent / "my pets" / "pets")
+    write(folder / "train.csv", ("id", "breed"), *ROWS)
+    write(folder / "submission.csv", ("id", "breed"), *[(f"t{i}", "blue") for i in range(6)])
+    code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK)
+    assert (
+        code == 2 and err.endswith(f"python main_train.py --data '{folder / 'train.csv'}'\n") and err.count("\n") == 1
+    )
+    assert main_train.parse_args(["--data", str(folder / "train.csv")]).output == Path("runs/pets")
+
+
+def test_folders_of_images_beside_a_table_are_no_classes(tmp_path):
+    for folder, names in (("images_part_1", NAMES[:15]), ("images_part_2", NAMES[15:])):
+        for name in names:
+            draw(tmp_path / "scans" / folder / f"{name}.png", (0, 0, 0), seed=int(name, 16))
+    assert load_data(str(tmp_path / "scans")).classes == ("images_part_1", "images_part_2")
+    table = write(tmp_path / "scans" / "labels.csv", ("id", "dx"), *ROWS)
+    with pytest.raises(ValueError, match=r"seem to be no classes; .*--data .*labels\.csv"):
+        load_data(str(tmp_path / "scans"))
+    assert labels_of(load_data(str(table))) == dict(ROWS)
+    write(table, ("id", "dx"), *[(name, "ab"[i // 15]) for i, name in enumerate(NAMES)])  # says what the folders say
+    assert len(load_data(str(tmp_path / "scans")).classes) == 2
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "encoding", "header"),
+    [
+        (",", "utf-8", True),
+        (";", "utf-8-sig", True),
+        ("\t", "utf-16", True),
+        (" ", "utf-8", False),
+        (",", "utf-8", False),
+    ],
+)
+def test_kinds_of_tables(pets, delimiter, encoding, header):
+    rows = [("name", "category")] * header + ROWS
+    table = write(pets / "labels.txt", *rows, delimiter=delimiter, encoding=encoding)
+    data = load_data(str(table))
+    assert labels_of(data) == dict(ROWS) and data.classes == tuple(sorted(COLORS))
+
+
+@pytest.mark.parametrize(
+    "path", ["train/{}.png", "./train/{}", r"D:\somebody\pets\train\{}.png", "../input/train/{}.PNG"]
+)
+def test_paths_of_other_systems(pets, path):
+    for name in NAMES:
+        draw(pets / "test" / f"{name}.png", (0, 0, 0), seed=1)  # the folder decides
+    table = write(pets / "labels.csv", ("path", "label"), *[(path.format(name), label) for name, label in ROWS])
+    data = load_data(str(table))
+    assert labels_of(data) == dict(ROWS) and all(name.startswith("train/") for name in data.test.names)
+
+
+def test_a_column_of_numbers_is_not_taken_for_file_names(tmp_path):
+    """As pandas writes it: the first column counts the rows, and a file of that name exists, too."""
+    order = [7 * i % 30 for i in range(30)]
+    for i in range(30):
+        draw(tmp_path / "images" / f"{i}.png", (0, 0, 0), seed=i)
+    rows = [(i, f"{name}.png", "ab"[name % 2]) for i, name in enumerate(order)]
+    data = load_data(str(write(tmp_path / "labels.csv", ("", "image", "label"), *rows)))
+    assert labels_of(data) == {str(name): "ab"[name % 2] for name in order}
+    with pytest.raises(ValueError, match=r"several columns may name the images. Its columns: '1' \(0\), '2' \(0.png\)"):
+        load_data(str(write(tmp_path / "labels.csv", *rows)))
+
+
+def test_equal_names_in_two_folders(pets):
+    for name in NAMES:
+        draw(pets / "test" / f"{name}.png", (0, 0, 0), seed=1)
+    table = write(pets / "labels.csv", ("id", "label"), *ROWS)
+    with pytest.raises(ValueError, match=r"'000' may be .*test.000\.png or .*train.000\.png"):
+        load_data(str(table))
+    assert labels_of(load_data(str(table.rename(pets / "train_labels.csv")))) == dict(ROWS)
+    rows = [(*row, part) for part in ("Train", "testing") for row in ROWS]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "subset"), *rows)))
+    assert len(data.test) == 30 and all(name.startswith("test/") for name in data.test.names)
+    rows = [(f"{part}/{name}.png", label) for part in ("train", "test") for name, label in ROWS]
+    assert len(load_data(str(write(pets / "labels.csv", ("file", "label"), *rows))).test) == 30
+
+
+def test_rows_that_are_not_used_are_named(pets):
+    rows = [
+        *ROWS,
+        ("gone", "red"),
+        ROWS[3],
+        ("001", "red"),
+        ("002", ""),
+        ("t0", ""),
+        ("t1", "purple"),
+        ("005", "a", "b"),
+    ]
+    rows = [(*row, "test" if row[0][0] == "t" else "train") if len(row) == 2 else (*row, "train") for row in rows]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "split"), *rows)))
+    notes = "\n".join(data.notes)
+    assert labels_of(data) == {name: label for name, label in ROWS if name != "001"}
+    for text in (
+        *("7 rows of labels.csv not used", "1 whose file is missing (gone)", "1 that repeat another (003.png)"),
+        *(
+            "2 that give one file two labels or parts, of which none is taken (001.png, 001.png)",
+            "1 without a label (002)",
+        ),
+        *("1 without a label in the test part (t0)", "lack, 'purple' (t1.png)", "1 row with another number of columns"),
+    ):
+        assert text in notes
+
+
+def test_parts_and_groups(pets):
+    parts = ["train"] * 18 + ["valid"] * 6 + ["test"] * 6
+    rows = [(i, *row, parts[i], i, f"p{i // 2}", 30 + i) for i, row in enumerate(ROWS)]
+    header = ("", "image", "diagnosis", "split", "fold", "Patient ID", "Patient Age")
+    data = load_data(str(write(pets / "labels.csv", header, *rows)))
+    assert [len(images) for images in data.parts.values()] == [18, 6, 6]
+    groups = dict(zip(NAMES, (f"p{i // 2}" for i in range(30)), strict=True))
+    for images in data.parts.values():
+        assert images.groups == [groups[Path(name).stem] for name in images.names]
+        assert images.subset(torch.tensor([2, 0])).groups == [images.groups[2], images.groups[0]]
+    with pytest.raises(ValueError, match="'split' should say train, val or test, not 0, 1"):
+        load_data(
+            str(write(pets / "labels.csv", ("id", "label", "split"), *[(*row, i % 2) for i, row in enumerate(ROWS)]))
+        )
+
+
+def test_what_a_label_is(pets):
+    def classes(header: tuple, *columns: list) -> tuple[str, ...]:
+        return load_data(str(write(pets / "labels.csv", header, *zip(NAMES, *columns, strict=True)))).classes
+
+    numbers, flags = [[10, 2, 1][i % 3] for i in range(30)], [[int(i % 3 == k) for i in range(30)] for k in range(3)]
+    assert classes(("id", "level"), numbers) == ("1", "2", "10")
+    assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
+    assert classes(("image", "MEL", "NV", "BCC"), *flags) == ("BCC", "MEL", "NV")
+    for header, columns, reason in (
+        (("image", "cat", "dog", "bird"), [flags[0], flags[0], flags[2]], "several labels"),
+        (("image", "Finding Labels"), [["a", "b", "a|b"] * 10], "several labels"),
+        (("image", "tags"), [["a", "b", "a b"] * 10], "several labels"),
+        (("image", "price"), [[i / 7 for i in range(30)]], "'price'"),
+        (("image", "label"), [["red"] * 30], "one class only"),
+        (("image", "note"), [[""] * 30], "no labelled training image"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            classes(header, *columns)
+    before = load_data(str(write(pets / "labels.csv", ("id", "label"), *ROWS))).content
+    assert load_data(str(write(pets / "labels.csv", ("id", "label"), ("000", "red"), *ROWS[1:]))).content != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("pets.zip", b"PK", "unpack it"),
+        ("pets.tar.gz", b"", "unpack it"),
+        ("labels.xlsx", b"PK", "save a table as CSV"),
+        ("labels.csv", "é,1\n".encode("latin-1"), "UTF-8"),
+        ("labels.csv", b"", "no table"),
+        ("labels.csv", bytes(range(128)), "labels.csv"),
+        ("labels.csv", b"a.png,x\nb.png,y\nc.png,x\nd.png,y\n", "no column names image files"),
+        ("labels.csv", None, "no table"),
+    ],
+)
+def test_what_is_no_table(run, tmp_path, name, content, reason):
+    (tmp_path / "x").mkdir()
+    if content is not None:
+        (tmp_path / "x" / name).write_bytes(content)
+    code, _, err = run(main_train, "--data", tmp_path / "x" / name, *SMALL)
+    assert code == 2 and reason in err and err.count("\n") == 1
+
+
+def test_lists_beside_masks(tmp_path):
+    """As in Oxford-IIIT Pet: a list with comments in annotations/, images in images/, masks of the same names."""
+    for i, (name, label) in enumerate(ROWS):
+        draw(tmp_path / "images" / f"{label}_{name}.jpg", COLORS[label], seed=i)
+        draw(tmp_path / "annotations" / "trimaps" / f"{label}_{name}.png", (0, 0, 0), seed=i)
+    lines = [f"{label}_{name} {i % 3 + 1} {i % 2}" for i, (name, label) in enumerate(ROWS)]
+    table = tmp_path / "annotations" / "list.txt"
+    table.write_text("\n".join(["#Image CLASS KIND", "#comment", *lines]))
+    with pytest.raises(ValueError, match=r"'1' \(blue_000\), '2' \(1\), '3' \(0\)"):
+        load_data(str(table))
+    data = load_data(str(table), columns=("1", "2"))
+    assert data.classes == ("1", "2", "3") and all(name.startswith("images/") for name in data.train.names)
