@@ -1,0 +1,155 @@
+"""Which images belong together? Near-duplicates, found by small grey thumbnails, without a model.
+
+An image is described by the 8x8 lowest frequencies of its thumbnail (a discrete cosine transform), each divided by its
+standard deviation over the set, so that what all images share counts little, and by its brightness and contrast. Two
+images are compared as they are, with one of them mirrored or turned, and with the margins of one cut off.
+
+Near-duplicates are more similar than any two of these images would be by chance. What chance does is read from random
+pairs: their similarity is extrapolated from the upper fifth and twentieth to the largest of all comparisons. Pairs
+inside a group are not random, so groups may be large; where all images look alike, as drawings do, the bound is high.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.console import Progress
+
+SIZE = 32  # of a thumbnail
+LUMA = (0.299, 0.587, 0.114)  # the weights of red, green and blue in a grey image (ITU-R BT.601)
+FREQUENCIES = 8  # in each direction
+MARGINS = (0.8, 1.6, 2.4, 3.2)  # pixels of a thumbnail, cut off at each side: the middle 95, 90, 85 and 80%
+LEVELS = 0.1  # the weight of brightness, and of contrast, in a similarity
+RIDGE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
+ALIKE, IDENTICAL = 0.915, 0.99999  # the least and the largest bound
+SAMPLE = 2000  # images whose pairs tell what chance does
+NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
+TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
+
+Pairs = Sequence[tuple[int, int, float]]
+
+
+def thumbnail(image: Tensor) -> Tensor:
+    """A small grey copy of an image: uint8 (3, H, W) -> uint8 (SIZE, SIZE), squeezed if its sides are not equal."""
+    grey = torch.tensor([LUMA]) @ image.flatten(1).float()
+    return F.adaptive_avg_pool2d(grey.view(1, *image.shape[1:]), SIZE)[0].round().to(torch.uint8)
+
+
+def near_duplicates(thumbnails: Tensor) -> list[tuple[int, int, float]]:
+    """Pairs (i, j, similarity) of thumbnails (N, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
+
+    The pairs of a group form a tree, in which each image is joined to the one that is most similar to it.
+    """
+    if len(thumbnails) < 2:
+        return []
+    views = _views(thumbnails)
+    pairs = _spanning(len(thumbnails), _similar_pairs(views))
+    bound = _bound(views[0], pairs)
+    return [pair for pair in pairs if pair[2] > bound]
+
+
+def components(count: int, pairs: Iterable[tuple[int, int, float]]) -> Tensor:
+    """The group of each of `count` images (count,), of which each pair joins two: a number from 0."""
+    parents = list(range(count))
+    for i, j, *_ in pairs:
+        parents[_root(parents, i)] = _root(parents, j)
+    return torch.tensor([_root(parents, i) for i in range(count)]).unique(return_inverse=True)[1]
+
+
+def _root(parents: list[int], i: int) -> int:
+    while parents[i] != i:
+        parents[i] = i = parents[parents[i]]
+    return i
+
+
+def _spanning(count: int, pairs: Pairs) -> Pairs:
+    """A maximum spanning forest (Kruskal 1956): the pairs of it above any bound join the same images as all such."""
+    parents, kept = list(range(count)), []
+    for i, j, similarity in sorted(pairs, key=lambda pair: -pair[2]):
+        one, other = _root(parents, i), _root(parents, j)
+        if one != other:
+            parents[one] = other
+            kept.append((i, j, similarity))
+    return kept
+
+
+def _views(thumbnails: Tensor) -> Tensor:
+    """Unit vectors (views, N, D) of N images as they are, then mirrored and turned, then their middles.
+
+    The product of two vectors is a similarity.
+    """
+
+    def frequencies(block: Tensor) -> Tensor:
+        """(B, SIZE, SIZE) -> (B, FREQUENCIES**2) without brightness and contrast"""
+        found = (cosines.T @ block @ cosines).flatten(1)
+        found[:, 0] = 0
+        return found / (found.norm(dim=1, keepdim=True) + FREQUENCIES)  # a grey level of noise is not a picture
+
+    def described(block: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(block.flatten(1), dim=1)
+        angles = torch.stack([(deviation + 2).log(), mean / 80], dim=1)
+        shape = (frequencies(block) - center) * weights
+        shape = F.normalize(shape.sign() * shape.abs().sqrt()) * (1 - 2 * LEVELS) ** 0.5
+        return torch.cat([shape, LEVELS**0.5 * angles.cos(), LEVELS**0.5 * angles.sin()], dim=1)
+
+    places = (torch.arange(SIZE) + 0.5) / SIZE
+    cosines = torch.cos(math.pi * places[:, None] * torch.arange(FREQUENCIES)) * (2 / SIZE) ** 0.5
+    known = torch.cat([frequencies(block.float()) for block in thumbnails.split(TILE)])
+    center, weights = known.mean(dim=0), (known.var(dim=0, correction=0) + RIDGE).rsqrt()
+    weights[0] = 0
+    zooms = []
+    for margin in MARGINS:
+        positions = margin + places * (SIZE - 2 * margin) - 0.5
+        zooms.append((1 - (positions[:, None] - torch.arange(SIZE)).abs()).clamp(min=0))  # linear interpolation
+    found = []
+    for block in thumbnails.split(TILE):
+        block = block.float()
+        turned = [each.rot90(k, (1, 2)) for each in (block, block.flip(2)) for k in range(4)]
+        found.append(torch.stack([described(each) for each in turned + [zoom @ block @ zoom.T for zoom in zooms]]))
+    return torch.cat(found, dim=1)
+
+
+def _similar_pairs(views: Tensor) -> Pairs:
+    """For each image those most similar to it in each tile, if they are ALIKE."""
+    count, found = views.shape[1], []
+    tiles = [views[:, start : start + TILE] for start in range(0, count, TILE)]
+    with Progress(count, "comparing images") as bar:
+        for a, rows in enumerate(tiles):
+            for b, columns in enumerate(tiles[a:], a):
+                similarity = rows[0] @ columns[0].T
+                for view in range(1, len(views)):
+                    torch.maximum(similarity, rows[view] @ columns[0].T, out=similarity)
+                    if view >= 8:
+                        torch.maximum(similarity, rows[0] @ columns[view].T, out=similarity)
+                if a == b:
+                    similarity = similarity.triu(1)
+                some = (similarity.amax(dim=1) > ALIKE).nonzero()[:, 0]
+                values, indices = similarity[some].topk(min(NEAREST, similarity.shape[1]))
+                one, other = (some[:, None] + a * TILE).expand_as(indices), indices + b * TILE
+                kept = values > ALIKE
+                found += zip(one[kept].tolist(), other[kept].tolist(), values[kept].tolist(), strict=True)
+            bar.update(rows.shape[1])
+    return found
+
+
+def _bound(descriptions: Tensor, pairs: Pairs) -> float:
+    """The similarity that near-duplicates exceed, from descriptions (N, D) and a spanning forest of similar pairs."""
+    count, bound = len(descriptions), ALIKE
+    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    one, other = torch.triu_indices(len(sample), len(sample), 1)
+    closeness = -(1 - (descriptions[sample] @ descriptions[sample].T)[one, other]).clamp(min=1e-7).log()
+    comparisons = (8 + 2 * len(MARGINS)) * count * (count - 1) / 2
+    while bound < IDENTICAL:
+        groups = components(count, (pair for pair in pairs if pair[2] > bound))[sample]
+        chance = closeness[groups[one] != groups[other]]
+        if not len(chance):
+            break
+        fifth, twentieth = chance.quantile(torch.tensor([0.8, 0.95])).tolist()
+        largest = twentieth + (twentieth - fifth) / math.log(4) * math.log(comparisons / 20)
+        if 1 - math.exp(-largest) <= bound:
+            break
+        bound = 1 - math.exp(-largest)
+    return min(bound, IDENTICAL)
