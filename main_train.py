@@ -16,7 +16,8 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
+from engine.groups import COMPARED, SIZE, near_duplicates, thumbnail
+from engine.images import ImageError, Item, read_image
 from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -375,16 +378,31 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     return not failed and not unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
+def read_thumbnails(items: Sequence[Item]) -> Tensor:
+    """(N, SIZE, SIZE). For an image that cannot be read: noise, which is like no image."""
+
+    def read(item: Item) -> Tensor:
+        try:
+            return thumbnail(read_image(item, SIZE, crop=False))
+        except ImageError:  # the file may have been deleted
+            return torch.randint(256, (SIZE, SIZE), dtype=torch.uint8)
+
+    with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:
+        return torch.stack(list(pool.map(read, items)))
+
+
 def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
     """Finds near-duplicates and label errors. Prints a summary, writes data.json, draws a plot, returns the report."""
     parts = {part: data.parts[part].subset(found.readable) for part, found in trained.features.items()}
     features = [found.features for found in trained.features.values()]
+    items = [item for images in parts.values() for item in images.items]
     labels = torch.cat([images.labels for images in parts.values()])
     correct = [trained.row["correct"][i] for i in trained.features["test"].readable.tolist()]
     print("\nlooking for near-duplicates and label errors")
+    similar = None if len(items) > COMPARED else near_duplicates(read_thumbnails(items))
     with threads(1):
         logits = train_utils.out_of_sample_logits(features, labels, len(data.classes))
-        report = {"model": trained.model.name, **audit(parts, features, logits, data.classes, correct)}
+        report = {"model": trained.model.name, **audit(parts, similar, logits, data.classes, correct)}
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     print(f"{summary(report)}: see {folder / 'data.json'}")

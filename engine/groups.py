@@ -10,7 +10,7 @@ inside a group are not random, so groups may be large; where all images look ali
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.console import Progress
 
+COMPARED = 100_000  # with more images than this, near_duplicates gives up: they would take minutes
 SIZE = 32  # of a thumbnail
 LUMA = (0.299, 0.587, 0.114)  # the weights of red, green and blue in a grey image (ITU-R BT.601)
 FREQUENCIES = 8  # in each direction
@@ -29,7 +30,7 @@ SAMPLE = 2000  # images whose pairs tell what chance does
 NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
-Pairs = Sequence[tuple[int, int, float]]
+Pairs = list[tuple[int, int, float]]
 
 
 def thumbnail(image: Tensor) -> Tensor:
@@ -38,17 +39,20 @@ def thumbnail(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(grey.view(1, *image.shape[1:]), SIZE)[0].round().to(torch.uint8)
 
 
-def near_duplicates(thumbnails: Tensor) -> list[tuple[int, int, float]]:
+def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs] | None:
     """Pairs (i, j, similarity) of thumbnails (N, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
 
-    The pairs of a group form a tree, in which each image is joined to the one that is most similar to it.
+    Returns near-duplicates, then pairs that are alike, but no more than chance makes them in this set. The pairs join
+    the images of a group as a tree does, each to the one most similar to it. None for more than COMPARED images.
     """
+    if len(thumbnails) > COMPARED:
+        return None
     if len(thumbnails) < 2:
-        return []
+        return [], []
     views = _views(thumbnails)
     pairs = _spanning(len(thumbnails), _similar_pairs(views))
     bound = _bound(views[0], pairs)
-    return [pair for pair in pairs if pair[2] > bound]
+    return [pair for pair in pairs if pair[2] > bound], [pair for pair in pairs if pair[2] <= bound]
 
 
 def components(count: int, pairs: Iterable[tuple[int, int, float]]) -> Tensor:
