@@ -379,13 +379,13 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
 
 
 def read_thumbnails(items: Sequence[Item]) -> Tensor:
-    """(N, SIZE, SIZE). For an image that cannot be read: noise, which is like no image."""
+    """(N, 3, SIZE, SIZE). For an image that cannot be read: noise, which is like no image."""
 
     def read(item: Item) -> Tensor:
         try:
             return thumbnail(read_image(item, SIZE, crop=False))
         except ImageError:  # the file may have been deleted
-            return torch.randint(256, (SIZE, SIZE), dtype=torch.uint8)
+            return torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8)
 
     with ThreadPoolExecutor(initializer=torch.set_num_threads, initargs=[1]) as pool:
         return torch.stack(list(pool.map(read, items)))

@@ -19,13 +19,14 @@ from torch import Tensor
 from engine.console import Progress
 
 COMPARED = 100_000  # with more images than this, near_duplicates gives up: they would take minutes
-SIZE = 32  # of a thumbnail
-LUMA = (0.299, 0.587, 0.114)  # the weights of red, green and blue in a grey image (ITU-R BT.601)
+SIZE = 24  # of a thumbnail
+# brightness and two differences of color from red, green and blue (ITU-R BT.601)
+YCBCR = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 FREQUENCIES = 8  # in each direction
-MARGINS = (0.8, 1.6, 2.4, 3.2)  # pixels of a thumbnail, cut off at each side: the middle 95, 90, 85 and 80%
-LEVELS = 0.1  # the weight of brightness, and of contrast, in a similarity
+MARGINS = (0.025, 0.05, 0.075, 0.1)  # cut off at each side: crops of 95, 90, 85 and 80%
+LEVELS = (0.1, 0.1, 0.05, 0.05)  # the weights of contrast, brightness and both differences of color in a similarity
 RIDGE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
-ALIKE, IDENTICAL = 0.915, 0.99999  # the least and the largest bound
+ALIKE, IDENTICAL = 0.925, 0.99999  # the least and the largest bound
 SAMPLE = 2000  # images whose pairs tell what chance does
 NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
@@ -34,13 +35,12 @@ Pairs = list[tuple[int, int, float]]
 
 
 def thumbnail(image: Tensor) -> Tensor:
-    """A small grey copy of an image: uint8 (3, H, W) -> uint8 (SIZE, SIZE), squeezed if its sides are not equal."""
-    grey = torch.tensor([LUMA]) @ image.flatten(1).float()
-    return F.adaptive_avg_pool2d(grey.view(1, *image.shape[1:]), SIZE)[0].round().to(torch.uint8)
+    """A small copy of an image: uint8 (3, H, W) -> uint8 (3, SIZE, SIZE), squeezed if its sides are not equal."""
+    return F.adaptive_avg_pool2d(image.float(), SIZE).round().to(torch.uint8)
 
 
 def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs] | None:
-    """Pairs (i, j, similarity) of thumbnails (N, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
+    """Pairs (i, j, similarity) of thumbnails (N, 3, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
 
     Returns near-duplicates, then pairs that are alike, but no more than chance makes them in this set. The pairs join
     the images of a group as a tree does, each to the one most similar to it. None for more than COMPARED images.
@@ -92,27 +92,31 @@ def _views(thumbnails: Tensor) -> Tensor:
         found[:, 0] = 0
         return found / (found.norm(dim=1, keepdim=True) + FREQUENCIES)  # a grey level of noise is not a picture
 
-    def described(block: Tensor) -> Tensor:
-        deviation, mean = torch.std_mean(block.flatten(1), dim=1)
-        angles = torch.stack([(deviation + 2).log(), mean / 80], dim=1)
-        shape = (frequencies(block) - center) * weights
-        shape = F.normalize(shape.sign() * shape.abs().sqrt()) * (1 - 2 * LEVELS) ** 0.5
-        return torch.cat([shape, LEVELS**0.5 * angles.cos(), LEVELS**0.5 * angles.sin()], dim=1)
+    def described(block: Tensor, colors: Tensor) -> Tensor:
+        deviation, brightness = torch.std_mean(block.flatten(1), dim=1)
+        angles = torch.cat([torch.stack([(deviation + 2).log(), brightness / 80], dim=1), colors / 60], dim=1)
+        shape = (frequencies(block) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
+        shape = F.normalize(shape.sign() * shape.abs().sqrt()) * (1 - sum(LEVELS)) ** 0.5
+        scale = torch.tensor(LEVELS).sqrt()
+        return torch.cat([shape, scale * angles.cos(), scale * angles.sin()], dim=1)
 
     places = (torch.arange(SIZE) + 0.5) / SIZE
     cosines = torch.cos(math.pi * places[:, None] * torch.arange(FREQUENCIES)) * (2 / SIZE) ** 0.5
-    known = torch.cat([frequencies(block.float()) for block in thumbnails.split(TILE)])
-    center, weights = known.mean(dim=0), (known.var(dim=0, correction=0) + RIDGE).rsqrt()
+    blocks = [torch.einsum("kc,ncij->knij", torch.tensor(YCBCR), block.float()) for block in thumbnails.split(TILE)]
+    known = torch.cat([frequencies(block[0]) for block in blocks])
+    center = known.sum(dim=0) / (len(known) + 1)  # as if there were a plain image: all others may be the same one
+    weights = ((known - center).square().mean(dim=0) + RIDGE).rsqrt()
     weights[0] = 0
     zooms = []
     for margin in MARGINS:
-        positions = margin + places * (SIZE - 2 * margin) - 0.5
+        positions = (margin + places * (1 - 2 * margin)) * SIZE - 0.5
         zooms.append((1 - (positions[:, None] - torch.arange(SIZE)).abs()).clamp(min=0))  # linear interpolation
     found = []
-    for block in thumbnails.split(TILE):
-        block = block.float()
-        turned = [each.rot90(k, (1, 2)) for each in (block, block.flip(2)) for k in range(4)]
-        found.append(torch.stack([described(each) for each in turned + [zoom @ block @ zoom.T for zoom in zooms]]))
+    for grey, *colors in blocks:
+        colors = torch.stack(colors, dim=1).mean(dim=(2, 3))
+        turned = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
+        cropped = [zoom @ grey @ zoom.T for zoom in zooms]
+        found.append(torch.stack([described(each, colors) for each in turned + cropped]))
     return torch.cat(found, dim=1)
 
 
