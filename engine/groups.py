@@ -94,7 +94,9 @@ def _views(thumbnails: Tensor) -> Tensor:
 
     def described(block: Tensor, colors: Tensor) -> Tensor:
         deviation, brightness = torch.std_mean(block.flatten(1), dim=1)
-        angles = torch.cat([torch.stack([(deviation + 2).log(), brightness / 80], dim=1), colors / 60], dim=1)
+        angles = torch.cat(
+            [torch.stack([(deviation + 2).log(), brightness / 80], dim=1), (colors / 30).clamp(-1.5, 1.5)], dim=1
+        )
         shape = (frequencies(block) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
         shape = F.normalize(shape.sign() * shape.abs().sqrt()) * (1 - sum(LEVELS)) ** 0.5
         scale = torch.tensor(LEVELS).sqrt()
