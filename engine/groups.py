@@ -1,7 +1,7 @@
-"""Which images belong together? Near-duplicates, found by small grey thumbnails, without a model.
+"""Which images belong together? Near-duplicates, found by small thumbnails, without a model.
 
 An image is described by the 8x8 lowest frequencies of its thumbnail (a discrete cosine transform), each divided by its
-standard deviation over the set, so that what all images share counts little, and by its brightness and contrast. Two
+standard deviation over the set, so that what all images share counts little, and by contrast, brightness and color. Two
 images are compared as they are, with one of them mirrored or turned, and with the margins of one cut off.
 
 Near-duplicates are more similar than any two of these images would be by chance. What chance does is read from random
@@ -80,45 +80,48 @@ def _spanning(count: int, pairs: Pairs) -> Pairs:
     return kept
 
 
+def _frequencies(grey: Tensor) -> Tensor:
+    """(B, SIZE, SIZE) -> (B, FREQUENCIES**2), whatever the brightness and the contrast."""
+    places, waves = (torch.arange(SIZE) + 0.5) / SIZE, torch.arange(FREQUENCIES)
+    cosines = torch.cos(math.pi * places[:, None] * waves) * (2 / SIZE) ** 0.5
+    found = (cosines.T @ grey @ cosines).flatten(1)
+    found[:, 0] = 0
+    return found / (found.norm(dim=1, keepdim=True) + FREQUENCIES)  # a grey level of noise is not a picture
+
+
+def _seen_otherwise(grey: Tensor) -> list[Tensor]:
+    """Images (B, SIZE, SIZE) as they are, turned, mirrored and turned, and then their middles."""
+    seen = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
+    for margin in MARGINS:
+        places = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2] * SIZE - 0.5
+        zoom = (1 - (places[:, None] - torch.arange(SIZE)).abs()).clamp(min=0)  # linear interpolation
+        seen.append(zoom @ grey @ zoom.T)
+    return seen
+
+
 def _views(thumbnails: Tensor) -> Tensor:
-    """Unit vectors (views, N, D) of N images as they are, then mirrored and turned, then their middles.
+    """Unit vectors (views, N, D) of N images, as _seen_otherwise; the product of two vectors is their similarity."""
 
-    The product of two vectors is a similarity.
-    """
+    def planes(block: Tensor) -> Tensor:
+        return torch.einsum("kc,ncij->knij", torch.tensor(YCBCR), block.float())
 
-    def frequencies(block: Tensor) -> Tensor:
-        """(B, SIZE, SIZE) -> (B, FREQUENCIES**2) without brightness and contrast"""
-        found = (cosines.T @ block @ cosines).flatten(1)
-        found[:, 0] = 0
-        return found / (found.norm(dim=1, keepdim=True) + FREQUENCIES)  # a grey level of noise is not a picture
-
-    def described(block: Tensor, colors: Tensor) -> Tensor:
-        deviation, brightness = torch.std_mean(block.flatten(1), dim=1)
-        angles = torch.cat(
-            [torch.stack([(deviation + 2).log(), brightness / 80], dim=1), (colors / 30).clamp(-1.5, 1.5)], dim=1
-        )
-        shape = (frequencies(block) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
-        shape = F.normalize(shape.sign() * shape.abs().sqrt()) * (1 - sum(LEVELS)) ** 0.5
+    def described(grey: Tensor, colors: Tensor) -> Tensor:
+        deviation, brightness = torch.std_mean(grey.flatten(1), dim=1)
+        shape = (_frequencies(grey) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
+        shape = F.normalize(shape.sign() * shape.abs().sqrt())  # the root: no single frequency decides
+        angles = torch.stack([(deviation + 2).log(), brightness / 80, *(colors / 30).clamp(-1.5, 1.5)], dim=1)
         scale = torch.tensor(LEVELS).sqrt()
-        return torch.cat([shape, scale * angles.cos(), scale * angles.sin()], dim=1)
+        return torch.cat([(1 - sum(LEVELS)) ** 0.5 * shape, scale * angles.cos(), scale * angles.sin()], dim=1)
 
-    places = (torch.arange(SIZE) + 0.5) / SIZE
-    cosines = torch.cos(math.pi * places[:, None] * torch.arange(FREQUENCIES)) * (2 / SIZE) ** 0.5
-    blocks = [torch.einsum("kc,ncij->knij", torch.tensor(YCBCR), block.float()) for block in thumbnails.split(TILE)]
-    known = torch.cat([frequencies(block[0]) for block in blocks])
+    known = torch.cat([_frequencies(planes(block)[0]) for block in thumbnails.split(TILE)])
     center = known.sum(dim=0) / (len(known) + 1)  # as if there were a plain image: all others may be the same one
     weights = ((known - center).square().mean(dim=0) + RIDGE).rsqrt()
     weights[0] = 0
-    zooms = []
-    for margin in MARGINS:
-        positions = (margin + places * (1 - 2 * margin)) * SIZE - 0.5
-        zooms.append((1 - (positions[:, None] - torch.arange(SIZE)).abs()).clamp(min=0))  # linear interpolation
     found = []
-    for grey, *colors in blocks:
-        colors = torch.stack(colors, dim=1).mean(dim=(2, 3))
-        turned = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
-        cropped = [zoom @ grey @ zoom.T for zoom in zooms]
-        found.append(torch.stack([described(each, colors) for each in turned + cropped]))
+    for block in thumbnails.split(TILE):
+        grey, *colors = planes(block)
+        means = torch.stack([color.mean(dim=(1, 2)) for color in colors])
+        found.append(torch.stack([described(each, means) for each in _seen_otherwise(grey)]))
     return torch.cat(found, dim=1)
 
 
