@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.console import count_of, first_line
 from engine.files import atomic_write, locked
 from engine.folders import SPLITS, Images
-from engine.groups import assign_groups, draw, find_near_duplicates
+from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
 from engine.records import Features
 from engine.survey import survey
 from engine.tables import read_source
@@ -45,7 +45,8 @@ class Data:
     content: str  # a hash: the same for every copy of the data set
     notes: tuple[str, ...]  # what the user should know, a line each
     unreadable: tuple[str, ...] = ()  # images that are left out, and why
-    near_duplicates: list[tuple[str, str, float]] | None = None  # names of images and their correlation; see groups.py
+    # pairs of near-duplicates, and of images that are alike, numbered in the order of the parts; see groups.py
+    similar: tuple[Pairs, Pairs] | None = None
 
     @property
     def parts(self) -> dict[str, Images]:
@@ -102,9 +103,9 @@ def load_data(
     if limit is not None:
         parts, sizes = _limited(parts, limit, len(classes))
     images, places, thumbnails, unreadable = _survey(parts, root / "features")
-    pairs = find_near_duplicates(images.ids, thumbnails, root / "features")
+    similar = find_near_duplicates(images.ids, thumbnails, root / "features")
     named = groups is not None or images.groups is not None
-    images.groups, remarks = assign_groups(images, groups, pairs)
+    images.groups, remarks = assign_groups(images, groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
     if missing and named and (undivided := _in_one_group(classes, images)):
         raise ValueError(f"all images of {undivided} are in one group, so none of them can be held out: see --groups")
@@ -123,8 +124,9 @@ def load_data(
     if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
         needed = "training needs two, validation and test need one each, of other groups if --groups names some"
         raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *notes]))
-    copies = pairs and [(images.names[i], images.names[j], correlation) for i, j, correlation in pairs]
-    return Data(classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, near_duplicates=copies)
+    place = torch.cat([places[part] for part in parts]).argsort().tolist()
+    similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
+    return Data(classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, similar=similar)
 
 
 def _survey(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Features, tuple[str, ...]]:

@@ -367,7 +367,7 @@ def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
     print("\nlooking for label errors")
     with threads(1):
         logits = train_utils.out_of_sample_logits(features, labels, len(data.classes))
-        found = audit(data.parts, data.near_duplicates, logits, data.classes, trained.row["correct"])
+        found = audit(data.parts, data.similar, logits, data.classes, trained.row["correct"])
     report = {"model": trained.model.name, **found}
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())

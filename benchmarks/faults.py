@@ -7,11 +7,12 @@ Takes 500 training and 100 test images of each class. Puts 60 of the training im
 they are, 20 recompressed, 20 cropped), 20 into another class, and moves 100 (2%) to another class.
 
 For comparison: the average precision of cleanlab's scores, from the same probabilities, and the near-duplicates that a
-perceptual hash finds. At last, the near-duplicates in images of little variety: scikit-learn's digits, and the demo's
-drawings.
+perceptual hash finds. Then, without a model: groups of noisy copies, changed copies of 400 images, frames of films (a
+camera drifts over an enlarged image), and images of little variety, scikit-learn's digits and the demo's drawings.
 """
 
 import importlib
+import io
 import json
 import random
 import shutil
@@ -23,14 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import arguments, extract, new_model
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.metrics import average_precision_score
 
 import main_train
 from data import CIFAR10_SIZE, Data, load_data
-from engine.audit import SOFTENING, near_duplicates
+from engine.audit import SOFTENING
 from engine.console import run_script
+from engine.groups import components, near_duplicates, thumbnail
 from train_utils import out_of_sample_logits
 
 LABEL_ERROR, CONFLICT = "label error", "duplicate with another label"
@@ -39,6 +41,18 @@ KINDS += [CONFLICT] * 20 + [LABEL_ERROR] * 100
 CLEANLAB = [("self_confidence", False), ("self_confidence", True), ("normalized_margin", False)]
 CLEANLAB += [("normalized_margin", True), ("confidence_weighted_entropy", False)]  # its score, and whether adjusted
 HASH_BITS = 10  # imagededup's default: perceptual hashes of near-duplicates differ in at most so many of 64 bits
+CHANGES = {
+    "recompressed": lambda image: recompressed(image, 60),
+    "mirrored": ImageOps.mirror,
+    "upside down": ImageOps.flip,
+    "turned by 90 degrees": lambda image: image.rotate(90),
+    "turned by 180 degrees": lambda image: image.rotate(180),
+    "grey": lambda image: image.convert("L").convert("RGB"),
+    "brightened by 40%": lambda image: ImageEnhance.Brightness(image).enhance(1.4),
+    "cropped to 94%": lambda image: cropped(image, 1),
+    "cropped to 88%": lambda image: cropped(image, 2),
+    "cropped to 81%": lambda image: cropped(image, 3),
+}
 
 
 def main() -> int:
@@ -64,13 +78,7 @@ def main() -> int:
             print(f"{len(tested & both)} of {len(tested)} test images reported as {what} are planted")
         print(f"{len(errors & wrong)} of {len(errors)} reported label errors are planted")
         compare_scores(score_labels, data, args.model, wrong, folder)
-        digits = folder_of_digits(Path(scratch, "digits"))
-        for name, data in (("digits", load_data(str(digits))), ("drawings", load_data("demo"))):
-            parts = list(data.parts.values())
-            features = [part for part, _ in extract(new_model(args.model, data.classes, 0), *parts, folder=folder)]
-            pairs = near_duplicates(features, [item for part in parts for item in part.items])
-            images = {i for *pair, _ in pairs for i in pair}
-            print(f"{len(images)} of {sum(map(len, parts)):,} {name} are reported as near-duplicates")
+    count_groups(args.data)
     return code
 
 
@@ -100,13 +108,62 @@ def hashed_alike(perceptual_hash: Callable, tested: list[Path], known: list[Path
     return {str(path) for path, count in zip(tested, bits, strict=True) if count <= HASH_BITS}
 
 
-def folder_of_digits(folder: Path) -> Path:
-    digits = load_digits()
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        (folder / str(label)).mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray((16 * pixels).clip(0, 255).astype(np.uint8))
-        image.resize((32, 32), Image.Resampling.BICUBIC).save(folder / str(label) / f"{i}.png")
-    return folder
+def count_groups(source: Path) -> None:
+    """Prints how many copies, frames, digits and drawings near_duplicates finds."""
+    files = sorted((source / "train").rglob("*.*"))
+    random.Random(0).shuffle(files)
+    images, noise = [Image.open(file).convert("RGB") for file in files[:600]], np.random.default_rng(0)
+
+    def noisy(image: Image.Image, deviation: float) -> Image.Image:
+        return recompressed(pixels_to_image(np.array(image) + noise.normal(0, deviation, (*image.size, 3))), 90)
+
+    for size in (2, 5, 7, 12, 20, 40):
+        originals = [image.resize((96, 96), Image.Resampling.BICUBIC) for image in images[: 960 // size]]
+        groups = groups_of([noisy(image, 4) for image in originals for _ in range(size)])
+        joined = (groups.view(-1, size) == groups.view(-1, size).mode(dim=1).values[:, None]).sum(dim=1)
+        print(f"groups of {size}: {int(joined[joined > 1].sum())} of {len(groups)} noisy copies found")
+    for kind, change in CHANGES.items():
+        groups = groups_of([*images, *map(change, images[:400])])
+        print(f"{kind}: {int((groups[600:] == groups[:400]).sum())} of 400 found")
+    frames = [noisy(frame, 3) for image in images[:24] for frame in film(image, noise)]
+    groups, film_of, chosen = groups_of(frames), torch.arange(1440) // 60, torch.randperm(1440) < 288
+    found, true = (int(torch.isin(each[chosen], each[~chosen]).sum()) for each in (groups, film_of))
+    print(f"24 films of 60 frames: {found} test frames have near-duplicates in training, in truth {true}")
+    digits = [
+        pixels_to_image(16 * pixels).resize((32, 32), Image.Resampling.BICUBIC) for pixels in load_digits().images
+    ]
+    drawings = [Image.fromarray(item) for part in load_data("demo").parts.values() for item in part.items]
+    for name, alike in (("digits", digits), ("drawings", drawings)):
+        groups = groups_of(alike)
+        print(f"{int((groups.bincount()[groups] > 1).sum())} of {len(alike):,} {name} are reported as near-duplicates")
+
+
+def groups_of(images: list[Image.Image]) -> torch.Tensor:
+    """The group of each image, by near-duplicates (images,)."""
+    pixels = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+    return components(len(images), near_duplicates(torch.stack([thumbnail(image) for image in pixels]))[0])
+
+
+def film(image: Image.Image, noise: np.random.Generator) -> list[Image.Image]:
+    """60 frames of 120x120 pixels: a camera drifts over an image of 160x160."""
+    places = (20 + noise.normal(0, 0.7, (60, 2)).cumsum(axis=0)).clip(0, 40).astype(int)
+    scene = image.resize((160, 160), Image.Resampling.BICUBIC)
+    return [scene.crop((x, y, x + 120, y + 120)) for x, y in places.tolist()]
+
+
+def recompressed(image: Image.Image, quality: int) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+def cropped(image: Image.Image, edge: int) -> Image.Image:
+    """Without `edge` pixels at each side, enlarged again."""
+    return image.crop((edge, edge, image.width - edge, image.height - edge)).resize(image.size)
+
+
+def pixels_to_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def plant(source: Path, target: Path) -> dict[str, set[str]]:
@@ -128,9 +185,7 @@ def plant(source: Path, target: Path) -> dict[str, set[str]]:
             if kind.startswith("recompressed"):
                 image.convert("RGB").save(place, "JPEG", quality=60)
             elif kind.startswith("cropped"):
-                (width, height), edge = image.size, image.width // 16
-                middle = image.convert("RGB").crop((edge, edge, width - edge, height - edge))
-                middle.resize((width, height)).save(place, "JPEG", quality=95)
+                cropped(image.convert("RGB"), image.width // 16).save(place, "JPEG", quality=95)
             else:
                 shutil.copy(path, place)
         if kind == LABEL_ERROR:

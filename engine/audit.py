@@ -1,26 +1,18 @@
-"""What do the features say about the data: near-duplicates, label errors, unfamiliar images?"""
+"""What is wrong with the data: near-duplicates of test images, label errors? Which images are unfamiliar?"""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.console import Progress, count_of
+from engine.console import count_of
 from engine.features import Features
 from engine.folders import Images
-from engine.images import ImageError, Item, read_image
+from engine.groups import Pairs, components
 from engine.layers import RandomProjection, Standardize
 
-COMPARED = 100_000  # with more images than this, near_duplicates gives up
-CANDIDATES = 10_000  # the maximum number of pairs with similar features whose pixels are compared
-SIMILAR_FEATURES, SIMILAR_PIXELS = 0.6, 0.95  # near-duplicates have a higher cosine and a higher correlation
-NEIGHBORS = slice(5, 11)  # ordinary neighbours of an image, by rank
-ORDINARY = 0.5  # times the first percentile of ordinary neighbours' differences: near-duplicates differ less
-SAMPLE = 4096  # training images from which the features' means and standard deviations are taken
 SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
 IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess
 UNFAMILIARITY_IMAGES = 20_000  # the maximum number of training images for Unfamiliarity
@@ -30,15 +22,16 @@ SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance of Unfami
 
 def audit(
     parts: dict[str, Images],
-    near_duplicates: list[tuple[str, str, float]] | None,
+    similar: tuple[Pairs, Pairs] | None,
     logits: Tensor,
     classes: Sequence[str],
     correct: list[int],
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
-    `parts` are the training, validation and test images, and `features` theirs. `logits` (N, classes) of all images
-    come from a model that was fitted without the image. `correct` says which test images the model has right.
+    `parts` are the training, validation and test images, `similar` what `near_duplicates` says of all of them. `logits`
+    (N, classes) of all images come from a model that was fitted without the image. `correct` says which test images the
+    model has right.
     """
     labels = torch.cat([part.labels for part in parts.values()])
     described = [
@@ -50,18 +43,24 @@ def audit(
         {**described[i], "suggested": classes[label], "probability": probability}
         for i, label, probability in label_errors(logits, labels)
     ]
-    if near_duplicates is None:
+    if similar is None:
         return {"near_duplicates": None, "label_errors": errors}
-    places = {name: i for i, name in enumerate(name for part in parts.values() for name in part.names)}
-    pairs = [(places[one], places[other], correlation) for one, other, correlation in near_duplicates]
-    duplicated = {i for *pair, _ in pairs for i in pair}
-    first = len(labels) - len(correct)  # of the test images
-    others = [right for i, right in enumerate(correct, first) if i not in duplicated]
+
+    def in_training(pairs: Pairs) -> Tensor:
+        """For each test image, whether pairs join it to a training or validation image (test images,)."""
+        groups = components(len(labels), pairs)
+        return torch.isin(groups[-len(correct) :], groups[: -len(correct)])
+
+    pairs, alike = similar
+    leaked = in_training(pairs)
+    others = [right for right, known in zip(correct, leaked.tolist(), strict=True) if not known]
     return {
         "near_duplicates": [{"images": [described[i], described[j]], "correlation": c} for i, j, c in pairs],
         "label_errors": errors,
         "conflicting_labels": sum(described[i]["label"] != described[j]["label"] for i, j, _ in pairs),
-        "test_images_with_near_duplicates": sum(i >= first for i in duplicated),
+        "test_images": len(correct),
+        "test_images_with_near_duplicates": int(leaked.sum()),
+        "test_images_with_near_neighbours": int(in_training(pairs + alike).sum()),
         "test_accuracy_without_them": sum(others) / len(others) if others else None,
     }
 
@@ -72,77 +71,14 @@ def summary(report: dict) -> str:
     if report["near_duplicates"] is None:
         return f"too many images to look for near-duplicates; {errors}"
     leaked, conflicts = report["test_images_with_near_duplicates"], report["conflicting_labels"]
-    accuracy = report["test_accuracy_without_them"]
+    accuracy, near = report["test_accuracy_without_them"], report["test_images_with_near_neighbours"]
     without = f" (test accuracy without them: {accuracy:.2%})" if leaked and accuracy is not None else ""
-    tested = f"{count_of(leaked, 'test image')} {'has' if leaked == 1 else 'have'} near-duplicates{without}"
+    lines = [f"{count_of(leaked, 'test image')} {'has' if leaked == 1 else 'have'} near-duplicates{without}"]
+    if near > report["test_images"] / 2:
+        lines += [f"most test images have a near neighbour in training ({near:,} of {report['test_images']:,})"]
+        lines += ["if they show the same object, film or patient, hold out whole groups: --groups"]
     pairs = f"{count_of(conflicts, 'pair') if conflicts else 'no pair'} of near-duplicates"
-    return f"{tested}; {pairs} {'has' if conflicts < 2 else 'have'} conflicting labels; {errors}"
-
-
-def near_duplicates(features: Sequence[Features], items: Sequence[Item]) -> list[tuple[int, int, float]] | None:
-    """Pairs of near-duplicates and their correlation, the highest first. None for more than COMPARED images.
-
-    `features` are those of the training, validation and test images, `items` all images. A pair is an image and the
-    training or validation image with the most similar features, if their 16x16 pixels correlate far more than those of
-    ordinary neighbours: where images vary little, as drawings do, many correlate.
-    """
-    if len(items) > COMPARED:
-        return None
-    cosines, neighbors = _neighbors(features)
-
-    @lru_cache(maxsize=8192)
-    def thumbnails(i: int) -> Tensor:
-        return _thumbnails(read_image(items[i], 32))
-
-    def correlations(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, float]]:
-        for i, j in pairs:
-            with suppress(ImageError):  # the file may have been deleted
-                # an image against the other one and its middle; two middles correlate too easily
-                yield i, j, float((thumbnails(i) @ thumbnails(j).T).flatten()[:3].max())
-
-    pairs = {}
-    for i, (cosine, j) in enumerate(zip(cosines.tolist(), neighbors[:, 0].tolist(), strict=True)):
-        if cosine > SIMILAR_FEATURES:
-            pairs[min(i, j), max(i, j)] = cosine
-    likely = sorted(pairs, key=pairs.get, reverse=True)[:CANDIDATES]
-    some = range(0, len(items), -(-len(items) // 300))
-    ordinary = torch.tensor(
-        [c for *_, c in correlations((i, j) for i in some for j in neighbors[i, NEIGHBORS].tolist())]
-    )
-    difference = ORDINARY * (1 - ordinary).quantile(0.01).item() if len(ordinary) else 1.0
-    bound = 1 - min(1 - SIMILAR_PIXELS, max(1e-5, difference))  # identical images are duplicates in any case
-    return sorted((pair for pair in correlations(likely) if pair[2] > bound), key=lambda pair: -pair[2])
-
-
-@torch.no_grad()
-def _neighbors(parts: Sequence[Features]) -> tuple[Tensor, Tensor]:
-    """For each of N images the training and validation images with the most similar features.
-
-    The cosine of the first one (N,) and the indices of all (N, NEIGHBORS.stop), the most similar first.
-    """
-    count = sum(map(len, parts))
-    scale = Standardize(parts[0].width)
-    generator = torch.Generator().manual_seed(0)
-    scale.fit(parts[0][torch.randperm(len(parts[0]), generator=generator)[:SAMPLE]].float())
-    project = RandomProjection(parts[0].width, 256, generator)  # changes cosines by hundredths
-    sketches = torch.cat([F.normalize(project(scale(block))) for part in parts for block in part.blocks()])
-    candidates, found = sketches[: count - len(parts[-1])], []
-    with Progress(count, "comparing images") as bar:
-        for start in range(0, count, 1024):
-            cosines = sketches[start : start + 1024] @ candidates.T
-            cosines.diagonal(start).fill_(-1)  # of an image with itself
-            found.append(cosines.topk(min(NEIGHBORS.stop, len(candidates))))
-            bar.update(len(cosines))
-    cosines, neighbors = (torch.cat(each) for each in zip(*found, strict=True))
-    return cosines[:, 0], neighbors
-
-
-def _thumbnails(image: Tensor) -> Tensor:
-    """The whole of an image (3, H, W) and its middle, which a crop may have kept, as unit vectors (2, 768)."""
-    _, H, W = image.shape
-    parts = image, image[:, H // 16 : H - H // 16, W // 16 : W - W // 16]
-    pixels = torch.stack([F.adaptive_avg_pool2d(part.float(), 16).flatten(1) for part in parts])
-    return F.normalize((pixels - pixels.mean(dim=2, keepdim=True)).flatten(1))
+    return "; ".join([*lines, f"{pairs} {'has' if conflicts < 2 else 'have'} conflicting labels", errors])
 
 
 def label_errors(logits: Tensor, labels: Tensor) -> list[tuple[int, int, float]]:

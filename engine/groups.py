@@ -1,23 +1,47 @@
-"""Which images belong together, so that they stay on one side of a split: near-duplicates, patients, films?"""
+"""Which images belong together? Near-duplicates, found by small thumbnails, without a model.
+
+An image is described by the 8x8 lowest frequencies of its thumbnail (a discrete cosine transform), each divided by its
+standard deviation over the set, so that what all images share counts little, and by contrast, brightness and color. Two
+images are compared as they are, with one of them mirrored or turned, and with the margins of one cut off.
+
+Near-duplicates are more similar than any two of these images would be by chance. What chance does is read from random
+pairs: their similarity is extrapolated from the upper fifth and twentieth to the largest of all comparisons. Pairs
+inside a group are not random, so groups may be large; where all images look alike, as drawings do, the bound is high.
+"""
 
 import hashlib
 import json
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from engine.console import count_of
+from engine.console import Progress, count_of
 from engine.distributed import gather, is_first
 from engine.files import atomic_write
 from engine.folders import Images
 from engine.records import Features
 
-SIDE = 16
-LARGEST = 0.2  # of a class; larger groups of near-duplicates cannot be held out
-Pair = tuple[int, int, float]  # two images, and the correlation of their pixels
+LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
+COMPARED = 100_000  # with more images than this, near_duplicates gives up: they would take minutes
+SIZE = 24  # of a thumbnail
+# brightness and two differences of color from red, green and blue (ITU-R BT.601)
+YCBCR = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
+FREQUENCIES = 8  # in each direction
+MARGINS = (0.025, 0.05, 0.075, 0.1)  # cut off at each side: crops of 95, 90, 85 and 80%
+LEVELS = (0.1, 0.1, 0.05, 0.05)  # the weights of contrast, brightness and both differences of color in a similarity
+RIDGE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
+ALIKE, IDENTICAL = 0.925, 0.99999  # the least and the largest bound
+SAMPLE = 2000  # images whose pairs tell what chance does
+NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
+TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
+
+Pairs = list[tuple[int, int, float]]
 
 
 def draw(seed: object, name: str) -> int:
@@ -26,7 +50,7 @@ def draw(seed: object, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def assign_groups(images: Images, pattern: str | None, pairs: list[Pair] | None) -> tuple[list[str], list[str]]:
+def assign_groups(images: Images, pattern: str | None, pairs: Pairs) -> tuple[list[str], list[str]]:
     """The name of each image's group, and remarks for the user.
 
     Those images belong together whose names give the same match of the regular expression `pattern`, or of its first
@@ -35,7 +59,7 @@ def assign_groups(images: Images, pattern: str | None, pairs: list[Pair] | None)
     Raises ValueError if the pattern matches no image.
     """
     if pattern is None and images.groups is None:
-        return _groups_of_copies(images, pairs or [])
+        return _groups_of_copies(images, pairs)
     names = images.groups
     if pattern is not None:
         found = [re.search(pattern, name.replace("\\", "/")) for name in images.names]
@@ -48,11 +72,13 @@ def assign_groups(images: Images, pattern: str | None, pairs: list[Pair] | None)
     return [name or identity for name, identity in zip(names, images.ids, strict=True)], remarks
 
 
-def _groups_of_copies(images: Images, pairs: list[Pair]) -> tuple[list[str], list[str]]:
+def _groups_of_copies(images: Images, pairs: Pairs) -> tuple[list[str], list[str]]:
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
-    identical = [(first.setdefault(identity, i), i) for i, identity in enumerate(images.ids)]
-    sizes = Counter(labels)
-    for members in components(len(images), [*identical, *((i, j) for i, j, _ in pairs)]):
+    identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
+    sizes, together = Counter(labels), defaultdict(list)
+    for i, number in enumerate(components(len(images), [*identical, *pairs]).tolist()):
+        together[number].append(i)
+    for members in together.values():
         counts = Counter(labels[i] for i in members)
         too_large = any(count > max(2, LARGEST * sizes[label]) for label, count in counts.items())
         large += too_large
@@ -68,51 +94,155 @@ def _groups_of_copies(images: Images, pairs: list[Pair]) -> tuple[list[str], lis
     return groups, remarks
 
 
-def find_near_duplicates(ids: list[str], thumbnails: Features, folder: Path) -> list[Pair] | None:
-    """`near_duplicates`, kept in `folder` for the next run with the same images."""
-    digest = hashlib.sha256("".join(ids).encode()).hexdigest()[:16]
-    file = folder / f"near-duplicates-1-{digest}.json"
+def find_near_duplicates(ids: list[str], thumbnails: Features, folder: Path) -> tuple[Pairs, Pairs] | None:
+    """`near_duplicates` of images with these `ids` and thumbnails, kept in `folder` for the next run with the same."""
+    if len(ids) > COMPARED:
+        return None
+    file = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json"
     try:
-        return [tuple(pair) for pair in json.loads(file.read_text())]
-    except (OSError, ValueError):  # not there, or damaged
+        return tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged
         pass
-    pairs = gather(near_duplicates(thumbnails[torch.arange(len(ids))]) if is_first() else None)[0]
-    if is_first() and pairs is not None:
+    found = None
+    if is_first():
+        found = near_duplicates(thumbnails[torch.arange(len(ids))].unflatten(1, (3, SIZE, SIZE)))
         with atomic_write(file) as stream:
-            stream.write(json.dumps(pairs).encode())
-    return pairs
+            stream.write(json.dumps(found).encode())
+    return gather(found)[0]
 
 
-# to be replaced by the branch `dup`
+# ------------------------------------------------------------------------------------------- near-duplicates
+
+
 def thumbnail(image: Tensor) -> Tensor:
-    import torch.nn.functional as F
-
-    return (
-        F.interpolate(image[None].float().mean(1, keepdim=True), (SIDE, SIDE), mode="bilinear", antialias=True)[0]
-        .round()
-        .to(torch.uint8)
-    )
+    """A small copy of an image: uint8 (3, H, W) -> uint8 (3, SIZE, SIZE), squeezed if its sides are not equal."""
+    return F.adaptive_avg_pool2d(image.float(), SIZE).round().to(torch.uint8)
 
 
-def near_duplicates(thumbnails: Tensor) -> list[Pair] | None:
-    x = thumbnails.float().flatten(1)
-    x = torch.nn.functional.normalize(x - x.mean(1, keepdim=True))
-    c = (x @ x.T).triu(1)
-    return [(i, j, float(c[i, j])) for i, j in (c > 0.98).nonzero().tolist()]
+def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs] | None:
+    """Pairs (i, j, similarity) of thumbnails (N, 3, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
+
+    Returns near-duplicates, then pairs that are alike, but no more than chance makes them in this set. The pairs join
+    the images of a group as a tree does, each to the one most similar to it. None for more than COMPARED images.
+    """
+    if len(thumbnails) > COMPARED:
+        return None
+    if len(thumbnails) < 2:
+        return [], []
+    views = _views(thumbnails)
+    pairs = _spanning(len(thumbnails), _similar_pairs(views))
+    bound = _bound(views[0], pairs)
+    return [pair for pair in pairs if pair[2] > bound], [pair for pair in pairs if pair[2] <= bound]
 
 
-def components(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
-    parent = list(range(count))
+def components(count: int, pairs: Iterable[tuple[int, int, float]]) -> Tensor:
+    """The group of each of `count` images (count,), of which each pair joins two: a number from 0."""
+    parents = list(range(count))
+    for i, j, *_ in pairs:
+        parents[_root(parents, i)] = _root(parents, j)
+    return torch.tensor([_root(parents, i) for i in range(count)]).unique(return_inverse=True)[1]
 
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
 
-    for i, j in pairs:
-        parent[root(i)] = root(j)
-    groups = {}
-    for i in range(count):
-        groups.setdefault(root(i), []).append(i)
-    return [g for g in groups.values() if len(g) > 1]
+def _root(parents: list[int], i: int) -> int:
+    while parents[i] != i:
+        parents[i] = i = parents[parents[i]]
+    return i
+
+
+def _spanning(count: int, pairs: Pairs) -> Pairs:
+    """A maximum spanning forest (Kruskal 1956): the pairs of it above any bound join the same images as all such."""
+    parents, kept = list(range(count)), []
+    for i, j, similarity in sorted(pairs, key=lambda pair: -pair[2]):
+        one, other = _root(parents, i), _root(parents, j)
+        if one != other:
+            parents[one] = other
+            kept.append((i, j, similarity))
+    return kept
+
+
+def _frequencies(grey: Tensor) -> Tensor:
+    """(B, SIZE, SIZE) -> (B, FREQUENCIES**2), whatever the brightness and the contrast."""
+    places, waves = (torch.arange(SIZE) + 0.5) / SIZE, torch.arange(FREQUENCIES)
+    cosines = torch.cos(math.pi * places[:, None] * waves) * (2 / SIZE) ** 0.5
+    found = (cosines.T @ grey @ cosines).flatten(1)
+    found[:, 0] = 0
+    return found / (found.norm(dim=1, keepdim=True) + FREQUENCIES)  # a grey level of noise is not a picture
+
+
+def _seen_otherwise(grey: Tensor) -> list[Tensor]:
+    """Images (B, SIZE, SIZE) as they are, turned, mirrored and turned, and then their middles."""
+    seen = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
+    for margin in MARGINS:
+        places = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2] * SIZE - 0.5
+        zoom = (1 - (places[:, None] - torch.arange(SIZE)).abs()).clamp(min=0)  # linear interpolation
+        seen.append(zoom @ grey @ zoom.T)
+    return seen
+
+
+def _views(thumbnails: Tensor) -> Tensor:
+    """Unit vectors (views, N, D) of N images, as _seen_otherwise; the product of two vectors is their similarity."""
+
+    def planes(block: Tensor) -> Tensor:
+        return torch.einsum("kc,ncij->knij", torch.tensor(YCBCR), block.float())
+
+    def described(grey: Tensor, colors: Tensor) -> Tensor:
+        deviation, brightness = torch.std_mean(grey.flatten(1), dim=1)
+        shape = (_frequencies(grey) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
+        shape = F.normalize(shape.sign() * shape.abs().sqrt())  # the root: no single frequency decides
+        angles = torch.stack([(deviation + 2).log(), brightness / 80, *(colors / 30).clamp(-1.5, 1.5)], dim=1)
+        scale = torch.tensor(LEVELS).sqrt()
+        return torch.cat([(1 - sum(LEVELS)) ** 0.5 * shape, scale * angles.cos(), scale * angles.sin()], dim=1)
+
+    known = torch.cat([_frequencies(planes(block)[0]) for block in thumbnails.split(TILE)])
+    center = known.sum(dim=0) / (len(known) + 1)  # as if there were a plain image: all others may be the same one
+    weights = ((known - center).square().mean(dim=0) + RIDGE).rsqrt()
+    weights[0] = 0
+    found = []
+    for block in thumbnails.split(TILE):
+        grey, *colors = planes(block)
+        means = torch.stack([color.mean(dim=(1, 2)) for color in colors])
+        found.append(torch.stack([described(each, means) for each in _seen_otherwise(grey)]))
+    return torch.cat(found, dim=1)
+
+
+def _similar_pairs(views: Tensor) -> Pairs:
+    """For each image those most similar to it in each tile, if they are ALIKE."""
+    count, found = views.shape[1], []
+    tiles = [views[:, start : start + TILE] for start in range(0, count, TILE)]
+    with Progress(count, "comparing images") as bar:
+        for a, rows in enumerate(tiles):
+            for b, columns in enumerate(tiles[a:], a):
+                similarity = rows[0] @ columns[0].T
+                for view in range(1, len(views)):
+                    torch.maximum(similarity, rows[view] @ columns[0].T, out=similarity)
+                    if view >= 8:
+                        torch.maximum(similarity, rows[0] @ columns[view].T, out=similarity)
+                if a == b:
+                    similarity = similarity.triu(1)
+                some = (similarity.amax(dim=1) > ALIKE).nonzero()[:, 0]
+                values, indices = similarity[some].topk(min(NEAREST, similarity.shape[1]))
+                one, other = (some[:, None] + a * TILE).expand_as(indices), indices + b * TILE
+                kept = values > ALIKE
+                found += zip(one[kept].tolist(), other[kept].tolist(), values[kept].tolist(), strict=True)
+            bar.update(rows.shape[1])
+    return found
+
+
+def _bound(descriptions: Tensor, pairs: Pairs) -> float:
+    """The similarity that near-duplicates exceed, from descriptions (N, D) and a spanning forest of similar pairs."""
+    count, bound = len(descriptions), ALIKE
+    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    one, other = torch.triu_indices(len(sample), len(sample), 1)
+    closeness = -(1 - (descriptions[sample] @ descriptions[sample].T)[one, other]).clamp(min=1e-7).log()
+    comparisons = (8 + 2 * len(MARGINS)) * count * (count - 1) / 2
+    while bound < IDENTICAL:
+        groups = components(count, (pair for pair in pairs if pair[2] > bound))[sample]
+        chance = closeness[groups[one] != groups[other]]
+        if not len(chance):
+            break
+        fifth, twentieth = chance.quantile(torch.tensor([0.8, 0.95])).tolist()
+        largest = twentieth + (twentieth - fifth) / math.log(4) * math.log(comparisons / 20)
+        if 1 - math.exp(-largest) <= bound:
+            break
+        bound = 1 - math.exp(-largest)
+    return min(bound, IDENTICAL)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.device import available_cpus
-from engine.groups import SIDE, thumbnail
+from engine.groups import SIZE, thumbnail
 from engine.images import ImageError, Item, read_image
 from engine.records import Features, Records
 
@@ -19,7 +19,7 @@ BATCH = 256  # images after which records are written
 
 @dataclass
 class Survey:
-    thumbnails: Features  # of the M readable images, uint8 (M, SIDE * SIDE)
+    thumbnails: Features  # of the M readable images, uint8 (M, 3 * SIZE * SIZE)
     readable: Tensor  # (M,) their indices
     errors: list[ImageError]  # one for each of the other images
 
@@ -32,7 +32,7 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
 
     def look(i: int) -> Tensor | ImageError:
         try:
-            return thumbnail(read_image(items[i], 2 * SIDE))
+            return thumbnail(read_image(items[i], SIZE, crop=False))
         except ImageError as error:
             return ImageError(str(error))  # without its traceback, which keeps the image in memory
 
@@ -43,9 +43,9 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
                 found = dict(zip(batch, pool.map(look, batch), strict=True))
                 errors = {i: each for i, each in found.items() if isinstance(each, ImageError)}
                 good = [i for i in batch if i not in errors]
-                rows = torch.stack([found[i].flatten() for i in good]) if good else torch.empty(0, SIDE * SIDE)
+                rows = torch.stack([found[i].flatten() for i in good]) if good else torch.empty(0, 3 * SIZE**2)
                 yield good, rows.numpy(), errors
 
-    records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, SIDE * SIDE)
+    records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, 3 * SIZE**2)
     thumbnails, readable, _, _, errors = records.complete(ids, compute, "looking at images", BATCH)
     return Survey(thumbnails, readable, list(errors.values()))
