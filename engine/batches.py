@@ -14,7 +14,7 @@ from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
 from engine.folders import Images
-from engine.images import READING, ImageError, augment, preprocess, read_image
+from engine.images import ImageError, augment, preprocess, read_image, reading_arguments
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device, and the indices of the images that could be read.
@@ -47,7 +47,7 @@ class ImageLoader:
 
     def read(self, i: int, draws: Tensor | None) -> Tensor | None:
         try:
-            image = read_image(self.images.items[i], *(self.preprocessing[key] for key in READING))
+            image = read_image(self.images.items[i], *reading_arguments(self.preprocessing))
         except ImageError as error:  # it was readable during extraction
             self.errors[i] = ImageError(str(error))  # without its traceback, which keeps the image in memory
             return None
