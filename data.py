@@ -9,7 +9,7 @@ How a folder is read is in engine/folders.py.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,7 @@ class Data:
     test: Images
     content: str  # a hash: the same for every copy of the data set
     notes: tuple[str, ...]  # what the user should know, a line each
+    reading: dict = field(default_factory=dict)  # how unusual images are read, see engine/depth.py
 
     @property
     def parts(self) -> dict[str, Images]:

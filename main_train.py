@@ -33,11 +33,13 @@ from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
+from engine.depth import agree
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
+from engine.images import peculiarities
 from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -118,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     with output_folder(args.output):
         data = load_data(args.data, args.cache, args.limit, test_split=args.test_split)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
-        print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, sep="\n")
+        data.reading, lines = agree(peculiarities(data.train.items))
+        print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, *lines, sep="\n")
         if is_first():
             data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
         rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
@@ -182,6 +185,8 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
         print(f"{first_line(error)}; using {model.preprocessing['image_size']}")
+    if data.reading:
+        model.preprocessing["reading"] = data.reading
     if args.demo:
         models.set_statistics(model, data.train.items[:128])
     model.precision, model.views = args.precision, args.views
@@ -341,7 +346,8 @@ def save(
         results.write_results(file, rows)
     with attempt(f"plots of {model.name}", failed):
         color = visualization.colors(rows)[model.backbone]
-        visualization.draw_model(row, data.test.items, data.test.labels, trained.logits["test"], color, plots)
+        test = data.test.items, data.test.labels, trained.logits["test"]
+        visualization.draw_model(row, *test, color, plots, data.reading)
     model.cpu()  # makes room on the GPU for the next one
 
 
@@ -384,11 +390,11 @@ def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
     print("\nlooking for near-duplicates and label errors")
     with threads(1):
         logits = train_utils.out_of_sample_logits(features, labels, len(data.classes))
-        report = {"model": trained.model.name, **audit(parts, features, logits, data.classes, correct)}
+        report = {"model": trained.model.name, **audit(parts, features, logits, data.classes, correct, data.reading)}
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     print(f"{summary(report)}: see {folder / 'data.json'}")
-    visualization.draw_audit(report, parts, folder / f"{trained.row['plot']}_data.png")
+    visualization.draw_audit(report, parts, folder / f"{trained.row['plot']}_data.png", data.reading)
     return report
 
 

@@ -34,6 +34,7 @@ def audit(
     logits: Tensor,
     classes: Sequence[str],
     correct: list[int | None],
+    reading: dict | None = None,
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 
@@ -50,7 +51,7 @@ def audit(
         {**described[i], "suggested": classes[label], "probability": probability}
         for i, label, probability in label_errors(logits, labels)
     ]
-    pairs = near_duplicates(features, [item for part in parts.values() for item in part.items])
+    pairs = near_duplicates(features, [item for part in parts.values() for item in part.items], reading)
     if pairs is None:
         return {"near_duplicates": None, "label_errors": errors}
     duplicated = {i for *pair, _ in pairs for i in pair}
@@ -78,7 +79,9 @@ def summary(report: dict) -> str:
     return f"{tested}; {pairs} {'has' if conflicts < 2 else 'have'} conflicting labels; {errors}"
 
 
-def near_duplicates(features: Sequence[Features], items: Sequence[Item]) -> list[tuple[int, int, float]] | None:
+def near_duplicates(
+    features: Sequence[Features], items: Sequence[Item], reading: dict | None = None
+) -> list[tuple[int, int, float]] | None:
     """Pairs of near-duplicates and their correlation, the highest first. None for more than COMPARED images.
 
     `features` are those of the training, validation and test images, `items` all images. A pair is an image and the
@@ -91,7 +94,7 @@ def near_duplicates(features: Sequence[Features], items: Sequence[Item]) -> list
 
     @lru_cache(maxsize=8192)
     def thumbnails(i: int) -> Tensor:
-        return _thumbnails(read_image(items[i], 32))
+        return _thumbnails(read_image(items[i], 32, reading=reading))
 
     def correlations(pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, float]]:
         for i, j in pairs:

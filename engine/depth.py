@@ -15,7 +15,7 @@ DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)  # bits
 FILLED = 0.7  # if the brightest value is beyond this share of a depth's range, the end of that range is white
 OUTLIERS = 0.01  # this share of images may have values beyond the scale, for example from broken pixels
 SOFT = 0.25  # in transparency at most this share of pixels is neither transparent nor opaque; in a near infrared, most
-FIXED = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": (0, 1)}  # without a "reading"
+FIXED = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": (0, 1)}  # scales without a "reading"
 
 
 @dataclass
@@ -86,7 +86,7 @@ def agree(records: Sequence[dict]) -> tuple[dict, list[str]]:
 
 
 def _scale(low: float, high: float) -> tuple[float, float]:
-    """The values of black and white for values from `low` to `high`. Black is zero, unless all values are far from it."""
+    """The values of black and white for values from `low` to `high`. Black is zero if that is not far away."""
     if low < 0 or low > high / 2:
         return low, max(high, low + 1e-6)
     top = 1 if high <= 1 else next((2**depth - 1 for depth in DEPTHS if high < 2**depth), high)
@@ -100,26 +100,35 @@ def _number(value: float) -> str:
 def to_8_bits(values: Values, reading: dict | None = None) -> Image.Image:
     """The image in 8 bits: L, RGB or RGBA. Values beyond the scale become black or white; pixels without data, black.
 
-    Raises ValueError if there is no scale for this kind of values.
+    Raises ValueError if there is no scale for such values.
     """
-    reading, kind = reading or {}, values.kind
-    extent = values.extent if kind == "float" and kind not in reading else None
-    if kind not in reading | FIXED or (extent and not (extent[0] >= 0 and extent[1] <= 1)):
-        found = " to ".join(map(_number, values.extent or (0, 0)))
-        raise ValueError(
-            f"{kind} values, here {found}: which are black and white is known only if the model was trained on such "
-            "images; convert them to 8 bits"
-        )
-    pixels = _scaled(values.colors, *reading.get(kind, FIXED.get(kind)))
+    reading = reading or {}
+    scale = reading.get(values.kind) or _fixed_scale(values)
+    pixels = _scaled(values.colors, *scale)
     pixels = 255 - pixels if values.inverted else pixels
     pixels[~values.valid] = 0
     image = Image.fromarray(pixels)
     if values.alpha is not None and (values.alpha_is_certain or reading.get("alpha", values.softness <= SOFT)):
         image = image.convert("RGB")
-        image.putalpha(Image.fromarray(_scaled(values.alpha, *reading.get(kind, FIXED.get(kind)))))
+        image.putalpha(Image.fromarray(_scaled(values.alpha, *scale)))
     image.info |= {key: values.info[key] for key in ("icc_profile", "gamma", "srgb") if key in values.info}
     image.getexif()[0x0112] = values.orientation
     return ImageOps.exif_transpose(image)
+
+
+def _fixed_scale(values: Values) -> tuple[float, float]:
+    """Black and white by the type alone: the whole range of 8 and 16 bits, or 0 to 1. Raises ValueError if in doubt.
+
+    Sensors of 10, 12 or 14 bits store 16: what is less than a quarter of the range is in doubt.
+    """
+    kind, (low, high) = values.kind, values.extent or (0, 0)
+    doubtful = (kind == "uint16" and 0 < high < 16384) or (kind == "float" and not (low >= 0 and high <= 1))
+    if kind not in FIXED or doubtful:
+        raise ValueError(
+            f"{kind} values from {_number(low)} to {_number(high)}: the model was not trained on such images, so it is "
+            "not known which are black and white; convert the images to 8 bits, or train on such images"
+        )
+    return FIXED[kind]
 
 
 def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:

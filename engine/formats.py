@@ -16,19 +16,17 @@ _one_large_image = threading.Lock()
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RAW = (b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJI", b"FOVb", b"\0MRM")
-OTHERS = {  # what Pillow cannot read, and the package that can
-    "a DICOM file": (rb".{128}DICM", "pydicom"),
-    "a JPEG XL image": (rb"\xff\x0a|\0\0\0\x0cJXL ", "pillow-jxl-plugin"),
-    "a HEIF image": (rb".{4}ftyp(hei|hev|mif|msf)", "pillow-heif"),
-    "a camera's raw file": (b"|".join(map(re.escape, RAW)) + rb"|.{4}ftypcrx", "rawpy"),
-    "a TIFF file": (b"|".join(map(re.escape, TIFF)), "tifffile"),
-    "a FITS file": (rb"SIMPLE  =", "astropy"),
-    "an OpenEXR image": (rb"v/1\x01", "OpenEXR"),
-    "a Radiance HDR image": (rb"#\?R", "imageio"),
-    "a Photoshop file": (rb"8BPS", "psd-tools"),
-    "an array of NumPy": (rb"\x93NUMPY", "numpy"),
-    "a NIfTI file": (rb".{344}n[i+]1\0", "nibabel"),
-    "an HDF5 file": (rb"\x89HDF", "h5py"),
+OTHERS = {  # how files begin that Pillow cannot read, what they are, and what helps
+    rb"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL image: pip install pillow-jxl-plugin",
+    rb".{4}ftyp(hei|hev|mif|msf)": "a HEIF image: pip install pillow-heif",
+    rb".{128}DICM": "a DICOM file: save its picture as PNG, for example with pydicom",
+    rb".{344}n[i+]1\0": "a NIfTI file: save its slices as PNG, for example with nibabel",
+    rb"v/1\x01": "an OpenEXR image: save it as PNG, for example with OpenEXR",
+    rb"#\?R": "a Radiance HDR image: save it as PNG, for example with imageio",
+    rb"8BPS": "a Photoshop file of a kind that Pillow cannot read: save it as PNG",
+    rb"\x93NUMPY": "an array of NumPy: save it as PNG",
+    rb"\x89HDF": "an HDF5 file: save its pictures as PNG, for example with h5py",
+    b"|".join(map(re.escape, TIFF)): "a damaged TIFF file",
 }
 
 
@@ -60,12 +58,14 @@ def room(width: int, height: int, bytes_per_pixel: float, more: int = 0) -> Iter
         yield
 
 
+def is_tiff_or_raw(start: bytes) -> bool:
+    """Whether a file that begins so is a TIFF or a camera's raw file."""
+    return start.startswith(TIFF + RAW) or start[4:11] == b"ftypcrx"
+
+
 def what_it_is(content: bytes) -> str:
     """What to say of a file that Pillow does not know."""
-    for name, (start, package) in OTHERS.items():
-        if re.match(start, content, re.DOTALL):
-            return f"{name} of a kind that Pillow cannot read: save it as PNG (`pip install {package}` reads it)"
-    return "not an image"
+    return next((text for start, text in OTHERS.items() if re.match(start, content, re.DOTALL)), "not an image")
 
 
 def library(name: str, what: str) -> ModuleType:

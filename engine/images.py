@@ -7,7 +7,8 @@ it out, and their exit code is 1.
 import io
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from itertools import groupby
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from engine.console import first_line, say_once
 from engine.depth import to_8_bits
-from engine.formats import image_formats, room, what_it_is
+from engine.device import available_cpus
+from engine.formats import image_formats, is_tiff_or_raw, room, what_it_is
 from engine.readers import layout_of, pixels_of, read_values
 
 SRGB_GAMMA = 1 / 2.2
@@ -78,6 +80,23 @@ def read_image(
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
 
+def peculiarity(item: Item) -> dict | None:
+    """What `depth.agree` needs to know of an image file: None if it is as most are, or cannot be read."""
+    if isinstance(item, Path | str | bytes):
+        with suppress(Exception):  # read_image will raise it
+            values = read_values(item if isinstance(item, bytes) else _read_file(Path(item)))
+            return values.record() if values else None
+    return None
+
+
+def peculiarities(items: Sequence[Item]) -> list[dict]:
+    """The peculiarities of those images that have any."""
+    if isinstance(items, np.ndarray):
+        return []
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return [found for found in pool.map(peculiarity, items) if found]
+
+
 def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
     if isinstance(item, Image.Image):
         with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
@@ -110,11 +129,13 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Iterator[tuple[np.ndarray, str]]:
+def read_for_plot(
+    captioned: Iterable[tuple[Item, str]], reading: dict | None, size: int = 224
+) -> Iterator[tuple[np.ndarray, str]]:
     """Yields the images that can be read, (H, W, 3), at most `size` large, with their captions."""
     for item, caption in captioned:
         with suppress(ImageError):  # the file may have been deleted
-            yield read_image(item, size).permute(1, 2, 0).numpy(), caption
+            yield read_image(item, size, reading=reading).permute(1, 2, 0).numpy(), caption
 
 
 def is_image_file(path: str, extension: str) -> bool:
@@ -124,6 +145,9 @@ def is_image_file(path: str, extension: str) -> bool:
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
+            with open(path, "rb") as file:
+                if is_tiff_or_raw(file.read(12)):
+                    return True
             Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
             return True
     return False

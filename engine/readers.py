@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.depth import Values
-from engine.formats import RAW, TIFF, image_formats, library, room
+from engine.formats import TIFF, image_formats, is_tiff_or_raw, library, room
 from engine.tiff import CMYK, RGB, Page, read_pages
 
 EIGHT_BITS = (b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")  # how files begin that Pillow reads right
@@ -33,7 +33,7 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _png(content)
     if start in TIFF:
         return _tiff(content, size)
-    if start in RAW or content[4:11] == b"ftypcrx":
+    if is_tiff_or_raw(content[:12]):
         return _camera_raw(content, size)
     if start == b"SIMP":
         return _fits(content)
