@@ -71,7 +71,7 @@ def agree(records: Sequence[dict]) -> tuple[dict, list[str]]:
         extents = np.array([record["extent"] for record in records if record["kind"] == kind and record["extent"]])
         low = np.quantile(extents[:, 0], OUTLIERS, method="lower").item()
         high = np.quantile(extents[:, 1], 1 - OUTLIERS, method="higher").item()
-        black, white = reading[kind] = list(_scale(low, high))
+        black, white = reading[kind] = list(_scale(low, high, DEPTHS[:1] if kind == "float" else DEPTHS))
         name = {"uint16": "16-bit", "uint32": "32-bit", "float": "floating-point"}.get(kind, kind)
         lines.append(f"{name} images: {_number(black)} to {_number(white)} is black to white")
     if softness := [record["softness"] for record in records if "softness" in record]:
@@ -85,11 +85,11 @@ def agree(records: Sequence[dict]) -> tuple[dict, list[str]]:
     return reading, lines
 
 
-def _scale(low: float, high: float) -> tuple[float, float]:
+def _scale(low: float, high: float, depths: Sequence[int]) -> tuple[float, float]:
     """The values of black and white for values from `low` to `high`. Black is zero if that is not far away."""
     if low < 0 or low > high / 2:
         return low, max(high, low + 1e-6)
-    top = 1 if high <= 1 else next((2**depth - 1 for depth in DEPTHS if high < 2**depth), high)
+    top = 1 if high <= 1 else next((2**depth - 1 for depth in depths if high < 2**depth), high)
     return 0, top if high > FILLED * top or high <= 1 else high
 
 

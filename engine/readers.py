@@ -5,10 +5,11 @@ what more a file holds. What is done depends on a file's content, never on its n
 """
 
 import io
+import math
 import re
 import struct
-import warnings
 from contextlib import suppress
+from itertools import takewhile
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,8 +42,9 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _portable_pixmap(content)
     if start == CODESTREAM or (start == b"\0\0\0\x0c" and CODESTREAM in content):
         return _jpeg_2000(content)
-    with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-        return pixels_of(image) if image.mode[0] in "IF" else None
+    with Image.open(io.BytesIO(content), formats=image_formats()) as image, room(*image.size, 0):
+        deep = image.mode[0] in "IF"
+    return _pillow(content) if deep else None
 
 
 # ------------------------------------------------------------------------------------------- read by Pillow
@@ -81,37 +83,34 @@ def _png(content: bytes) -> Values | None:
 
 
 def _pillow(content: bytes, dtype: str | None = None, page: int = 0) -> Values:
-    """Reads a file with Pillow: all bytes of 16-bit colours, of which Pillow keeps the first, in two passes."""
-
-    def load(low_bytes: bool) -> tuple[Values, str, object]:
-        with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-            image.seek(page)
-            layout = layout_of(image.tile[0]) if image.tile else ""
-            if layout == "LA;16B":  # its four bytes are those of an RGBA pixel
-                image.tile = [_with_layout(tile, "RGBA") for tile in image.tile]
-            elif low_bytes:
-                other = layout[:-1] + ("B" if layout[-1] in "LN" else "L")
-                image.tile = [_with_layout(tile, other) for tile in image.tile]
-            with room(*image.size, 25 if image.format == "JPEG2000" else 16):
-                image.load()
-            with suppress(Exception):  # ignore damaged EXIF; keep the image
-                ImageOps.exif_transpose(image, in_place=True)
-            deep = image.mode in ("RGB", "RGBA") and ";16" in layout
-            transparent = image.info.pop("transparency", None) if dtype == "uint16" else None
-            return pixels_of(image, None if deep else dtype), layout, transparent
-
-    values, layout, transparent = load(low_bytes=False)
-    if layout == "LA;16B":
-        high, low = values.colors.astype("uint16"), values.colors[..., 1]
-        values.colors, values.alpha = high[..., 0] << 8 | low, high[..., 2] << 8 | values.alpha
-    elif values.colors.ndim == 3 and ";16" in layout:
-        low = load(low_bytes=True)[0]
-        values.colors = values.colors.astype("uint16") << 8 | low.colors
-        values.alpha = None if values.alpha is None else values.alpha.astype("uint16") << 8 | low.alpha
-    if transparent is not None and values.kind == "uint16":  # one grey or colour of a PNG
-        same = values.colors == np.array(transparent)
-        values.alpha = np.where(same if same.ndim == 2 else same.all(axis=2), 0, 65535).astype("uint16")
+    """Reads a file with Pillow: 16-bit colours, of which Pillow keeps the first bytes, a second time for the others."""
+    image, layout = _load(content, page)
+    if image.mode not in ("RGB", "RGBA") or ";16" not in layout:
+        values = pixels_of(image, dtype)
+    elif layout == "LA;16B":  # the four bytes of such a pixel are those of an RGBA pixel
+        pairs = np.asarray(_load(content, page, "RGBA")[0]).astype("uint16")
+        values = _bands(pairs[..., ::2] << 8 | pairs[..., 1::2], image.info)
+    else:
+        other, _ = _load(content, page, layout[:-1] + ("B" if layout[-1] in "LN" else "L"))
+        values = _bands(np.asarray(image).astype("uint16") << 8 | np.asarray(other), image.info)
+    if values.kind == "uint16" and "transparency" in image.info:  # one grey value or colour of a PNG
+        same = values.colors.reshape(*values.colors.shape[:2], -1) == np.array(image.info["transparency"])
+        values.alpha = np.where(same.all(axis=2), 0, 65535).astype("uint16")
     return values
+
+
+def _load(content: bytes, page: int, layout: str | None = None) -> tuple[Image.Image, str]:
+    """A page, upright, and how its pixels are laid out in the file. Another `layout` reads other bytes."""
+    with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+        image.seek(page)
+        own = layout_of(image.tile[0]) if image.tile else ""
+        if layout:
+            image.tile = [_with_layout(tile, layout) for tile in image.tile]
+        with room(*image.size, 25 if image.format == "JPEG2000" else 16):
+            image.load()
+        with suppress(Exception):  # ignore damaged EXIF; keep the image
+            ImageOps.exif_transpose(image, in_place=True)
+        return image, own
 
 
 def layout_of(tile: tuple) -> str:
@@ -133,9 +132,7 @@ def _portable_pixmap(content: bytes) -> Values | None:
     bands, width, height, top = 3 if header[1] == b"6" else 1, *map(int, header.groups()[1:])
     with room(width, height, 16):
         array = np.frombuffer(content, ">u2", width * height * bands, header.end()).reshape(height, width, bands)
-        return _bands(
-            (array * np.float32(65535 / top) + 0.5).astype("uint16") if top < 65535 else array.astype("uint16")
-        )
+        return _bands((array * np.float32(65535 / top) + 0.5).astype("uint16"))
 
 
 def _jpeg_2000(content: bytes) -> Values | None:
@@ -178,25 +175,21 @@ def _camera_raw(content: bytes, size: int) -> Values:
 
 
 def _fits(content: bytes) -> Values:
-    """FITS: the first picture or cube of three colours. Pillow is right for a plain picture at the start."""
-    cards = {
-        content[i : i + 8].strip(): content[i + 10 : i + 80].partition(b"/")[0].strip() for i in range(0, 28800, 80)
-    }
-    plain = cards.get(b"NAXIS") == b"2" and not cards.keys() & {b"BZERO", b"BSCALE", b"BLANK", b"XTENSION"}
-    if plain:
-        return _pillow(content, {b"8": "uint8", b"16": "int16", b"32": "int32"}.get(cards[b"BITPIX"], "float32"))
-    fits = library("astropy.io.fits", "this FITS file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a file that was cut is a warning
-        with fits.open(io.BytesIO(content), memmap=False) as file:
-            part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
-            if part is None:
-                raise ValueError("a FITS file without a picture")
-            shape = [length for length in part.shape[:-2] if length > 1]
-            with room(part.shape[-1], part.shape[-2], 32 * int(np.prod(shape, dtype=int))):
-                array = part.data.reshape(-1, *part.data.shape[-2:])[:, ::-1]  # FITS begins at the bottom
-    values = _bands(np.moveaxis(array, 0, -1) if shape == [3] else array[0])
-    values.notes = {"pages": f"the first of {len(array)} planes is read"} if shape not in ([], [3]) else {}
+    """FITS: the first picture, or a cube of three colours. Pillow is right of a plain picture at the start."""
+    cards = takewhile(lambda card: card[:8] != b"END     ", (content[i : i + 80] for i in range(0, len(content), 80)))
+    header = {card[:8].strip(): card[10:].partition(b"/")[0].strip() for card in cards}
+    if header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
+        return _pillow(content, {b"8": "uint8", b"16": "int16", b"32": "int32"}.get(header[b"BITPIX"], "float32"))
+    fits = library("astropy.io.fits", "this kind of FITS file")
+    with fits.open(io.BytesIO(content), memmap=False) as file:
+        part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
+        if part is None or sum(part.fileinfo()[key] for key in ("datLoc", "datSpan")) > len(content) + 2879:
+            raise ValueError("a FITS file without a picture, or a part of one")
+        planes = math.prod(part.shape[:-2])
+        with room(part.shape[-1], part.shape[-2], 32 * planes):
+            array = part.data.reshape(planes, *part.shape[-2:])[:, ::-1]  # FITS begins at the bottom
+    values = _bands(np.moveaxis(array, 0, -1) if planes == 3 else array[0])
+    values.notes = {"pages": f"the first of {planes} planes is read"} if planes not in (1, 3) else {}
     return values
 
 
@@ -244,8 +237,8 @@ def _with_notes(values: Values, page: Page, count: int) -> Values:
 
 def _tifffile(content: bytes, page: Page) -> Values:
     tifffile = library("tifffile", f"this TIFF file ({page})")
-    if page.end > len(content):
-        raise ValueError("image file is truncated")
+    if not page.is_whole(len(content)):
+        raise ValueError("a part of the file is missing")
     if page.photometric > RGB:
         raise ValueError(f"this kind of TIFF file cannot be read ({page})")
     with room(*page.size, page.bands * page.bytes * 3), tifffile.TiffFile(io.BytesIO(content)) as file:

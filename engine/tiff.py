@@ -45,7 +45,8 @@ class Page:
     def is_pillows(self) -> bool:
         """Whether Pillow reads the page right, if it opens it."""
         known = self.compression in COMPRESSIONS and self.photometric in PHOTOMETRICS and len(set(self.bits)) == 1
-        return known and not (self.is_planar and self.bands > 1 and max(self.bits) > 8)
+        premultiplied = self.has_alpha and self.tags[338][0] == 1
+        return known and not (max(self.bits) > 8 and self.bands > 1 and (self.is_planar or premultiplied))
 
     @property
     def is_plain(self) -> bool:
@@ -65,11 +66,10 @@ class Page:
         with suppress(ValueError):
             return float(self.tags.get(42113, (b"",))[0].split(b"\0")[0])
 
-    @property
-    def end(self) -> int:
-        """Where the last strip or tile ends in the file."""
+    def is_whole(self, size: int) -> bool:
+        """Whether all strips or tiles are in a file of that size."""
         offsets, counts = (self.tags.get(273) or self.tags.get(324, ())), (self.tags.get(279) or self.tags.get(325, ()))
-        return max((offset + count for offset, count in zip(offsets, counts, strict=False)), default=0)
+        return all(count and offset + count <= size for offset, count in zip(offsets, counts, strict=False))
 
 
 def read_pages(content: bytes) -> tuple[list[Page], bool]:
