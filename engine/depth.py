@@ -119,10 +119,10 @@ def to_8_bits(values: Values, reading: dict | None = None) -> Image.Image:
 def _fixed_scale(values: Values) -> tuple[float, float]:
     """Black and white by the type alone: the whole range of 8 and 16 bits, or 0 to 1. Raises ValueError if in doubt.
 
-    Sensors of 10, 12 or 14 bits store 16: what is less than a quarter of the range is in doubt.
+    Sensors of 10, 12 or 14 bits store 16: what is less than a quarter of the range is in doubt, unless it is flat.
     """
     kind, (low, high) = values.kind, values.extent or (0, 0)
-    doubtful = (kind == "uint16" and 0 < high < 16384) or (kind == "float" and not (low >= 0 and high <= 1))
+    doubtful = (kind == "uint16" and low < high < 16384) or (kind == "float" and not (low >= 0 and high <= 1))
     if kind not in FIXED or doubtful:
         raise ValueError(
             f"{kind} values from {_number(low)} to {_number(high)}: the model was not trained on such images, so it is "

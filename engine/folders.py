@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.console import count_of, printable
-from engine.images import is_image_file
+from engine.images import is_image_file, unread_format
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
@@ -226,7 +226,7 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
         elif is_image_file(entry.path, extension):
             images.append(Path(entry.path))
         else:
-            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else ""
+            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else unread_format(entry.path)
             skipped[(printable(extension) or "without extension") + hint] += 1
     return images, skipped
 

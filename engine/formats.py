@@ -16,6 +16,7 @@ _one_large_image = threading.Lock()
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 RAW = (b"IIU\0", b"IIRO", b"IIRS", b"MMOR", b"FUJI", b"FOVb", b"\0MRM")
+NOT_AN_IMAGE = "not an image"
 OTHERS = {  # how files begin that Pillow cannot read, what they are, and what helps
     rb"\xff\x0a|\0\0\0\x0cJXL ": "a JPEG XL image: pip install pillow-jxl-plugin",
     rb".{4}ftyp(hei|hev|mif|msf)": "a HEIF image: pip install pillow-heif",
@@ -65,7 +66,7 @@ def is_tiff_or_raw(start: bytes) -> bool:
 
 def what_it_is(content: bytes) -> str:
     """What to say of a file that Pillow does not know."""
-    return next((text for start, text in OTHERS.items() if re.match(start, content, re.DOTALL)), "not an image")
+    return next((text for start, text in OTHERS.items() if re.match(start, content, re.DOTALL)), NOT_AN_IMAGE)
 
 
 def library(name: str, what: str) -> ModuleType:

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.console import first_line, say_once
 from engine.depth import to_8_bits
 from engine.device import available_cpus
-from engine.formats import image_formats, is_tiff_or_raw, room, what_it_is
+from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
 from engine.readers import layout_of, pixels_of, read_values
 
 SRGB_GAMMA = 1 / 2.2
@@ -151,6 +151,16 @@ def is_image_file(path: str, extension: str) -> bool:
             Image.open(path, formats=[name for name in formats if Image.OPEN[name][1]]).close()
             return True
     return False
+
+
+def unread_format(path: str) -> str:
+    """What a file is that is not read as an image, in brackets; "" if it is no kind of picture."""
+    with suppress(OSError):
+        if Path(path).is_file():  # opening a pipe would block
+            with open(path, "rb") as file:
+                kind = what_it_is(file.read(400))
+            return f" ({kind})" if kind != NOT_AN_IMAGE else ""
+    return ""
 
 
 def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, reading: dict | None) -> Tensor:
