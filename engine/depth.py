@@ -20,7 +20,7 @@ FIXED = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": 
 
 @dataclass
 class Values:
-    """What a file holds, before it is scaled."""
+    """What a file holds, before it is scaled. `engine/readers.py` makes it."""
 
     colors: np.ndarray  # (H, W) or (H, W, 3)
     alpha: np.ndarray | None = None  # (H, W): transparency
@@ -44,13 +44,15 @@ class Values:
     @property
     def extent(self) -> list[float] | None:
         """The smallest and the largest value. None if there is no data."""
-        values = self.colors[self.valid]
+        values = self.colors if self.lacking is None else self.colors[~self.lacking]
         return [values.min().item(), values.max().item()] if values.size else None
 
     @property
-    def valid(self) -> np.ndarray:
-        """Which values are data."""
-        return np.isfinite(self.colors) & (self.colors != self.missing)
+    def lacking(self) -> np.ndarray | None:
+        """Which values are not data. None if all are."""
+        if self.missing is None and self.kind != "float":
+            return None
+        return ~np.isfinite(self.colors) | (self.colors == self.missing)
 
     def record(self) -> dict:
         """What `agree` needs to know of an image, as plain types."""
@@ -106,7 +108,8 @@ def to_8_bits(values: Values, reading: dict | None = None) -> Image.Image:
     scale = reading.get(values.kind) or _fixed_scale(values)
     pixels = _scaled(values.colors, *scale)
     pixels = 255 - pixels if values.inverted else pixels
-    pixels[~values.valid] = 0
+    if values.lacking is not None:
+        pixels[values.lacking] = 0
     image = Image.fromarray(pixels)
     if values.alpha is not None and (values.alpha_is_certain or reading.get("alpha", values.softness <= SOFT)):
         image = image.convert("RGB")
@@ -135,7 +138,16 @@ def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
     """Values as uint8, rounded: `black` becomes 0, `white` 255."""
     if values.dtype == np.uint8:
         return values.copy()
-    scaled = values.astype(np.float32 if values.itemsize < 4 else np.float64)
+    if values.dtype.kind in "ui" and values.itemsize < 4:  # a table, because large images as floats take much memory
+        unsigned = np.dtype(f"uint{8 * values.itemsize}")
+        table = _to_uint8(np.arange(256**values.itemsize).astype(unsigned).view(values.dtype), black, white)
+        return np.stack([table[row] for row in values.view(unsigned)])
+    return _to_uint8(values, black, white)
+
+
+def _to_uint8(values: np.ndarray, black: float, white: float) -> np.ndarray:
+    scaled = values.astype(np.float32 if values.dtype == np.float32 else np.float64)
+    np.nan_to_num(scaled, copy=False)
     scaled -= black
     scaled *= 255 / (white - black)
-    return np.nan_to_num(scaled.clip(0, 255) + 0.5, copy=False).astype(np.uint8)
+    return np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled).astype(np.uint8)

@@ -42,7 +42,7 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _portable_pixmap(content)
     if start == CODESTREAM or (start == b"\0\0\0\x0c" and CODESTREAM in content):
         return _jpeg_2000(content)
-    with Image.open(io.BytesIO(content), formats=image_formats()) as image, room(*image.size, 0):
+    with Image.open(io.BytesIO(content), formats=image_formats()) as image:
         deep = image.mode[0] in "IF"
     return _pillow(content) if deep else None
 
@@ -65,6 +65,7 @@ def pixels_of(image: Image.Image, dtype: str | None = None) -> Values:
 
 def _bands(array: np.ndarray, info: dict | None = None) -> Values:
     """The first one or three bands of an array (H, W) or (H, W, bands), and a 2nd or 4th one as transparency."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.ndim == 2:
         return Values(array, info=info or {})
     bands = array.shape[2]
@@ -91,8 +92,11 @@ def _pillow(content: bytes, dtype: str | None = None, page: int = 0) -> Values:
         pairs = np.asarray(_load(content, page, "RGBA")[0]).astype("uint16")
         values = _bands(pairs[..., ::2] << 8 | pairs[..., 1::2], image.info)
     else:
-        other, _ = _load(content, page, layout[:-1] + ("B" if layout[-1] in "LN" else "L"))
-        values = _bands(np.asarray(image).astype("uint16") << 8 | np.asarray(other), image.info)
+        array, info = np.asarray(image).astype("uint16"), image.info
+        image = _load(content, page, layout[:-1] + ("B" if layout[-1] in "LN" else "L"))[0]
+        array <<= 8  # in place, because such images are large
+        array |= np.asarray(image)
+        values = _bands(array, info)
     if values.kind == "uint16" and "transparency" in image.info:  # one grey value or colour of a PNG
         same = values.colors.reshape(*values.colors.shape[:2], -1) == np.array(image.info["transparency"])
         values.alpha = np.where(same.all(axis=2), 0, 65535).astype("uint16")
@@ -106,7 +110,7 @@ def _load(content: bytes, page: int, layout: str | None = None) -> tuple[Image.I
         own = layout_of(image.tile[0]) if image.tile else ""
         if layout:
             image.tile = [_with_layout(tile, layout) for tile in image.tile]
-        with room(*image.size, 25 if image.format == "JPEG2000" else 16):
+        with room(*image.size, {"JPEG2000": 25}.get(image.format, 18 if image.mode[0] in "IF" else 16)):
             image.load()
         with suppress(Exception):  # ignore damaged EXIF; keep the image
             ImageOps.exif_transpose(image, in_place=True)
@@ -148,7 +152,7 @@ def _jpeg_2000(content: bytes) -> Values | None:
     if bands == 1:
         return _pillow(content, "uint16")
     imagecodecs = library("imagecodecs", f"a JPEG 2000 image with {bands} bands of {depth} bits")
-    with room(right - left, bottom - top, 25):
+    with room(right - left, bottom - top, 12 * bands):
         array = imagecodecs.jpeg2k_decode(content).astype(np.int32) + (1 << depth - 1 if signed else 0)
         return _doubtful(_bands((array << 16 - depth).astype("uint16")))
 
@@ -169,7 +173,9 @@ def _camera_raw(content: bytes, size: int) -> Values:
         with rawpy.imread(io.BytesIO(content)) as raw:
             half = min(raw.sizes.width, raw.sizes.height) >= 4 * size
             with room(raw.sizes.width, raw.sizes.height, 6 if half else 16):
-                return Values(raw.postprocess(use_camera_wb=True, no_auto_bright=True, half_size=half))
+                # the curve of sRGB; a brightness of its own for each image would hide what differs between images
+                options = {"use_camera_wb": True, "no_auto_bright": True, "gamma": (2.4, 12.92)}
+                return Values(raw.postprocess(**options, half_size=half))
     except rawpy.LibRawError as error:
         raise ValueError(f"a preview, or a camera's raw file that rawpy cannot read ({error})") from error
 
@@ -241,7 +247,7 @@ def _tifffile(content: bytes, page: Page) -> Values:
         raise ValueError("a part of the file is missing")
     if page.photometric > RGB:
         raise ValueError(f"this kind of TIFF file cannot be read ({page})")
-    with room(*page.size, page.bands * page.bytes * 3), tifffile.TiffFile(io.BytesIO(content)) as file:
+    with room(*page.size, page.bands * (2 * page.bytes + 8)), tifffile.TiffFile(io.BytesIO(content)) as file:
         array = file.pages[page.number].asarray(maxworkers=1)
     array = np.moveaxis(array, 0, -1) if page.is_planar and page.bands > 1 else array
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
