@@ -33,13 +33,12 @@ from engine.audit import audit, fit_unfamiliarity, summary
 from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
-from engine.depth import agree
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
-from engine.images import peculiarities
+from engine.images import agree_on
 from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     with output_folder(args.output):
         data = load_data(args.data, args.cache, args.limit, test_split=args.test_split)
         counts = f"{len(data.train):,} for training, {len(data.val):,} for validation, {len(data.test):,} for testing"
-        data.reading, lines = agree(peculiarities(data.train.items))
+        data.reading, lines = agree_on(data.train.items)
         print(f"{count_of(len(data.classes), 'class')}, images: {counts}", *data.notes, *lines, sep="\n")
         if is_first():
             data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
@@ -185,8 +184,7 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
         print(f"{first_line(error)}; using {model.preprocessing['image_size']}")
-    if data.reading:
-        model.preprocessing["reading"] = data.reading
+    model.preprocessing |= {"reading": data.reading} if data.reading else {}
     if args.demo:
         models.set_statistics(model, data.train.items[:128])
     model.precision, model.views = args.precision, args.views

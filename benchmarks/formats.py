@@ -214,7 +214,7 @@ ROWS = {
     "plain FITS": ("FITS: a plain picture", "Pillow"),
     "FITS": ("FITS: other scales, compressed, cubes of three colours", "`astropy`"),
     "raw": ("raw files of cameras: the sensor's picture", "`rawpy`"),
-    "refused": ("five or more bands that are not marked as RGB; DICOM, NIfTI, OpenEXR, HDR, arrays", "none: refused by name"),
+    "refused": ("5 and more bands that are not marked as RGB; DICOM, NIfTI, OpenEXR, HDR, arrays", "refused by name"),
 }  # fmt: skip
 
 

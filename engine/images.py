@@ -21,7 +21,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from engine.console import first_line, say_once
-from engine.depth import to_8_bits
+from engine.depth import agree, to_8_bits
 from engine.device import available_cpus
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
 from engine.readers import layout_of, pixels_of, read_values
@@ -89,12 +89,11 @@ def peculiarity(item: Item) -> dict | None:
     return None
 
 
-def peculiarities(items: Sequence[Item]) -> list[dict]:
-    """The peculiarities of those images that have any."""
-    if isinstance(items, np.ndarray):
-        return []
+def agree_on(items: Sequence[Item]) -> tuple[dict, list[str]]:
+    """`depth.agree` for these images. Reads all files."""
+    files = [] if isinstance(items, np.ndarray) else items
     with ThreadPoolExecutor(available_cpus()) as pool:
-        return [found for found in pool.map(peculiarity, items) if found]
+        return agree([record for record in pool.map(peculiarity, files) if record])
 
 
 def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:

@@ -222,13 +222,13 @@ def _tiff(content: bytes, size: int) -> Values | None:
     if page.is_pillows:
         with suppress(UnidentifiedImageError):
             values = _pillow(content, page.dtype, page.number)
+            values.inverted = page.is_inverted and values.kind != "uint8"
     return _with_notes(values or _tifffile(content, page), page, count)
 
 
 def _with_notes(values: Values, page: Page, count: int) -> Values:
     """Drops a band that is not marked as transparency, and notes what was left out."""
-    values.alpha_is_certain, values.inverted = False, page.is_inverted and values.kind not in ("uint8", "bool")
-    values.alpha = values.alpha if page.has_alpha else None
+    values.alpha_is_certain, values.alpha = False, values.alpha if page.has_alpha else None
     values.missing = page.missing if values.kind != "uint8" else None
     if page.bands == 2 and not page.has_alpha:
         values.notes["bands"] = "the first of 2 bands is read as grey"
@@ -254,5 +254,5 @@ def _tifffile(content: bytes, page: Page) -> Values:
     if array.ndim == 3:
         array = array[..., : page.bands if page.bands < 4 else 4 if page.has_alpha else 3]
     values = _bands(array, {"icc_profile": page.profile} if page.profile else None)
-    values.orientation = page.orientation
+    values.orientation, values.inverted = page.orientation, page.is_inverted
     return values

@@ -20,7 +20,7 @@ class Page:
         self.bands, self.compression, self.photometric = self.one(277, 1), self.one(259, 1), self.one(262, 1)
         self.is_planar, self.orientation = self.one(284, 1) == 2, self.one(274, 1)
         self.bits = tags.get(258, (1,))
-        self.is_preview = bool(self.one(254) & 1)
+        self.is_preview = bool(self.one(254) & 5) or self.one(255) == 2  # or a mask
         self.is_inverted = self.photometric == 0
         self.has_alpha = self.bands in (2, 4, 5, 6) and tags.get(338, (0,))[0] in (1, 2)
         self.profile = tags.get(34675, (None,))[0]

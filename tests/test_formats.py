@@ -93,6 +93,10 @@ def grey(values: np.ndarray) -> np.ndarray:
     return np.repeat(values[..., None], 3, axis=-1).astype(int)
 
 
+LEFT = X < 9
+GREY_AND_ALPHA = np.dstack([GREY, np.where(LEFT, 0, 255)]).astype(int) * 257
+FRACTIONS, WITHOUT_9999 = GREY / 255, np.where(LEFT, -9999, GREY / 252).astype("<f4")
+WITHOUT_32768 = np.where(LEFT, -32768, GREY.astype(int) * 16).astype("<i2")
 DEEP = {  # files of values of more than 8 bits, and the picture that they hold
     "TIFF, RGB, 12 bits": (tiff((RGB.astype("<u2") * 16, {})), RGB),
     "TIFF, RGB, 10 bits": (tiff((RGB.astype("<u2") * 4, {})), RGB),
@@ -102,20 +106,16 @@ DEEP = {  # files of values of more than 8 bits, and the picture that they hold
     "TIFF, signed 8 bits": (tiff(((GREY.astype(int) - 128).astype(np.int8), {})), grey(GREY)),
     "TIFF, signed 16 bits": (tiff((GREY.astype("<i2") * 16, {})), grey(GREY)),
     "TIFF, 32 bits": (tiff((GREY.astype("<u4") << 24, {})), grey(GREY)),
-    "TIFF, fractions": (tiff(((GREY / 255).astype("<f4"), {})), grey(GREY)),
-    "TIFF, no data is -9999": (
-        tiff((np.where(X < 9, -9999, GREY / 252).astype("<f4"), {42113: b"-9999\0"})), grey(np.where(X < 9, 0, GREY / 252 * 255))
-    ),
-    "TIFF, no data is -32768": (
-        tiff((np.where(X < 9, -32768, GREY.astype(int) * 16).astype("<i2"), {42113: b"-32768\0"})), grey(np.where(X < 9, 0, GREY))
-    ),
+    "TIFF, fractions": (tiff((FRACTIONS.astype("<f4"), {})), grey(GREY)),
+    "TIFF, no data is -9999": (tiff((WITHOUT_9999, {42113: b"-9999\0"})), grey(np.where(LEFT, 0, GREY / 252 * 255))),
+    "TIFF, no data is -32768": (tiff((WITHOUT_32768, {42113: b"-32768\0"})), grey(np.where(LEFT, 0, GREY))),
     "PNG, RGB, 12 bits": (png(RGB.astype(int) * 16, 2), RGB),
     "PNG, RGB and transparency": (png(np.dstack([RGB, X * 0 + 255]).astype(int) * 257, 6), RGB),
-    "PNG, grey and transparency": (png(np.dstack([GREY, np.where(X < 9, 0, 255)]).astype(int) * 257, 4), grey(np.where(X < 9, 255, GREY))),
-    "PNG, one transparent grey": (png(GREY.astype(int) * 257, 0, tRNS=struct.pack(">H", 4 * 257)), grey(np.where(X == 1, 255, GREY))),
+    "PNG, grey and transparency": (png(GREY_AND_ALPHA, 4), grey(np.where(LEFT, 255, GREY))),
+    "PNG, a transparent grey": (png(GREY.astype(int) * 257, 0, tRNS=b"\4\4"), grey(np.where(X == 1, 255, GREY))),
     "PPM, 12 bits": (b"P6 64 48 # wide\n65535\n" + (RGB.astype(int) * 16).astype(">u2").tobytes(), RGB),
-    "PGM, 12 bits by its header": (b"P5\n64 48\n4095\n" + (GREY.astype(int) * 16).astype(">u2").tobytes(), grey(GREY)),
-}  # fmt: skip
+    "PGM, 12 bits": (b"P5\n64 48\n4095\n" + (GREY.astype(int) * 16).astype(">u2").tobytes(), grey(GREY)),
+}
 
 
 @pytest.mark.parametrize("kind", DEEP)
