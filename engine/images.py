@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -99,11 +99,10 @@ def agree_on(items: Sequence[Item]) -> tuple[dict, list[str]]:
 def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
     if isinstance(item, Image.Image):
         with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
-            tile = getattr(item, "tile", [])
             try:
                 return item.copy()
-            except Exception:
-                item.tile = tile  # or Pillow would take a damaged file for read, and all black, the next time
+            except Exception as error:  # the second time, Pillow would give black pixels without an error
+                item.load = partial(_fail, first_line(error))
                 raise
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item.permute(1, 2, 0).cpu().numpy()
@@ -116,6 +115,10 @@ def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
         "an image is a path, a file's bytes, a Pillow image, a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
         f"or a uint8 tensor (C, H, W), not {given}"
     )
+
+
+def _fail(message: str) -> None:
+    raise OSError(message)
 
 
 def _read_file(path: Path) -> bytes:

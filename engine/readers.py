@@ -54,13 +54,14 @@ def pixels_of(image: Image.Image, dtype: str | None = None) -> Values:
     """The values of an image of Pillow, as `dtype`: Pillow has signed types for some unsigned ones."""
     if image.mode[0] in "IF":
         array = np.asarray(image)
-        dtype = dtype or ("uint16" if image.mode.startswith("I;16") or image.format == "PPM" else array.dtype.name)
+        unsigned = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+        dtype = dtype or ("uint16" if unsigned else array.dtype.name)
         return Values(array.astype(dtype), info=image.info)
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.mode not in ("L", "RGB", "LA", "RGBA"):
         image = image.convert("RGB")
-    return _bands(np.asarray(image).astype(dtype or "uint8"), image.info)
+    return _bands(np.asarray(image).astype("int8" if dtype == "int8" else "uint8"), image.info)
 
 
 def _bands(array: np.ndarray, info: dict | None = None) -> Values:
@@ -212,7 +213,7 @@ def _tiff(content: bytes, size: int) -> Values | None:
         return None
     page = full[0]
     count = page.images or sum(other.size == page.size for other in full)
-    if page.is_plain and page.number == 0 and count == 1:
+    if page.is_plain and page.number == 0 and count == 1 and content[:4] != b"MM\0+":  # which Pillow does not know
         return None
     if min(page.size) <= 16 < max(page.size) and count > 16:
         raise ValueError(f"{count} pages of {page.size[0]}x{page.size[1]} pixels seem to be bands: save three as RGB")
@@ -251,6 +252,8 @@ def _tifffile(content: bytes, page: Page) -> Values:
         array = file.pages[page.number].asarray(maxworkers=1)
     array = np.moveaxis(array, 0, -1) if page.is_planar and page.bands > 1 else array
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"{array.dtype} values cannot be seen")
     if array.ndim == 3:
         array = array[..., : page.bands if page.bands < 4 else 4 if page.has_alpha else 3]
     values = _bands(array, {"icc_profile": page.profile} if page.profile else None)
