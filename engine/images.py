@@ -24,7 +24,7 @@ from engine.console import first_line, say_once
 from engine.depth import agree, to_8_bits
 from engine.device import available_cpus
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
-from engine.readers import layout_of, pixels_of, read_values
+from engine.readers import layout_of, pixels_of, read_deep, read_values
 
 SRGB_GAMMA = 1 / 2.2
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
@@ -84,7 +84,8 @@ def peculiarity(item: Item) -> dict | None:
     """What `depth.agree` needs to know of an image file: None if it is as most are, or cannot be read."""
     if isinstance(item, Path | str | bytes):
         with suppress(Exception):  # read_image will raise it
-            values = read_values(item if isinstance(item, bytes) else _read_file(Path(item)))
+            content = item if isinstance(item, bytes) else _read_file(Path(item))
+            values = read_values(content) or read_deep(content)
             return values.record() if values else None
     return None
 

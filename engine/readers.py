@@ -23,7 +23,7 @@ CODESTREAM = b"\xff\x4f\xff\x51"  # how the picture in a JPEG 2000 file begins
 
 
 def read_values(content: bytes, size: int = 224) -> Values | None:
-    """What a file holds that 8 bits, three bands and one page do not. None if Pillow's picture is right.
+    """What a file holds that 8 bits, three bands and one page do not. None if Pillow's image object holds it all.
 
     Where a file holds its picture in several sizes, the one read has sides of at least twice `size`.
     """
@@ -42,9 +42,16 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _portable_pixmap(content)
     if start == CODESTREAM or (start == b"\0\0\0\x0c" and CODESTREAM in content):
         return _jpeg_2000(content)
+    return None
+
+
+def read_deep(content: bytes) -> Values | None:
+    """The values of a file of another format if Pillow opens it with more than 8 bits."""
+    if content.startswith((*EIGHT_BITS, *TIFF, b"\x89PNG")):
+        return None
     with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-        deep = image.mode[0] in "IF"
-    return _pillow(content) if deep else None
+        with room(*image.size, 18):
+            return pixels_of(image) if image.mode[0] in "IF" else None
 
 
 # ------------------------------------------------------------------------------------------- read by Pillow
@@ -56,7 +63,8 @@ def pixels_of(image: Image.Image, dtype: str | None = None) -> Values:
         array = np.asarray(image)
         unsigned = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
         dtype = dtype or ("uint16" if unsigned else array.dtype.name)
-        return Values(array.astype(dtype), info=image.info)
+        # one value a pixel is rather a measurement than a colour: its profile is left alone
+        return Values(array.astype(dtype), info={} if "icc_profile" in image.info else image.info)
     if image.has_transparency_data and image.mode not in ("LA", "RGBA"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.mode not in ("L", "RGB", "LA", "RGBA"):
