@@ -137,7 +137,7 @@ def _fixed_scale(values: Values) -> tuple[float, float]:
 def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:
     """Values as uint8, rounded: `black` becomes 0, `white` 255."""
     if values.dtype == np.uint8:
-        return values.copy()
+        return values
     if values.dtype.kind in "ui" and values.itemsize < 4:  # a table, because large images as floats take much memory
         unsigned = np.dtype(f"uint{8 * values.itemsize}")
         table = _to_uint8(np.arange(256**values.itemsize).astype(unsigned).view(values.dtype), black, white)

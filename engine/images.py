@@ -24,7 +24,7 @@ from engine.console import first_line, say_once
 from engine.depth import agree, to_8_bits
 from engine.device import available_cpus
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
-from engine.readers import layout_of, pixels_of, read_deep, read_values
+from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_deep, read_values
 
 SRGB_GAMMA = 1 / 2.2
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
@@ -170,9 +170,7 @@ def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, r
     # a progressive JPEG keeps all of its coefficients in memory
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    # bytes that a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes
-    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
-    with room(*image.size, {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode), coefficients):
+    with room(*image.size, bytes_per_pixel(image), coefficients):
         if image.format == "PNG" and "transparency" in image.info:
             # Pillow scales grey values of 2 and 4 bits to 8, but not the one that is transparent
             image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(layout_of(image.tile[0]), 1)

@@ -49,9 +49,8 @@ def read_deep(content: bytes) -> Values | None:
     """The values of a file of another format if Pillow opens it with more than 8 bits."""
     if content.startswith((*EIGHT_BITS, *TIFF, b"\x89PNG")):
         return None
-    with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-        with room(*image.size, 18):
-            return pixels_of(image) if image.mode[0] in "IF" else None
+    with Image.open(io.BytesIO(content), formats=image_formats()) as image, room(*image.size, bytes_per_pixel(image)):
+        return pixels_of(image) if image.mode[0] in "IF" else None
 
 
 # ------------------------------------------------------------------------------------------- read by Pillow
@@ -69,7 +68,7 @@ def pixels_of(image: Image.Image, dtype: str | None = None) -> Values:
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     elif image.mode not in ("L", "RGB", "LA", "RGBA"):
         image = image.convert("RGB")
-    return _bands(np.asarray(image).astype("int8" if dtype == "int8" else "uint8"), image.info)
+    return _bands(np.asarray(image).view("int8" if dtype == "int8" else "uint8"), image.info)
 
 
 def _bands(array: np.ndarray, info: dict | None = None) -> Values:
@@ -119,11 +118,17 @@ def _load(content: bytes, page: int, layout: str | None = None) -> tuple[Image.I
         own = layout_of(image.tile[0]) if image.tile else ""
         if layout:
             image.tile = [_with_layout(tile, layout) for tile in image.tile]
-        with room(*image.size, {"JPEG2000": 25}.get(image.format, 18 if image.mode[0] in "IF" else 16)):
+        with room(*image.size, 16 if ";16" in own else bytes_per_pixel(image)):
             image.load()
         with suppress(Exception):  # ignore damaged EXIF; keep the image
             ImageOps.exif_transpose(image, in_place=True)
         return image, own
+
+
+def bytes_per_pixel(image: Image.Image) -> int:
+    """What a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
+    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
 
 
 def layout_of(tile: tuple) -> str:
