@@ -9,7 +9,6 @@ is read with what was written. Prints a line for each kind that is not read righ
 
 import importlib
 import io
-import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from common import arguments, print_header, print_row
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from engine.console import run_script
 from engine.depth import agree
@@ -237,6 +235,7 @@ def verdict(content: bytes, expected: np.ndarray | str) -> str:
 
 
 def main() -> int:
+    arguments(__doc__)
     found = defaultdict(list)
     for row, kind, write, expected in kinds():
         try:
@@ -247,9 +246,10 @@ def main() -> int:
         found[row].append(verdict(content, expected))
         if found[row][-1] != "right":
             print(f"{row}: {kind}: {found[row][-1]}")
-    print("\n| files | read by | kinds right |\n| --- | --- | ---: |")
+    print()
+    print_header("files", "read by", "kinds right", texts=2)
     for row, (files, package) in ROWS.items():
-        print(f"| {files} | {package} | {found[row].count('right')} of {len(found[row])} |")
+        print_row(files, package, f"{found[row].count('right')} of {len(found[row])}")
     return int(any(each != "right" for row in found.values() for each in row))
 
 

@@ -68,8 +68,10 @@ class Page:
 
     def is_whole(self, size: int) -> bool:
         """Whether all strips or tiles are in a file of that size."""
-        offsets, counts = (self.tags.get(273) or self.tags.get(324, ())), (self.tags.get(279) or self.tags.get(325, ()))
-        return all(count and offset + count <= size for offset, count in zip(offsets, counts, strict=False))
+        offsets = self.tags.get(273) or self.tags.get(324, ())
+        counts = self.tags.get(279) or self.tags.get(325, ())
+        parts = list(zip(offsets, counts, strict=True))
+        return bool(parts) and all(count and offset + count <= size for offset, count in parts)
 
 
 def read_pages(content: bytes) -> tuple[list[Page], bool]:
