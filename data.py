@@ -13,7 +13,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from engine.console import count_of, first_line
+from engine.depth import agree
 from engine.files import atomic_write, locked
 from engine.folders import SPLITS, Images
 from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
-from engine.records import Features
-from engine.survey import survey
+from engine.survey import Survey, survey
 from engine.tables import read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,6 +47,7 @@ class Data:
     unreadable: tuple[str, ...] = ()  # images that are left out, and why
     # pairs of near-duplicates, and of images that are alike, numbered in the order of the parts; see groups.py
     similar: tuple[Pairs, Pairs] | None = None
+    reading: dict = field(default_factory=dict)  # how unusual images are read, see engine/depth.py
 
     @property
     def parts(self) -> dict[str, Images]:
@@ -102,8 +103,8 @@ def load_data(
     sizes = {}  # of the parts to hold out, in images of each class, if not a fifth
     if limit is not None:
         parts, sizes = _limited(parts, limit, len(classes))
-    images, places, thumbnails, unreadable = _survey(parts, root / "features")
-    similar = find_near_duplicates(images.ids, thumbnails, root / "features")
+    images, places, seen = _look(parts, root / "features")
+    similar = find_near_duplicates(images.ids, seen.thumbnails(), root / "features")
     named = groups is not None or images.groups is not None
     images.groups, remarks = assign_groups(images, groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
@@ -117,31 +118,34 @@ def load_data(
     if "test" in missing:
         given = "" if "val" in missing else " (--test-split val tests on val/ instead)"
         notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
-    notes += [*(remarks if missing else ()), *_remarks(classes, parts)]
-    if empty := classes_without_images(classes, parts["train"]):
-        reasons = "; ".join([*unreadable[:3], *notes])
-        raise ValueError(f"no training image of {empty} in {source}: add some, or raise --limit; {reasons}")
-    if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
-        needed = "training needs two, validation and test need one each, of other groups if --groups names some"
-        raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *notes]))
+    reading, lines = agree(seen.peculiarities(places["train"]))
+    notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
+    _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
     place = torch.cat([places[part] for part in parts]).argsort().tolist()
     similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
-    return Data(classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, similar=similar)
+    unreadable = tuple(sorted(map(str, seen.errors)))
+    return Data(
+        classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, similar=similar, reading=reading
+    )
 
 
-def _survey(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Features, tuple[str, ...]]:
-    """All images that can be read, the places of each part's among them, their thumbnails, and why others cannot."""
+def _look(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Survey]:
+    """All images that can be read, the places of each part's images among them, and what is known of them."""
     images = Images.joined(parts.values())
     part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts.values()]))
+    _refuse_collisions(images)
+    seen = survey(images.items, images.ids, folder)
+    images, part_of = images.subset(seen.readable), part_of[seen.readable]
+    return images, {name: (part_of == number).nonzero().flatten() for number, name in enumerate(parts)}, seen
+
+
+def _refuse_collisions(images: Images) -> None:
+    """Raises ValueError if files that differ have the same id: each would get the features of the other."""
     firsts = {}
     for item, identity in zip(images.items, images.ids, strict=True):
         first = firsts.setdefault(identity, item)
         if isinstance(item, Path) and first is not item and not filecmp.cmp(first, item, shallow=False):
             raise ValueError(f"{first} and {item} differ but have the same hash: leave one of them out")
-    seen = survey(images.items, images.ids, folder)
-    images, part_of = images.subset(seen.readable), part_of[seen.readable]
-    places = {name: (part_of == number).nonzero().flatten() for number, name in enumerate(parts)}
-    return images, places, seen.thumbnails, tuple(sorted(map(str, seen.errors)))
 
 
 def _limited(parts: dict[str, Images], limit: int, classes: int) -> tuple[dict[str, Images], dict[str, Tensor]]:
@@ -220,6 +224,15 @@ def _fitting_groups(counts: dict[str, Counter[int]], sizes: list[int], others: i
                     missing[label] -= count
                     left[label] -= 1
     return held, missing
+
+
+def _refuse_unusable(classes: tuple[str, ...], parts: dict[str, Images], source: str, reasons: list[str]) -> None:
+    """Raises ValueError if images are missing. `reasons` may say why."""
+    if empty := classes_without_images(classes, parts["train"]):
+        raise ValueError("; ".join([f"no training image of {empty} in {source}: add some, or raise --limit", *reasons]))
+    if len(parts["train"]) < 2 or not len(parts["val"]) or not len(parts["test"]):
+        needed = "training needs two, validation and test need one each, of other groups if --groups names some"
+        raise ValueError("; ".join([f"too few images in {source}: {needed}; add some, or raise --limit", *reasons]))
 
 
 def _in_one_group(classes: tuple[str, ...], images: Images) -> str:

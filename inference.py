@@ -264,7 +264,7 @@ def answer_text(record: dict) -> str:
     return text
 
 
-def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> None:
+def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, reading: dict | None) -> None:
     """Prints the metrics of one model's records. Writes its confusion matrix, its mistakes and a list of them."""
     import visualization
 
@@ -288,15 +288,16 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path) -> Non
         file.write(table.getvalue().encode(errors="surrogateescape"))
     visualization.save(visualization.plot_confusion(name, scores["confusion"], names), output / f"{name}_confusion.png")
     mistakes = ((Path(r["path"]), printable(r["true"]), printable(r["label"]), r["probability"]) for r in wrong)
-    if figure := visualization.plot_mistakes(mistakes):
+    if figure := visualization.plot_mistakes(mistakes, reading):
         visualization.save(figure, output / f"{name}_mistakes.png")
 
 
 def report(args: Namespace, models: list[TransferModel], answers: list[Answer]) -> None:
     """Evaluates, draws and explains the answers, as the arguments ask for."""
+    reading = models[0].preprocessing.get("reading")
     if args.evaluate:
         for records in zip(*(with_models(records) for _, records in answers), strict=True):
-            evaluate(records, models[0].classes, args.output)
+            evaluate(records, models[0].classes, args.output, reading)
         print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
     elif not args.paths and args.format == "text":
         correct = sum(records[0]["label"] == records[0]["true"] for _, records in answers)
@@ -312,7 +313,7 @@ def report(args: Namespace, models: list[TransferModel], answers: list[Answer]) 
 
         names = [f"{model.label}: " for model in models]
         captioned = [(item, caption(first, zip(names, by_model, strict=True))) for item, first, by_model in shown]
-        if figure := visualization.plot_predictions(captioned):
+        if figure := visualization.plot_predictions(captioned, reading):
             visualization.save(figure, plot)
             print(f"{plot} shows images with their answers", file=sys.stderr)
 
@@ -330,7 +331,8 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
     """Draws a heat map of each image's label, and the training images with the most similar features."""
     import visualization
 
-    shown = islice(read_for_plot(captioned, model.preprocessing["image_size"]), SAMPLE)
+    reading, size = model.preprocessing.get("reading"), model.preprocessing["image_size"]
+    shown = islice(read_for_plot(captioned, reading, size), SAMPLE)
     images, captions = zip(*shown, strict=True)
     rows = [[(image, caption, None)] for image, caption in zip(images, captions, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
@@ -355,10 +357,10 @@ def similar_training_images(model: TransferModel, images: list[Item], args: Name
         raise FileNotFoundError(f"their features are not in {cache}")
     train, fast = data.train.subset(known), fast_copy(model, args.device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
-    labels = [printable(data.classes[label]) for label in train.labels]
+    labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")
     for found in most_similar(model.cpu(), rows, features, SIMILAR):
         captioned = [(train.items[i], f"{labels[i]}, {cosine:.2f}") for i, cosine in found]
-        yield [(image, caption, None) for image, caption in read_for_plot(captioned)]
+        yield [(image, caption, None) for image, caption in read_for_plot(captioned, reading)]
 
 
 if __name__ == "__main__":

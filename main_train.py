@@ -202,6 +202,7 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
         print(f"{first_line(error)}; using {model.preprocessing['image_size']}")
+    model.preprocessing |= {"reading": data.reading} if data.reading else {}
     if args.demo:
         models.set_statistics(model, data.train.items[:128])
     model.precision, model.views = args.precision, args.views
@@ -328,7 +329,8 @@ def save(trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, di
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
     with attempt(f"plots of {model.name}", failed):
         color = visualization.colors(rows)[model.backbone]
-        visualization.draw_model(row, data.test.items, data.test.labels, trained.logits[0]["test"], color, plots)
+        test = data.test.items, data.test.labels, trained.logits[0]["test"]
+        visualization.draw_model(row, *test, color, plots, data.reading)
 
 
 def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, output: Path) -> bool:
@@ -372,7 +374,7 @@ def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
     with atomic_write(folder / "data.json") as file:
         file.write(json.dumps(report, indent=1).encode())
     print(f"{summary(report)}: see {folder / 'data.json'}")
-    visualization.draw_audit(report, data.parts, folder / f"{trained.row['plot']}_data.png")
+    visualization.draw_audit(report, data.parts, folder / f"{trained.row['plot']}_data.png", data.reading)
     return report
 
 

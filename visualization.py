@@ -172,9 +172,9 @@ def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fo
     return figure
 
 
-def plot_predictions(captioned: Iterable[tuple[Item, str]]) -> Figure | None:
+def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None) -> Figure | None:
     """The first SHOWN images that can be read, four in a row. None if no image can be read."""
-    pictures = [(image, caption, None) for image, caption in itertools.islice(read_for_plot(captioned), SHOWN)]
+    pictures = [(image, caption, None) for image, caption in itertools.islice(read_for_plot(captioned, reading), SHOWN)]
     if not pictures:
         return None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
@@ -183,9 +183,10 @@ def plot_predictions(captioned: Iterable[tuple[Item, str]]) -> Figure | None:
     return plot_images(rows, max(2.5, 0.095 * longest), 1.7, fontsize=12)
 
 
-def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]]) -> Figure | None:
+def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]], reading: dict | None) -> Figure | None:
     """The first images with their true class, the predicted class and its probability. None if there is none."""
-    return plot_predictions((item, f"{true}\ntaken for {taken}, {p:.0%}") for item, true, taken, p in mistakes)
+    captioned = ((item, f"{true}\ntaken for {taken}, {p:.0%}") for item, true, taken, p in mistakes)
+    return plot_predictions(captioned, reading)
 
 
 def colors(rows: dict[str, dict]) -> dict[str, str]:
@@ -194,7 +195,15 @@ def colors(rows: dict[str, dict]) -> dict[str, str]:
     return dict(zip(backbones, itertools.cycle(COLORS), strict=False))
 
 
-def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor, color: str, folder: Path) -> None:
+def draw_model(
+    row: dict,
+    items: Sequence[Item],
+    labels: Tensor,
+    logits: Tensor,
+    color: str,
+    folder: Path,
+    reading: dict | None = None,
+) -> None:
     """Draws a model's plots from its row of results.json, the test images, their labels and its logits (N, classes)."""
     for kind in CAPTIONS:
         (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # of an earlier run
@@ -209,7 +218,7 @@ def draw_model(row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor,
         "": plot_history(row, color),
         "_confusion": plot_confusion(label, row["confusion"], classes),
         "_reliability": plot_reliability(label, row["calibration"], color),
-        "_mistakes": plot_mistakes(mistakes),
+        "_mistakes": plot_mistakes(mistakes, reading),
     }
     for kind, figure in figures.items():
         if figure:
@@ -243,7 +252,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
     save(figure, folder / "comparison.png")
 
 
-def draw_audit(report: dict, parts: dict[str, Images], file: Path) -> None:
+def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict | None = None) -> None:
     """Draws the clearest near-duplicates and label errors of an audit. `parts` are the images, by part."""
     items = {path: item for images in parts.values() for path, item in zip(images.paths(), images.items, strict=True)}
     pairs = sorted(report["near_duplicates"] or [], key=lambda pair: len({i["label"] for i in pair["images"]}) == 1)
@@ -254,7 +263,7 @@ def draw_audit(report: dict, parts: dict[str, Images], file: Path) -> None:
     for error in report["label_errors"][: SHOWN - len(shown)]:
         suggested = f"more likely {printable(error['suggested'])}, {error['probability']:.0%}"
         shown.append((items[error["path"]], f"{printable(error['label'])}?\n{suggested}"))
-    if figure := plot_predictions(shown):
+    if figure := plot_predictions(shown, reading):
         save(figure, file)
 
 

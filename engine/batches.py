@@ -14,7 +14,7 @@ from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
 from engine.folders import Images
-from engine.images import READING, augment, preprocess, read_image
+from engine.images import augment, preprocess, read_image, reading_arguments
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device.
@@ -43,7 +43,7 @@ class ImageLoader:
         self.pool = ThreadPoolExecutor(min(16, available_cpus()))
 
     def read(self, i: int, draws: Tensor | None) -> Tensor:
-        image = read_image(self.images.items[i], *(self.preprocessing[key] for key in READING))
+        image = read_image(self.images.items[i], *reading_arguments(self.preprocessing))
         return image if draws is None else augment(image, draws, self.preprocessing["mean"])
 
     def __call__(self, batch: Tensor, draws: Tensor | None) -> Tensor:

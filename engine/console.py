@@ -151,3 +151,13 @@ def printable(text: str) -> str:
 def count_of(number: int, noun: str) -> str:
     """For example "1 image", "2 images", "2 classes"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+_said = set()
+
+
+def say_once(key: str, line: str) -> None:
+    """Prints a line on stderr, unless one of that key has been printed."""
+    if key not in _said:
+        _said.add(key)
+        print(printable(line), file=sys.stderr)

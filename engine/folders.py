@@ -20,7 +20,7 @@ from torch import Tensor
 from engine.console import count_of, printable
 from engine.device import available_cpus
 from engine.distributed import gather, share
-from engine.images import is_image_file
+from engine.images import is_image_file, unread_format
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
@@ -314,7 +314,7 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
         elif is_image_file(entry.path, extension):
             images.append(Path(entry.path))
         else:
-            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else ""
+            hint = f" (pip install {PLUGINS[extension]})" if extension in PLUGINS else unread_format(entry.path)
             skipped[(printable(extension) or "without extension") + hint] += 1
     return images, skipped
 

@@ -25,7 +25,6 @@ from engine.console import Progress, count_of
 from engine.distributed import gather, is_first
 from engine.files import atomic_write
 from engine.folders import Images
-from engine.records import Features
 
 LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
 COMPARED = 100_000  # with more images than this, near_duplicates gives up: they would take minutes
@@ -94,8 +93,8 @@ def _groups_of_copies(images: Images, pairs: Pairs) -> tuple[list[str], list[str
     return groups, remarks
 
 
-def find_near_duplicates(ids: list[str], thumbnails: Features, folder: Path) -> tuple[Pairs, Pairs] | None:
-    """`near_duplicates` of images with these `ids` and thumbnails, kept in `folder` for the next run with the same."""
+def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tuple[Pairs, Pairs] | None:
+    """`near_duplicates` of images with these `ids`, kept in `folder` for the next run with the same."""
     if len(ids) > COMPARED:
         return None
     file = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json"
@@ -105,7 +104,7 @@ def find_near_duplicates(ids: list[str], thumbnails: Features, folder: Path) -> 
         pass
     found = None
     if is_first():
-        found = near_duplicates(thumbnails[torch.arange(len(ids))].unflatten(1, (3, SIZE, SIZE)))
+        found = near_duplicates(thumbnails)
         with atomic_write(file) as stream:
             stream.write(json.dumps(found).encode())
     return gather(found)[0]

@@ -4,13 +4,12 @@ An image that cannot be read raises ImageError. engine/run.py gives it an output
 it out, and their exit code is 1.
 """
 
-import importlib
 import io
 import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext, suppress
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
@@ -21,12 +20,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from engine.console import first_line
+from engine.console import first_line, say_once
+from engine.depth import to_8_bits
+from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
+from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_deep, read_values
 
-MAX_MEMORY = 400_000_000  # bytes that decoding one image may take
+SRGB_GAMMA = 1 / 2.2
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
-ONE_AT_A_TIME = 32_000_000  # bytes of memory beyond which images are decoded one at a time
-_one_large_image, _one_at_a_time = threading.Lock(), threading.Lock()
+_one_at_a_time = threading.Lock()
 
 # a path, a uint8 array (H, W, 3), a uint8 tensor (3, H, W), a Pillow image, a file's content, or a file opened to read
 Item = Path | str | np.ndarray | Tensor | Image.Image | bytes | bytearray | memoryview | BinaryIO
@@ -62,15 +63,20 @@ class ImageError(OSError):
     """An image that cannot be read. The message names it."""
 
 
-READING = ("image_size", "crop", "interpolation")  # the keys of a preprocessing that are arguments of read_image
+def reading_arguments(preprocessing: dict) -> list:
+    """The arguments of `read_image` after the item."""
+    return [preprocessing.get(key) for key in ("image_size", "crop", "interpolation", "reading")]
 
 
-def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation: str = "bilinear") -> Tensor:
+def read_image(
+    item: Item, max_size: int = 224, crop: bool = True, interpolation: str = "bilinear", reading: dict | None = None
+) -> Tensor:
     """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
     Crops it to the square in the middle, unless `crop` is False. Resizes an image larger than `max_size` to (3,
     max_size, max_size), so that a batch of photographs takes no more memory than a batch of thumbnails; `preprocess`
-    resizes smaller images, on the device. Raises ImageError if the image cannot be read for any reason.
+    resizes smaller images, on the device. `reading` says how values of more than 8 bits become 8, see engine/depth.py.
+    Raises ImageError if the image cannot be read for any reason.
     """
     name = item if isinstance(item, Path | str) else "image"
     try:
@@ -79,11 +85,15 @@ def read_image(item: Item, max_size: int = 224, crop: bool = True, interpolation
                 return torch.from_numpy(np.array(item)).permute(2, 0, 1)  # a copy, because the array may be read-only
         if not isinstance(item, np.ndarray | Tensor | Image.Image):
             content = _content(item)
+            if values := read_values(content, max_size):
+                for key in values.notes.keys() - (reading or {}).keys():
+                    say_once(key, f"{name}: {values.notes[key]}")
+                return _finish(to_8_bits(values, reading), max_size, crop, interpolation)
             with Image.open(io.BytesIO(content), formats=image_formats()) as image:
-                return _decode(image, max_size, crop, interpolation)
-        return _decode(_pillow_image(item), max_size, crop, interpolation)
+                return _decode(image, max_size, crop, interpolation, reading)
+        return _decode(_pillow_image(item), max_size, crop, interpolation, reading)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image") from error
+        raise ImageError(f"{name}: {what_it_is(content)}") from error
     except Exception as error:  # damaged files make Pillow raise nearly any exception
         raise ImageError(f"{name}: {getattr(error, 'strerror', None) or first_line(error)}") from error
 
@@ -106,16 +116,34 @@ def _content(item: Item) -> bytes:
     return _read_file(Path(item))
 
 
+def peculiarity(item: Item) -> dict | None:
+    """What `depth.agree` needs to know of an image file: None if it is as most are, or cannot be read."""
+    if isinstance(item, np.ndarray | Tensor | Image.Image):
+        return None
+    with suppress(Exception):  # read_image will raise it
+        content = _content(item)
+        values = read_values(content) or read_deep(content)
+        return values.record() if values else None
+
+
 def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
     if isinstance(item, Image.Image):
         with _one_at_a_time:  # the image may be in several batches, and Pillow reads its file now
-            return item.copy()
+            try:
+                return item.copy()
+            except Exception as error:  # the second time, Pillow would give black pixels without an error
+                item.load = partial(_fail, first_line(error))
+                raise
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item.permute(1, 2, 0).cpu().numpy()
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
         if item.ndim == 2 or (item.ndim == 3 and item.shape[2] <= 4):
             return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
     raise TypeError(f"not an image: {type(item).__name__} {tuple(item.shape)} of {item.dtype}; {EXPECTED}")
+
+
+def _fail(message: str) -> None:
+    raise OSError(message)
 
 
 def _read_file(path: Path) -> bytes:
@@ -128,11 +156,13 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_for_plot(captioned: Iterable[tuple[Item, str]], size: int = 224) -> Iterator[tuple[np.ndarray, str]]:
+def read_for_plot(
+    captioned: Iterable[tuple[Item, str]], reading: dict | None, size: int = 224
+) -> Iterator[tuple[np.ndarray, str]]:
     """Yields the images that can be read, (H, W, 3), at most `size` large, with their captions."""
     for item, caption in captioned:
         with suppress(ImageError):  # the file may have been deleted
-            yield read_image(item, size).permute(1, 2, 0).numpy(), caption
+            yield read_image(item, size, reading=reading).permute(1, 2, 0).numpy(), caption
 
 
 def is_image_file(path: str, extension: str) -> bool:
@@ -141,6 +171,9 @@ def is_image_file(path: str, extension: str) -> bool:
         return True
     with suppress(Exception):  # not an image, or not readable
         if Path(path).is_file():  # opening a pipe would block
+            with open(path, "rb") as file:
+                if is_tiff_or_raw(file.read(12)):
+                    return True
             Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
             return True
     return False
@@ -151,79 +184,59 @@ def is_image_extension(extension: str) -> bool:
     return Image.EXTENSION.get(extension.lower()) in formats
 
 
-@lru_cache
-def image_formats() -> tuple[str, ...]:
-    """The names of the image formats that Pillow may open.
-
-    Excluded are formats that are not images, formats that make Pillow start another program (Ghostscript), and BLP
-    (game textures), because its reader allocates as much memory as a damaged header asks for.
-    """
-    Image.preinit()  # the common formats first: Pillow tries them in this order
-    Image.init()
-    with suppress(ImportError):
-        importlib.import_module("pillow_heif").register_heif_opener()
-    with suppress(ImportError):
-        importlib.import_module("pillow_jxl")
-    Image.MAX_IMAGE_PIXELS = 100_000_000  # Pillow refuses twice as many; _decode refuses by the memory they take
-    return tuple(name for name in Image.ID if name not in ("EPS", "PDF", "MPEG", "WMF", "HDF5", "GRIB", "BUFR", "BLP"))
+def unread_format(path: str) -> str:
+    """What a file is that is not read as an image, in brackets; "" if it is no kind of picture."""
+    with suppress(OSError):
+        if Path(path).is_file():  # opening a pipe would block
+            with open(path, "rb") as file:
+                kind = what_it_is(file.read(400))
+            return f" ({kind})" if kind != NOT_AN_IMAGE else ""
+    return ""
 
 
-def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str) -> Tensor:
+def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, reading: dict | None) -> Tensor:
     # a progressive JPEG keeps all of its coefficients in memory
     coefficients = 6 * image.width * image.height if "progressive" in image.info else 0
     image.draft(None, (2 * max_size, 2 * max_size))  # decodes a large JPEG at 1/2, 1/4 or 1/8 of its size
-    # bytes that a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes
-    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
-    memory = {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode) * image.width * image.height + coefficients
-    if memory > MAX_MEMORY:
-        raise ValueError(f"{image.width}x{image.height} pixels would take {memory / 1e6:,.0f} MB of memory")
-    with _one_large_image if memory > ONE_AT_A_TIME else nullcontext():
+    with room(*image.size, bytes_per_pixel(image), coefficients):
+        if image.format == "PNG" and "transparency" in image.info:
+            # Pillow scales grey values of 2 and 4 bits to 8, but not the one that is transparent
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(layout_of(image.tile[0]), 1)
+        image.load()  # raises; inside exif_transpose, errors of a damaged file would be ignored, and its pixels black
         with suppress(Exception):  # ignore damaged EXIF; keep the image
             ImageOps.exif_transpose(image, in_place=True)
-        image = _to_8_bits(image)
-        if crop:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-        if max(image.size) > max_size:
-            image = image.resize((max_size, max_size), Image.Resampling[interpolation.upper()], reducing_gap=3.0)
+        if image.mode[0] in "IF":
+            image = to_8_bits(pixels_of(image), reading)
+        elif image.has_transparency_data and image.mode != "RGBA":
+            image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        elif image.mode in ("1", "P"):
+            image = image.convert("RGB")
+        return _finish(image, max_size, crop, interpolation)
+
+
+def _finish(image: Image.Image, max_size: int, crop: bool, interpolation: str) -> Tensor:
+    """Crops and resizes an upright image in 8 bits: uint8 (3, H, W)."""
+    if crop:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if max(image.size) > max_size:
+        image = image.resize((max_size, max_size), Image.Resampling[interpolation.upper()], reducing_gap=3.0)
     return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """An image that can be resized. Pixels of more than 8 bits become 8, scaled by the image's own depth.
-
-    The depth is the smallest of 8, 12 and 16 bits that holds the brightest pixel; fractions up to 1 are scaled by 1.
-    Anything else, such as measurements below zero, is stretched from its smallest to its largest value.
-    """
-    if image.mode[0] in "IF":
-        values = np.array(image, dtype=np.float32)
-        finite = np.isfinite(values)
-        low, high = values.min(where=finite, initial=np.inf), values.max(where=finite, initial=-np.inf)
-        if low >= 0 and high <= 65535:
-            depths = ([1.0] if image.mode == "F" else []) + [255.0, 4095.0, 65535.0]
-            low, high = 0.0, next(depth for depth in depths if high <= depth)
-        values -= np.float32(low)
-        values *= np.float32(255 / max(high - low, 1e-6))
-        np.nan_to_num(values, copy=False)
-        return Image.fromarray(values.clip(0, 255, out=values).astype(np.uint8))
-    if image.has_transparency_data and image.mode != "RGBA":
-        return image.convert("RGBA")
-    if image.mode in ("1", "P"):
-        return image.convert("RGB")
-    image.load()
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB in sRGB, transparency on white."""
-    profile = image.info.get("icc_profile")
+    profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", SRGB_GAMMA)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if profile:
         with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile, or one of another kind of image
             return ImageCms.applyTransform(image, _to_srgb(profile, image.mode))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    if "srgb" in image.info or abs(gamma / SRGB_GAMMA - 1) < 0.05 or gamma <= 0:
+        return image
+    return image.point([round(255 * (value / 255) ** (SRGB_GAMMA / gamma)) for value in range(256)] * 3)
 
 
 @lru_cache(maxsize=16)

@@ -25,7 +25,7 @@ from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, threads
 from engine.distributed import shared_map, world_size
 from engine.fast import fast_copy, running
-from engine.images import READING, ImageError, Item, preprocess, read_image, stack
+from engine.images import ImageError, Item, preprocess, read_image, reading_arguments, stack
 from engine.layers import averages, run_layers
 from engine.metrics import average_models
 
@@ -78,18 +78,20 @@ class _Runner:
 
     @torch.inference_mode()
     def run(self, batch: list[Item]) -> Batch:
-        formats = [tuple(model.preprocessing[key] for key in READING) for model in self.models]
-        images, errors = {}, {}
-        for form in set(formats):
+        wanted = [reading_arguments(model.preprocessing) for model in self.models]
+        different = [form for i, form in enumerate(wanted) if form not in wanted[:i]]
+        images, errors = [], {}
+        for form in different:
             pixels = [torch.zeros(3, 1, 1, dtype=torch.uint8)] * len(batch)
             for i, item in enumerate(batch):
                 try:
                     pixels[i] = read_image(item, *form)
                 except ImageError as error:
                     errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
-            images[form] = stack(pixels, self.device)
+            images.append(stack(pixels, self.device))
         with self.turn, running():
-            outputs = [self.forward(model, images[key]) for model, key in zip(self.models, formats, strict=True)]
+            inputs = (images[different.index(form)] for form in wanted)
+            outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
         unread = torch.tensor(list(errors), dtype=torch.int64)
         return Batch(batch, [rows.float().cpu().index_fill(0, unread, math.nan) for rows in outputs], errors)
 

@@ -1,5 +1,6 @@
-"""What is known of each image before anything is trained: its identity, and a thumbnail. Which ones can be read?"""
+"""What is known of each image before anything is trained: can it be read, how does it look, how are its values kept?"""
 
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,19 +10,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.depth import agree
 from engine.device import available_cpus
 from engine.groups import SIZE, thumbnail
-from engine.images import ImageError, Item, read_image
+from engine.images import ImageError, Item, peculiarity, read_image
 from engine.records import Features, Records
 
+PIXELS, WORDS = 3 * SIZE**2, 512  # bytes of a record: of a thumbnail, and of what is unusual about an image, as JSON
 BATCH = 256  # images after which records are written
 
 
 @dataclass
 class Survey:
-    thumbnails: Features  # of the M readable images, uint8 (M, 3 * SIZE * SIZE)
+    """What is known of N images, of which M can be read."""
+
+    records: Features  # of the M images, (M, PIXELS + WORDS)
     readable: Tensor  # (M,) their indices
     errors: list[ImageError]  # one for each of the other images
+
+    def thumbnails(self) -> Tensor:
+        """uint8 (M, 3, SIZE, SIZE)"""
+        return self.records[torch.arange(len(self.records))][:, :PIXELS].unflatten(1, (3, SIZE, SIZE))
+
+    def peculiarities(self, images: Tensor) -> list[dict]:
+        """What `depth.agree` needs to know of the unusual ones among `images`, which are numbered as the M are."""
+        words = [bytes(row).rstrip(b" ") for row in self.records[images][:, PIXELS:].numpy()]
+        return [json.loads(text) for text in words if text]
 
 
 def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
@@ -30,22 +44,25 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
     Raises OSError if a file in `folder` cannot be written.
     """
 
-    def look(i: int) -> Tensor | ImageError:
+    def look(i: int) -> np.ndarray | ImageError:
+        unusual = peculiarity(items[i])
+        reading = agree([unusual])[0] if unusual else None  # of this image alone: enough for a thumbnail
         try:
-            return thumbnail(read_image(items[i], SIZE, crop=False))
+            pixels = thumbnail(read_image(items[i], SIZE, crop=False, reading=reading))
         except ImageError as error:
             return ImageError(str(error))  # without its traceback, which keeps the image in memory
+        words = json.dumps(unusual, separators=(",", ":")).encode() if unusual else b""
+        return np.concatenate([pixels.flatten().numpy(), np.frombuffer(words.ljust(WORDS), np.uint8)])
 
     def compute(images: list[int]) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
-        with ThreadPoolExecutor(available_cpus()) as pool:
+        with ThreadPoolExecutor(available_cpus(), initializer=torch.set_num_threads, initargs=[1]) as pool:
             for start in range(0, len(images), BATCH):
                 batch = images[start : start + BATCH]
                 found = dict(zip(batch, pool.map(look, batch), strict=True))
                 errors = {i: each for i, each in found.items() if isinstance(each, ImageError)}
                 good = [i for i in batch if i not in errors]
-                rows = torch.stack([found[i].flatten() for i in good]) if good else torch.empty(0, 3 * SIZE**2)
-                yield good, rows.numpy(), errors
+                yield good, np.array([found[i] for i in good]).reshape(-1, PIXELS + WORDS), errors
 
-    records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, 3 * SIZE**2)
-    thumbnails, readable, _, _, errors = records.complete(ids, compute, "looking at images", BATCH)
-    return Survey(thumbnails, readable, list(errors.values()))
+    records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, PIXELS + WORDS)
+    rows, readable, _, _, errors = records.complete(ids, compute, "looking at images", BATCH)
+    return Survey(rows, readable, list(errors.values()))
