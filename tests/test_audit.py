@@ -42,6 +42,19 @@ def test_planted_near_duplicates_and_label_errors_are_found(run, plots, photos, 
     assert "too many images to look for near-duplicates" in out and report["near_duplicates"] is None
 
 
+def test_frames_of_films_are_said_to_be_in_training(run, plots, tmp_path):
+    for film in range(6):
+        scene = Image.fromarray(np.random.default_rng(film).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        scene, folder = scene.resize((60, 60), Image.Resampling.BICUBIC), tmp_path / "films" / f"{film % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for k in range(20):
+            scene.crop((k // 2, 0, k // 2 + 50, 50)).save(folder / f"{film}_{k}.jpg")
+    code, out, _ = run(main_train, "--data", tmp_path / "films", *SMALL, *QUICK)
+    report = json.loads((tmp_path / "plots" / "data.json").read_text())
+    assert code == 0 and report["test_images"] == 24 and report["test_images_with_near_duplicates"] >= 22
+    assert "most test images have a near neighbour in training" in out and "--groups" in out
+
+
 def test_unfamiliar_and_unsure_images_are_marked(run, answers, photos, tmp_path):
     run(main_train, "--data", photos, *SMALL, *QUICK)
     random = np.random.default_rng(0)
