@@ -30,7 +30,6 @@ import visualization
 from data import CIFAR10_SIZE, Data, classes_without_images, load_data
 from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
-from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
@@ -211,6 +210,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     model = new_model(name, data, args, args.seed)
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data)
+    print(f"{model.name}: weights {model.weights}")
     features, labels = extract(model, data, args, device)
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
@@ -235,7 +235,8 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     logits, history, seconds = runs[0]
     accuracies = {part: [loss_and_accuracy(each[part], labels[part])[1] for each, *_ in runs] for part in logits}
     row = {
-        "weights": "random" if args.demo else weights_name(models.find_backbone(name).name),
+        "weights": model.weights,
+        "weights_sha256": content_hash(model.features.state_dict()),
         "seed": args.seed,
         "features": results.extraction_row(features),
         "seconds": {"features": sum(features[part].seconds for part in ("train", "val")), "classifier": seconds},

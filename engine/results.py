@@ -26,6 +26,13 @@ KEYS = {*COMPARABLE, *"backbone label plot fine_tuned accuracy_by_seed seconds c
 KEYS |= {"per_class", "calibration", "val_accuracy", "test_images"}  # what readers of a row need
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that compute, timm's if it is in use."""
+    packages = ("torchvision", "numpy", *(["timm"] if "timm" in sys.modules else []))
+    found = {package: version(package) for package in packages}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
+
+
 def provenance(argv: Sequence[str], device: torch.device) -> dict:
     """What ran, when and where."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -37,11 +44,7 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            **{package: version(package) for package in ("torchvision", "numpy")},
-        },
+        "versions": versions(),
         "device": device_name(device),
     }
 
