@@ -109,9 +109,10 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _fit(place: str, prefix: str, tensors: dict, chosen: dict, left_out: Iterable[str] = ()) -> Fit:
+def _fit(place: str, prefix: str, tensors: dict, chosen: dict, left_out: Iterable[str] = (), how: str = "") -> Fit:
     place = f"{place}.{prefix}".strip(".")
-    return Fit(place, chosen, set(left_out), bool(AVERAGED.search(place)) or "n_averaged" in tensors)
+    averaged = bool(AVERAGED.search(place)) or "n_averaged" in tensors
+    return Fit(f"{place} {how}".strip(), chosen, set(left_out), averaged)
 
 
 def _fits_by_name(found: list, needed: dict, heads: set[str], convert: Callable | None) -> list[Fit]:
@@ -179,7 +180,8 @@ def _fits_by_order(found: list, needed: dict) -> Iterator[Fit]:
             used, rest = tops[: len(shapes)], tops[len(shapes) :]
             if all(top.isdigit() for top in tops) and not {*used} & {*rest}:
                 if [tensor.shape for tensor in below.values()][: len(shapes)] == shapes:
-                    yield _fit(place, f"{prefix}numbers", tensors, dict(zip(needed, below.values(), strict=False)))
+                    chosen = dict(zip(needed, below.values(), strict=False))
+                    yield _fit(place, prefix, tensors, chosen, how="by their order")
                     break
 
 
