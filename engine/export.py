@@ -35,8 +35,9 @@ def export(model: nn.Module, path: Path) -> None:
     """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
     The class names are stored as JSON under "classes", and how to prepare images under "preprocessing": extra files
-    (.pt2) or metadata (.onnx). The exported model has the precision of `model`; ONNX supports fp32 only. Its answers for 16 images of noise are compared with those
-    of `model.fast()` before it is written; for ONNX only if onnxruntime is installed.
+    (.pt2) or metadata (.onnx). The exported model has the precision of `model`; ONNX supports fp32 only. Its answers
+    for 16 images of noise are compared with those of `model.fast()` before it is written; for ONNX only if onnxruntime
+    is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
     size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)

@@ -28,8 +28,9 @@ KEYS |= {"per_class", "calibration", "val_accuracy", "test_images"}  # what read
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute, timm's if it is in use."""
-    packages = ("torchvision", "numpy", *(["timm"] if "timm" in sys.modules else []))
-    found = {package: version(package) for package in packages}
+    found = {package: version(package) for package in ("torchvision", "numpy")}
+    if timm := sys.modules.get("timm"):
+        found["timm"] = timm.__version__
     return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
 
 

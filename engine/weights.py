@@ -1,7 +1,7 @@
 """How does a file that somebody brings become the weights of a backbone?
 
-Trainers nest the tensors differently and put prefixes before their names. So every dictionary of the file is tried, with
-every prefix under which a tensor of the backbone occurs: one of them must give the backbone all of its tensors.
+Trainers nest the tensors differently and put prefixes before their names. So every dictionary of the file is tried,
+with every prefix under which a tensor of the backbone occurs: one of them must give the backbone all of its tensors.
 """
 
 import pickletools
@@ -116,7 +116,7 @@ def _fit(place: str, prefix: str, tensors: dict, chosen: dict, left_out: Iterabl
 
 
 def _fits_by_name(found: list, needed: dict, heads: set[str], convert: Callable | None) -> list[Fit]:
-    """All places under which every needed tensor occurs by its name, and nothing that the backbone would have to use."""
+    """All places under which every needed tensor occurs by its name, and no other that the backbone would use."""
     for whole in (False, True) if convert else (False,):  # whole: `convert` itself knows the prefix
         fits = []
         for place, tensors in found:
@@ -167,12 +167,14 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
 
 
 def _fits_by_order(found: list, needed: dict) -> Iterator[Fit]:
-    """All places with numbered names, as of nn.Sequential(*model.children()), whose shapes are the backbone's, in order.
+    """All places with numbered names, as of nn.Sequential(*model.children()), with the backbone's shapes, in order.
 
-    What follows is a head, if it belongs to other modules.
+    What follows is a head, if it belongs to other modules. Where the names fit, something else does not.
     """
     shapes = [tensor.shape for tensor in needed.values()]
     for place, tensors in found:
+        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in _prefixes(tensors, needed)):
+            continue
         starts = {".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)}
         for prefix in ["", *sorted(starts)]:
             below = _weights_among(_below(tensors, prefix))
