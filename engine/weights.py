@@ -69,10 +69,12 @@ def load_weights(
                     raise ValueError(f"{file}: values of {name} are not finite")
     except (RuntimeError, NotImplementedError) as error:  # sparse or without content
         raise ValueError(f"{file}: {name} is a tensor without plain values; {ADVICE}") from error
-    others = [fit.place or "top" for fit in fits if fit is not best]
-    words = [best.place, "averaged (EMA)" * (best.averaged and bool(others))]
-    words += [f"not {', '.join(others[:3])}" * bool(others), f"without {', '.join(sorted(best.left_out)[:3])}"]
-    return printable(", ".join(word for word in words if word and word != "without "))
+    others, left_out = [fit.place or "top" for fit in fits if fit is not best][:3], sorted(best.left_out)[:3]
+    words = [best.place] if best.place else []
+    words += ["averaged (EMA)"] if others and best.averaged else []
+    words += [f"not {', '.join(others)}"] if others else []
+    words += [f"without {', '.join(left_out)}"] if left_out else []
+    return printable(", ".join(words))
 
 
 # -------------------------------------------------------------------------------------------------- the search
