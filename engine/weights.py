@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.console import printable
 from engine.files import load_tensors
 
+TORCHSCRIPT = "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
 ADVICE = "where it was made, save the state dict alone: torch.save(model.state_dict(), FILE)"
 FOREIGN = {  # how files begin that people take for weights
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
@@ -157,9 +158,9 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
     without a module, would change what the backbone computes: it is unknown.
     """
     missing = [name for name, own in needed.items() if name not in tensors or tensors[name].shape != own.shape]
-    tops, unknown = {name.partition(".")[0] for name in needed}, []
+    tops, unknown, left_out = {name.partition(".")[0] for name in needed}, [], set()
+    heads = heads | {head.partition(".")[0] for head in heads} - tops
     heads_seen = {name.partition(".")[0] for name, tensor in tensors.items() if "." in name and tensor.dim() > 1} - tops
-    left_out = set()
     for name in _weights_among(tensors).keys() - needed.keys():
         if any(name.startswith(f"{head}.") for head in heads):
             continue
@@ -171,22 +172,27 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
 def _fits_by_order(found: list, needed: dict) -> Iterator[Fit]:
     """All places with numbered names, as of nn.Sequential(*model.children()), with the backbone's shapes, in order.
 
-    What follows is a head, if it belongs to other modules. Where the names fit, something else does not.
+    So must be the ends of the names, such as weight and bias, which are equally large. What follows is a head, if it
+    belongs to other modules. Where all names fit, something else does not.
     """
-    shapes = [tensor.shape for tensor in needed.values()]
+    shapes, ends = [tensor.shape for tensor in needed.values()], _ends(needed)
     for place, tensors in found:
         if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in _prefixes(tensors, needed)):
             continue
         starts = {".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)}
         for prefix in ["", *sorted(starts)]:
             below = _weights_among(_below(tensors, prefix))
-            tops = [name.partition(".")[0] for name in below]
-            used, rest = tops[: len(shapes)], tops[len(shapes) :]
-            if all(top.isdigit() for top in tops) and not {*used} & {*rest}:
-                if [tensor.shape for tensor in below.values()][: len(shapes)] == shapes:
-                    chosen = dict(zip(needed, below.values(), strict=False))
-                    yield _fit(place, prefix, tensors, chosen, how="by their order")
-                    break
+            tops, below_ends = [name.partition(".")[0] for name in below], _ends(below)[: len(shapes)]
+            numbered = all(top.isdigit() for top in tops) and not {*tops[: len(shapes)]} & {*tops[len(shapes) :]}
+            alike = below_ends == ends or len({*below_ends}) == 1  # or all are called the same
+            if numbered and alike and [tensor.shape for tensor in below.values()][: len(shapes)] == shapes:
+                chosen = dict(zip(needed, below.values(), strict=False))
+                yield _fit(place, prefix, tensors, chosen, how="by their order")
+                break
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return [name.rpartition(".")[2] for name in names]
 
 
 def _misfit(file: Path, found: list, needed: dict, names: list[str], backbone: str) -> str:
@@ -199,7 +205,7 @@ def _misfit(file: Path, found: list, needed: dict, names: list[str], backbone: s
     unfit = [name for name in missing if name in best] + unknown or list(best)
 
     def shown(names: list[str], tensors: dict[str, Tensor]) -> str:
-        return ", ".join(f"{printable(name)} {tuple(tensors[name].shape)}" for name in names[:3])
+        return ", ".join(f"{printable(name[:80])} {tuple(tensors[name].shape)}" for name in names[:3])
 
     counts = f"{len(missing)} tensors of {len(needed)} are missing or of another shape, {len(unknown)} are unknown"
     both = f"the file has {shown(unfit, best)}, the backbone {shown(missing or list(needed), needed)}"
@@ -239,9 +245,6 @@ def _read(file: Path) -> tuple[object, list[str]]:
     for beginning, what in FOREIGN.items():
         if start.lstrip().lower().startswith(beginning):
             raise ValueError(f"{file} is {what}")
-    if zipfile.is_zipfile(file) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist()):
-        advice = "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
-        raise ValueError(f"{file} is a TorchScript program: save its state dict alone: {advice}")
     names = []
     try:
         names = _named(file)
@@ -271,7 +274,10 @@ def _named(file: Path) -> list[str]:
     with file.open("rb") as stream:
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(stream)
-            pickles = [archive.open(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return [TORCHSCRIPT]
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            pickles = [archive.open(entry) for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
         else:  # in the old format, a number, a version and a description come first
             pickles = [stream] * 4
         steps = (step for each in pickles for step in pickletools.genops(each))

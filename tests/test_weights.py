@@ -126,6 +126,7 @@ def body_with(**tensors: torch.Tensor) -> dict:
     return {**BODY, **{"features.0.0.weight" if name == "stem" else name: each for name, each in tensors.items()}}
 
 
+SORTED = dict(sorted(nn.Sequential(*NETWORK.children()).state_dict().items()))
 RESNET = torchvision.models.resnet34()
 WRONG = {  # what the file holds, the backbone, and a part of the message
     "whole model": (NETWORK, "mobilenet_v3_small", "a whole model (torchvision.models.mobilenetv3.MobileNetV3)"),
@@ -136,6 +137,7 @@ WRONG = {  # what the file holds, the backbone, and a part of the message
     "numbers": ({0: torch.zeros(3), 1: "x"}, "resnet18", "0 (3,)"),
     "deeper": (RESNET.state_dict(), "resnet18", "80 are unknown"),
     "deeper, numbered": (nn.Sequential(*RESNET.children()).state_dict(), "resnet18", "layer1"),
+    "numbered in another order": (SORTED, "mobilenet_v3_small", "0.0.0.weight"),
     "a tensor less": (body_with(stem=None), "mobilenet_v3_small", "backbone features.0.0.weight (16, 3"),
     "a parameter more": (body_with(reg_token=torch.zeros(1, 4)), "mobilenet_v3_small", "reg_token (1, 4)"),
     "grey": (body_with(stem=torch.ones(16, 1, 3, 3)), "mobilenet_v3_small", "(16, 1, 3, 3)"),
@@ -179,6 +181,7 @@ def test_files_that_are_no_weights(tmp_path):
         "noise.safetensors": (bytes(range(256)), "damaged"),
         "list.pkl": (pickle.dumps([1, 2]), "not of PyTorch"),
         "script.pt": ((tmp_path / "script.pt").read_bytes(), "TorchScript"),
+        "broken.pth": ((tmp_path / "whole.pth").read_bytes()[2000:], "damaged"),
     }
     for name, (content, hint) in files.items():
         (tmp_path / name).write_bytes(content)
