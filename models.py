@@ -128,15 +128,15 @@ class TransferModel(nn.Module):
 
         self.features = built.features.requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
+        twin = f"; try {backbone.removesuffix('_enc')}" * backbone.endswith("_enc")  # of timm, which has the head
         try:
             with torch.inference_mode():
                 shape = self.forward_features(self.example()).shape
         except Exception as error:  # whatever a network raises for images that it was not built for
             raise ValueError(
-                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}"
+                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
             ) from error
         if len(shape) != 2:
-            twin = f"; try {backbone.removesuffix('_enc')}" * backbone.endswith("_enc")
             raise ValueError(f"{backbone} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
         self.width = shape[1]
         if row.keep_classifier:
