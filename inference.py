@@ -33,7 +33,7 @@ from data import Data, load_data, load_split
 from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
 from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, spmd
-from engine.export import export
+from engine.export import advice, export
 from engine.fast import fast_copy
 from engine.features import known_features, most_similar
 from engine.files import atomic_write
@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             export(models[0], args.export)
         size, classes = models[0].preprocessing["image_size"], len(models[0].classes)
         print(f"{args.export}: images, uint8 (B, 3, {size}, {size}) in RGB -> probabilities (B, {classes})")
+        print(f"prepare {advice(models[0])}")
         return 0
     items, known, unused = choose_images(args, models[0])
     if args.format == "csv":

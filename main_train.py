@@ -31,7 +31,6 @@ import visualization
 from data import CIFAR10_SIZE, Data, load_data
 from engine import results
 from engine.audit import audit, fit_unfamiliarity, summary
-from engine.backbones import weights_name
 from engine.batches import Batches, feature_loader
 from engine.console import (
     HelpFormatter,
@@ -214,6 +213,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     model = new_model(name, data, args, args.seed)
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
+    print(f"{model.name}: weights {model.weights}")
     features = {
         part: extract_features(model, images.items, images.ids, args.cache / "features", device)
         for part, images in data.parts.items()
@@ -241,7 +241,8 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     computed = features["train"].computed + features["val"].computed  # test images do not count
     extraction = sum(features[part].seconds for part in ("train", "val"))
     training = {
-        "weights": "random" if args.demo else weights_name(models.find_backbone(name).name),
+        "weights": model.weights,
+        "weights_sha256": content_hash(model.features.state_dict()),
         "seed": args.seed,
         "features": {"computed": computed, "cached": not computed},
         "seconds": {"features": extraction, "classifier": seconds[0]},

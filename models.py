@@ -22,13 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.audit import Unfamiliarity
-from engine.backbones import FILES, build, check_name, features_of
+from engine.backbones import build, check_name
 from engine.console import first_line
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
+from engine.results import versions
 from engine.run import predictions
+from engine.weights import is_file
 
 # --------------------------------------------------------------------------------------------- the backbones
 
@@ -73,7 +75,7 @@ def find_backbone(name: str) -> Backbone:
     if not weights:
         return row
     label, plot, name = f"{row.label}, {weights}", file_name(f"{row.plot}_{weights}"), f"{row.name}:{weights}"
-    keep = row.keep_classifier and not weights.endswith(FILES)  # a file may lack the classifier
+    keep = row.keep_classifier and not is_file(weights)  # a file may lack the classifier
     return replace(row, label=label, plot=plot, name=name, keep_classifier=keep)
 
 
@@ -108,11 +110,11 @@ class TransferModel(nn.Module):
         super().__init__()
         self.backbone, self.classes, self.hidden = backbone, tuple(classes), hidden
         row = find_backbone(backbone)
-        network, preprocessing = build(row.name, image_size, pretrained)
-        own_size = preprocessing["image_size"]
+        built = build(row.name, image_size, pretrained)
+        self.weights, own_size = built.weights, built.preprocessing["image_size"]
         size = image_size or own_size
         # crop: the square in the middle of an image; otherwise the whole image is squeezed into a square
-        self.preprocessing = {**preprocessing, "image_size": size, "crop": True}
+        self.preprocessing = {"crop": True, **built.preprocessing, "image_size": size}
         # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
         # loses up to 1.4 points of accuracy on fp32 features.
         self.precision = "fp32"
@@ -124,17 +126,21 @@ class TransferModel(nn.Module):
         self.origin: dict = {}  # of a loaded checkpoint: which data it was trained on, its validation accuracy
         self.path: Path | None = None  # of a loaded checkpoint
 
-        self.features = features_of(network).requires_grad_(False).eval()
+        self.features = built.features.requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
+        twin = f"; try {backbone.removesuffix('_enc')}" * backbone.endswith("_enc")  # of timm, which has the head
         try:
             with torch.inference_mode():
-                self.width = self.forward_features(self.example()).shape[1]
+                shape = self.forward_features(self.example()).shape
         except Exception as error:  # whatever a network raises for images that it was not built for
             raise ValueError(
-                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}"
+                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
             ) from error
+        if len(shape) != 2:
+            raise ValueError(f"{backbone} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
+        self.width = shape[1]
         if row.keep_classifier:
-            *kept, last = network.classifier
+            *kept, last = built.network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
         else:
             self.classifier = Classifier(self.width, len(classes), hidden)
@@ -293,15 +299,15 @@ def balanced_weights(labels: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 SCHEMA = 5
-ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy")  # of its row of results.json
-SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views")  # attributes of the model
+SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")  # of the model
+ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")  # of its row
 
 
 def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
     """Saves all that rebuilds the model without a download, as plain types and tensors. `row` is of results.json."""
     origin = {key: row[key] for key in ORIGIN if key in row}
     values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "origin": origin}
-    values |= {name: getattr(model, name) for name in SAVED}
+    values |= {name: getattr(model, name) for name in SAVED} | {"versions": versions()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {**values, "sha256": content_hash(tensors, values)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("unfamiliarity.")}
@@ -319,14 +325,19 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
     try:
         values = load_tensors(path)
+        used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
         if values.get("schema") not in (SCHEMA, 4):  # 4 had the whole row, as "metrics"
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
             raise ValueError("checksum mismatch")
-        model = _rebuild(values, tensors)
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
+    try:
+        model = _rebuild(values, tensors)
+    except Exception as error:  # the file is whole, so a package is missing, or its version builds another network
+        written = f"; it was written with {used}" * bool(used)
+        raise ValueError(f"{path} cannot be rebuilt here: {first_line(error)}{written}") from error
     model.path = path
     return model
 
@@ -342,7 +353,7 @@ def _rebuild(values: dict, tensors: dict[str, Tensor]) -> TransferModel:
     state.update(tensors)
     model.load_state_dict(state, assign=True)
     for name in SAVED:
-        setattr(model, name, values[name])
+        setattr(model, name, values.get(name, getattr(model, name)))  # schema 4 may lack `weights`
     row = values["origin"] if "origin" in values else values["metrics"]
     model.origin = {key: row[key] for key in ORIGIN if key in row}
     return model

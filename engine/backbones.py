@@ -5,26 +5,46 @@ torchvision, or a file with a state dict.
 """
 
 import difflib
+import re
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from engine.console import first_line
 from engine.fast import without_compiler
+from engine.files import file_hash
 from engine.layers import averages
+from engine.weights import is_file, load_weights
 
 with without_compiler():
     from torchvision import models
 
-FILES = (".pth", ".pt", ".bin", ".safetensors")  # of weights
+TIMM = "timm>=1.0.3"  # the first with forward_intermediates and stable names
+
+
+class Built(NamedTuple):
+    """A backbone that has been built."""
+
+    network: nn.Module  # whole; its last linear layer may have been replaced, see `features_of`
+    features: nn.Module  # its part before the classifier
+    preprocessing: dict  # which its weights ask for
+    weights: str  # which it has
 
 
 def check_name(name: str, more: tuple[str, ...] = ()) -> None:
     """Raises ValueError if there is no such model, or none with such weights. `more` are names for suggestions."""
     architecture, _, weights = name.partition(":")
+    if re.match(r"(timm/)?hf[-_]hub:", name):  # as timm's own functions take
+        model = name.rpartition("/")[2]
+        known = model.partition(".")[0] in _timm().list_models()
+        hint = f"use timm/{model}" if known else "save the state dict of the model, and use timm/ARCHITECTURE:FILE"
+        raise ValueError(f"{name} is a name of the hub: {hint}")
     if architecture.startswith("timm/"):
         known = [f"timm/{each}" for each in (*_timm().list_models(), *_timm().list_pretrained())]
     else:
@@ -33,34 +53,51 @@ def check_name(name: str, more: tuple[str, ...] = ()) -> None:
         similar = difflib.get_close_matches(architecture, [*more, *known], n=5, cutoff=0.4)
         hint = f"did you mean {', '.join(similar)}?" if similar else "see torchvision.models.list_models()"
         raise ValueError(f"no backbone is called {architecture!r}: {hint}")
-    if weights and not weights.endswith(FILES):
+    if weights and not is_file(weights):
         of_torchvision = () if architecture.startswith("timm/") else models.get_model_weights(architecture).__members__
         if weights not in of_torchvision:
-            choices = " or ".join([*of_torchvision, f"a file ({', '.join(FILES)})"])
+            choices = " or ".join([*of_torchvision, "a file, such as x.pth or x.safetensors"])
             raise ValueError(
                 f"{architecture} has no weights {weights!r}: use {architecture}:NAME, where NAME is {choices}"
             )
 
 
-def weights_name(name: str) -> str:
-    architecture, _, weights = name.partition(":")
-    if weights or architecture.startswith("timm/"):
-        return weights or _timm().get_pretrained_cfg(architecture.removeprefix("timm/")).tag
-    return torchvision_weights(name).name
-
-
-def build(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict]:
-    """The network, with its last layer, and the preprocessing that its weights ask for. `name` has been checked.
+def build(name: str, image_size: int | None, pretrained: bool) -> Built:
+    """Builds a backbone with the weights that its name asks for, or with random ones. `name` has been checked.
 
     Raises OSError if the weights cannot be loaded or downloaded, ValueError if those of a file do not fit.
     """
     architecture, _, weights = name.partition(":")
-    from_file = weights.endswith(FILES)
-    of = _build_timm if architecture.startswith("timm/") else _build_torchvision
-    network, preprocessing = of(name, image_size, pretrained and not from_file)
+    from_timm, from_file = architecture.startswith("timm/"), is_file(weights)
+    make = _build_timm if from_timm else _build_torchvision
+    network, preprocessing, used = make(name, image_size, pretrained and not from_file)
+    model = network.model if from_timm else network
+    tensors = model.state_dict(keep_vars=True)  # before features_of replaces a layer
+    features = features_of(network)
     if pretrained and from_file:
-        _load_file(network, Path(weights).expanduser(), architecture)
-    return network, preprocessing
+        kept = {id(tensor) for tensor in features.state_dict(keep_vars=True).values()}
+        own = {name: tensor for name, tensor in tensors.items() if id(tensor) in kept}
+        complete = _with_classes(architecture) if from_timm else tensors
+        heads = {name.rpartition(".")[0] for name in complete.keys() - own.keys()}
+        try:
+            used = load_weights(Path(weights).expanduser(), own, heads, _conversion(model), architecture)
+        except ValueError:
+            if from_timm and image_size not in (None, preprocessing["image_size"]):
+                build(name, None, pretrained)  # raises if they do not fit there, either
+                size = preprocessing["image_size"]
+                raise ValueError(f"{weights} fits {architecture} at {size} pixels only, not {image_size}") from None
+            raise
+        used = f"{weights} ({used})" if used else weights
+    return Built(network, features, preprocessing, used if pretrained else "random")
+
+
+def _conversion(model: nn.Module) -> Callable[[dict], dict] | None:
+    """The function by which torchvision or timm adapts names, and position embeddings to another image size."""
+    if isinstance(model, models.VisionTransformer):
+        interpolate = models.vision_transformer.interpolate_embeddings
+        return lambda tensors: interpolate(model.image_size, model.patch_size, OrderedDict(tensors))
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return convert and (lambda tensors: convert(tensors, model))
 
 
 def torchvision_weights(name: str) -> models.WeightsEnum:
@@ -74,7 +111,8 @@ def torchvision_weights(name: str) -> models.WeightsEnum:
     return known.__members__.get(weights) or known.__members__.get("IMAGENET1K_V1") or next(iter(known))
 
 
-def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict]:
+def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict, str]:
+    """The network with its classifier, its preprocessing, and the name of its weights."""
     architecture, weights = name.partition(":")[0], torchvision_weights(name)
     transforms = weights.transforms()
     preprocessing = {"image_size": transforms.crop_size[0], "mean": transforms.mean, "std": transforms.std}
@@ -84,6 +122,7 @@ def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> t
     options = {"init_weights": False} if has_auxiliary else {}
     if architecture.startswith("vit_"):  # without weights, torchvision would build it for 224 pixels
         options["image_size"] = preprocessing["image_size"]
+    file, used = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name, weights.name
     if not pretrained:
         network = models.get_model(architecture, weights=None, **options)
     else:
@@ -92,30 +131,42 @@ def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> t
             weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
             network = models.get_model(architecture, weights=weights, **options)
         except Exception as error:  # no network, no space, no permission, or whatever a damaged file makes torch raise
-            file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-            what = "are damaged, delete" if file.exists() else "cannot be downloaded, put them at"
-            raise OSError(
-                f"the weights of {architecture} {what} {file} ({first_line(error)}); --demo needs none"
-            ) from error
+            damaged = f"are damaged, or of another model: delete {file}"
+            missing = f"cannot be downloaded, put them at {file} ({first_line(error)})"
+            what = damaged if file.exists() else missing
+            raise OSError(f"the weights of {architecture} {what}; --demo needs none") from error
+        digest = file_hash(file)  # which torchvision compares with the file's name after a download only
+        if not digest.startswith(file.stem.rpartition("-")[2]):
+            used = f"{weights.name}'s place, another file: sha256 {digest[:8]}"
     if has_auxiliary:
         network.aux1 = network.aux2 = network.AuxLogits = None
         network.aux_logits, network.transform_input = False, True  # the pretrained weights expect that
-    return network, preprocessing
+    return network, preprocessing, used
 
 
 def _timm() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise ValueError("names that begin with timm/ need timm: pip install timm") from error
+        raise ValueError(f"names that begin with timm/ need timm: pip install '{TIMM}'") from error
+    if timm.__version__.startswith("0."):
+        raise ValueError(f"timm {timm.__version__} is too old: pip install '{TIMM}'")
     return timm
 
 
-def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict]:
+def _with_classes(name: str) -> dict[str, Tensor]:
+    """The tensors of a model of timm with a classifier, without content."""
+    with torch.device("meta"):
+        return _timm().create_model(name.removeprefix("timm/"), num_classes=2).state_dict()
+
+
+def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict, str]:
+    """The network without a classifier, its preprocessing, and the name of its weights."""
     timm, name = _timm(), name.partition(":")[0].removeprefix("timm/")
     config = timm.data.resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     preprocessing = {"image_size": config["input_size"][-1], "mean": list(config["mean"]), "std": list(config["std"])}
     preprocessing["interpolation"] = "bicubic" if config["interpolation"] == "bicubic" else "bilinear"
+    preprocessing["crop"] = config["crop_mode"] != "squash"
     options = {"pretrained": pretrained, "num_classes": 0}
     try:
         try:
@@ -128,7 +179,7 @@ def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn
         raise OSError(
             f"timm/{name} cannot be loaded ({first_line(error)}); put its weights into a file and use timm/{name}:FILE"
         ) from error
-    return TimmFeatures(network), preprocessing
+    return TimmFeatures(network), preprocessing, timm.get_pretrained_cfg(name).tag
 
 
 class TimmFeatures(nn.Module):
@@ -140,8 +191,8 @@ class TimmFeatures(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        sizes = [stage["reduction"] for stage in model.feature_info]
-        self.has_stages = len(set(sizes)) == len(sizes) and hasattr(model, "forward_intermediates")
+        sizes, needed = [stage["reduction"] for stage in model.feature_info], ("forward_intermediates", "forward_head")
+        self.has_stages = len(set(sizes)) == len(sizes) and all(hasattr(model, name) for name in needed)
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.has_stages:
@@ -171,34 +222,3 @@ def features_of(network: nn.Module) -> nn.Module:
 
 def _last_linear(network: nn.Module) -> str:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-
-
-def _load_file(network: nn.Module, file: Path, architecture: str) -> None:
-    """Loads a state dict. Its classifier may be missing or have other classes."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # no such file, no safetensors, or whatever a damaged file makes torch raise
-        raise OSError(f"{file} cannot be loaded ({first_line(error)})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds no state dict")
-    for name in ("state_dict", "model"):  # as training scripts save it
-        state = state.get(name, state)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    if isinstance(network, TimmFeatures):
-        network, heads = network.model, network.model.pretrained_cfg["classifier"]
-    else:
-        heads = "classifier" if hasattr(network, "classifier") else _last_linear(network)
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads or ()))
-    heads += ("aux1.", "aux2.", "AuxLogits.")  # which _build_torchvision has removed
-    own = network.state_dict()
-    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
-    wrong = [name for name in sorted({*own, *state} - fitting.keys()) if not name.startswith(heads)]
-    if wrong := [name for name in wrong if "num_batches" not in name]:
-        shown = f"{len(wrong)} tensors are missing, unknown or of another shape, such as {', '.join(wrong[:3])}"
-        raise ValueError(f"{file} does not fit {architecture}: {shown}")
-    network.load_state_dict(fitting, strict=False)

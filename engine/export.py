@@ -33,22 +33,24 @@ class _Probabilities(nn.Module):
 def export(model: nn.Module, path: Path) -> None:
     """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
-    The class names are stored as JSON under "classes": an extra file (.pt2) or metadata (.onnx). The exported model has
-    the precision of `model`; ONNX supports fp32 only. Its answers for 16 images of noise are compared with those
-    of `model.fast()` before it is written; for ONNX only if onnxruntime is installed.
+    The class names are stored as JSON under "classes", and how to prepare images under "preprocessing": extra files
+    (.pt2) or metadata (.onnx). The exported model has the precision of `model`; ONNX supports fp32 only. Its answers
+    for 16 images of noise are compared with those of `model.fast()` before it is written; for ONNX only if onnxruntime
+    is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
     size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
-    program = _Probabilities(fast_copy(model, torch.device("cpu"), packed=False))
+    program = _Probabilities(fast_copy(model, torch.device("cpu"), packed=False)).eval()
     expected = _Probabilities(model.fast())
-    exporters = {".pt2": _torch_export, ".onnx": _onnx_export}
+    exporters, suffix = {".pt2": _torch_export, ".onnx": _onnx_export}, path.suffix.lower()
+    notes = {"classes": model.classes, "preprocessing": {**_reading(model), "advice": advice(model)}}
     try:
-        if path.suffix not in exporters:
+        if suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
-        if path.suffix == ".onnx" and model.precision != "fp32":
+        if suffix == ".onnx" and model.precision != "fp32":
             raise ValueError(f"ONNX keeps fp32 only, and the model was trained in {model.precision}: export to .pt2")
-        content, exported = exporters[path.suffix](program, images, json.dumps(model.classes))
+        content, exported = exporters[suffix](program, images, {key: json.dumps(note) for key, note in notes.items()})
         if exported:
             with torch.inference_mode():
                 answers, tolerance = expected(images), 1e-4 if model.precision == "fp32" else 0.03
@@ -62,20 +64,34 @@ def export(model: nn.Module, path: Path) -> None:
         file.write(content)
 
 
-def _torch_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Callable]:
+def advice(model: nn.Module) -> str:
+    """How to prepare an image for an exported model."""
+    reading = _reading(model)
+    part = "its square in the middle" if reading["crop"] else "squeezed into a square"
+    size, interpolation = reading["image_size"], reading["interpolation"]
+    return f"each image upright, {part}, resized to {size}x{size} ({interpolation}, with antialiasing)"
+
+
+def _reading(model: nn.Module) -> dict:
+    return {key: model.preprocessing[key] for key in ("image_size", "crop", "interpolation")}
+
+
+def _torch_export(program: nn.Module, images: Tensor, notes: dict[str, str]) -> tuple[bytes, Callable]:
     """The content of the file, and the function from images to probabilities that it holds."""
     exported = torch.export.export(program, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
     buffer = io.BytesIO()
-    torch.export.save(exported, buffer, extra_files={"classes": classes})
+    torch.export.save(exported, buffer, extra_files=notes)
     buffer.seek(0)
     return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def _onnx_export(program: nn.Module, images: Tensor, classes: str) -> tuple[bytes, Callable | None]:
+def _onnx_export(program: nn.Module, images: Tensor, notes: dict[str, str]) -> tuple[bytes, Callable | None]:
     """As _torch_export. There is no function without onnxruntime."""
+    for parameter in program.parameters():  # channels_last weights would add a Gather, which not every reader knows
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     options = {"dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}, "dynamo": True, "verbose": False}
     exported = torch.onnx.export(program, (images,), input_names=["images"], output_names=["probabilities"], **options)
-    exported.model.metadata_props["classes"] = classes
+    exported.model.metadata_props.update(notes)
     content = exported.model_proto.SerializeToString()
     with suppress(ImportError):
         session = importlib.import_module("onnxruntime").InferenceSession(content)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -88,6 +89,12 @@ def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
+
+
 def save_tensors(path: Path, content: dict) -> None:
     """torch.save that leaves a whole file or none. Raises OSError."""
     buffer = io.BytesIO()  # torch.save to a file would hide why a write failed
@@ -98,7 +105,9 @@ def save_tensors(path: Path, content: dict) -> None:
 
 def load_tensors(path: Path) -> dict:
     """Loads what `save_tensors` wrote, without running code in it. A damaged or hostile file raises any exception."""
-    with zipfile.ZipFile(path) as archive:  # torch.save does not compress, so a compressed file may be a zip bomb
-        if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-            raise ValueError("it is compressed")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:  # given a path, torch.load goes by its suffix
+        with zipfile.ZipFile(file) as archive:  # torch.save does not compress: a compressed file may be a zip bomb
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it is compressed")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)

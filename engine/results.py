@@ -24,6 +24,14 @@ SCHEMA = 4
 COMPARABLE = ("content", "classes", "split")  # only models that agree in these were tested on the same images
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that compute, timm's if it is in use."""
+    found = {package: version(package) for package in ("torchvision", "numpy")}
+    if timm := sys.modules.get("timm"):
+        found["timm"] = timm.__version__
+    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
+
+
 def provenance(argv: Sequence[str], device: torch.device) -> dict:
     """What ran, when and where."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -35,11 +43,7 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            **{package: version(package) for package in ("torchvision", "numpy")},
-        },
+        "versions": versions(),
         "device": device_name(device),
     }
 

@@ -15,10 +15,17 @@ from models import load_checkpoint
 
 def test_an_exported_model_agrees_with_its_checkpoint(run, photos, tmp_path, replace):
     run(main_train, "--data", photos, *SMALL, *QUICK)
-    code, out, err = run(inference, "--export", "exported.pt2")
+    code, out, err = run(inference, "--export", "exported.PT2")
     assert (code, err) == (0, "") and "(B, 3, 32, 32)" in out
-    extra = {"classes": ""}
-    exported = torch.export.load(tmp_path / "exported.pt2", extra_files=extra).module()
+    extra = {"classes": "", "preprocessing": ""}
+    exported = torch.export.load(tmp_path / "exported.PT2", extra_files=extra).module()
+    preprocessing = json.loads(extra["preprocessing"])
+    assert (preprocessing["image_size"], preprocessing["crop"], preprocessing["interpolation"]) == (
+        32,
+        True,
+        "bilinear",
+    )
+    assert preprocessing["advice"] in out
     model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     classes = json.loads(extra["classes"])

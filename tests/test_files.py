@@ -86,7 +86,7 @@ def test_a_full_disk_and_a_read_only_folder(photos, weights, tmp_path, monkeypat
     assert [row["model"] for row in json.loads((tmp_path / "seen").read_text())["runs"]] == ["mobilenet_v3_small"]
     shutil.rmtree(tmp_path / "data" / "features")
     code, err = namespace('mount -t tmpfs -o size=64k x data; "$@"', *two[:1])
-    assert code == 2 and "data/features/mobilenet_v3_small" in err and "No space left" in err
+    assert code == 2 and "data/features/" in err and "No space left" in err
     code, err = namespace('mount --bind . .; mount -o remount,ro,bind .; cd .; cd "$PWD"; "$@"', *two[:1])
     assert code == 2 and "Read-only file system" in err and err.count("error") == 1
 

@@ -1,0 +1,295 @@
+"""How does a file that somebody brings become the weights of a backbone?
+
+Trainers nest the tensors differently and put prefixes before their names. So every dictionary of the file is tried,
+with every prefix under which a tensor of the backbone occurs: one of them must give the backbone all of its tensors.
+"""
+
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.console import printable
+from engine.files import load_tensors
+
+TORCHSCRIPT = "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
+ADVICE = "where it was made, save the state dict alone: torch.save(model.state_dict(), FILE)"
+FOREIGN = {  # how files begin that people take for weights
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
+    b"<": "a web page, not weights: download the file itself",
+    b"{": "text, not weights",
+    b"\x89hdf": "a file of HDF5, as Keras writes: PyTorch cannot read it",
+    b"\x1f\x8b": "compressed: unpack it first",
+}
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of DDP, compile, FSDP
+AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|teacher)(?![a-z])", re.IGNORECASE)
+
+
+class Fit(NamedTuple):
+    """Tensors of a file that are those of the backbone."""
+
+    place: str  # where in the file: the keys of the dictionary, and the prefix
+    tensors: dict[str, Tensor]  # by the backbone's names
+    left_out: set[str]  # other modules beside them
+    averaged: bool  # over the steps of a training (EMA), which is usually more accurate
+
+
+def is_file(weights: str) -> bool:
+    """Whether weights are named by a file, not by a name of torchvision's."""
+    return bool(re.search(r"[./\\]", weights))
+
+
+def load_weights(
+    file: Path, own: dict[str, Tensor], heads: set[str], convert: Callable[[dict], dict] | None, backbone: str
+) -> str:
+    """Copies the tensors of a file into `own`, the backbone's by name. Returns which ones were taken, or "".
+
+    `heads` are modules of the classifier, which the file may hold or not; `convert` adapts names and shapes, as timm
+    does for the files of others. Nothing in the file is executed.
+    Raises OSError if the file cannot be read, ValueError if it holds no such tensors. The message is one line.
+    """
+    content, names = _read(file)
+    needed = _weights_among({_clean(name): tensor for name, tensor in own.items()})
+    found = list(_dictionaries(content, "", set()))
+    fits = _fits_by_name(found, needed, heads, convert) or list(_fits_by_order(found, needed))
+    if not fits:
+        raise ValueError(_misfit(file, found, needed, names, backbone))
+    best = next((fit for fit in fits if fit.averaged), fits[0])
+    try:
+        with torch.no_grad():
+            for name, tensor in needed.items():
+                if not tensor.copy_(best.tensors[name]).isfinite().all():
+                    raise ValueError(f"{file}: values of {name} are not finite")
+    except (RuntimeError, NotImplementedError) as error:  # sparse or without content
+        raise ValueError(f"{file}: {name} is a tensor without plain values; {ADVICE}") from error
+    others, left_out = [fit.place or "top" for fit in fits if fit is not best][:3], sorted(best.left_out)[:3]
+    words = [best.place] if best.place else []
+    words += ["averaged (EMA)"] if others and best.averaged else []
+    words += [f"not {', '.join(others)}"] if others else []
+    words += [f"without {', '.join(left_out)}"] if left_out else []
+    return printable(", ".join(words))
+
+
+# -------------------------------------------------------------------------------------------------- the search
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _weights_among(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without counters and indices, which need not agree."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not name.endswith("num_batches_tracked")
+    }
+
+
+def _dictionaries(content: object, place: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary or list of tensors in a file, however deep: its place, and its tensors by name."""
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    if not isinstance(content, dict) or id(content) in seen:
+        return
+    seen.add(id(content))
+    entries = list(dict.items(content))  # the file may have replaced the method
+    if tensors := {_clean(str(key)): value for key, value in entries if isinstance(value, Tensor)}:
+        yield place, tensors
+    for key, value in entries:
+        yield from _dictionaries(value, f"{place}.{key}".lstrip("."), seen)
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _fit(place: str, prefix: str, tensors: dict, chosen: dict, left_out: Iterable[str] = (), how: str = "") -> Fit:
+    place = f"{place}.{prefix}".strip(".")
+    averaged = bool(AVERAGED.search(place)) or "n_averaged" in tensors
+    return Fit(f"{place} {how}".strip(), chosen, set(left_out), averaged)
+
+
+def _fits_by_name(found: list, needed: dict, heads: set[str], convert: Callable | None) -> list[Fit]:
+    """All places under which every needed tensor occurs by its name, and no other that the backbone would use."""
+    for whole in (False, True) if convert else (False,):  # whole: `convert` itself knows the prefix
+        fits = []
+        for place, tensors in found:
+            for prefix in [""] if whole else _prefixes(tensors, needed):
+                candidate = _converted(_below(tensors, prefix), convert)
+                missing, unknown, left_out = _compare(candidate, needed, heads)
+                if not missing and not unknown:
+                    fits.append(_fit(place, prefix, tensors, candidate, left_out))
+        if fits:
+            return fits
+    return []
+
+
+def _prefixes(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> Iterable[str]:
+    """What stands before the names of the backbone's tensors."""
+    found = {}
+    for name in tensors:
+        parts = name.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in needed:
+                found["".join(f"{part}." for part in parts[:i])] = True
+    return found
+
+
+def _converted(tensors: dict[str, Tensor], convert: Callable | None) -> dict[str, Tensor]:
+    with suppress(Exception):  # a conversion raises anything for a file that it was not made for
+        converted = convert(dict(tensors)) if convert else tensors
+        return {name: tensor for name, tensor in converted.items() if isinstance(tensor, Tensor)}
+    return tensors
+
+
+def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], list[str], set[str]]:
+    """The backbone's tensors that are missing or of another shape, unknown ones, and modules that may be left out.
+
+    Other modules at the top with a matrix, such as projections, are taken for heads. A further block, or a parameter
+    without a module, would change what the backbone computes: it is unknown.
+    """
+    missing = [name for name, own in needed.items() if name not in tensors or tensors[name].shape != own.shape]
+    tops, unknown, left_out = {name.partition(".")[0] for name in needed}, [], set()
+    heads = heads | {head.partition(".")[0] for head in heads} - tops
+    heads_seen = {name.partition(".")[0] for name, tensor in tensors.items() if "." in name and tensor.dim() > 1} - tops
+    for name in _weights_among(tensors).keys() - needed.keys():
+        if any(name.startswith(f"{head}.") for head in heads):
+            continue
+        top = name.partition(".")[0]
+        (left_out.add(top) if top in heads_seen else unknown.append(name))
+    return missing, sorted(unknown), left_out
+
+
+def _fits_by_order(found: list, needed: dict) -> Iterator[Fit]:
+    """All places with numbered names, as of nn.Sequential(*model.children()), with the backbone's shapes, in order.
+
+    So must be the ends of the names, such as weight and bias, which are equally large. What follows is a head, if it
+    belongs to other modules. Where all names fit, something else does not.
+    """
+    shapes, ends = [tensor.shape for tensor in needed.values()], _ends(needed)
+    for place, tensors in found:
+        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in _prefixes(tensors, needed)):
+            continue
+        starts = {".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)}
+        for prefix in ["", *sorted(starts)]:
+            below = _weights_among(_below(tensors, prefix))
+            tops, below_ends = [name.partition(".")[0] for name in below], _ends(below)[: len(shapes)]
+            numbered = all(top.isdigit() for top in tops) and not {*tops[: len(shapes)]} & {*tops[len(shapes) :]}
+            alike = below_ends == ends or len({*below_ends}) == 1  # or all are called the same
+            if numbered and alike and [tensor.shape for tensor in below.values()][: len(shapes)] == shapes:
+                chosen = dict(zip(needed, below.values(), strict=False))
+                yield _fit(place, prefix, tensors, chosen, how="by their order")
+                break
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    return [name.rpartition(".")[2] for name in names]
+
+
+def _misfit(file: Path, found: list, needed: dict, names: list[str], backbone: str) -> str:
+    """Why no tensors of the file fit: what it holds, and names of both sides."""
+    if not found:
+        return f"{file} holds {_foremost(names) or 'no tensors'}: {ADVICE}"
+    tries = [_below(tensors, prefix) for _, tensors in found for prefix in ["", *_prefixes(tensors, needed)]]
+    best = min(tries, key=lambda tensors: len(_compare(tensors, needed, set())[0]))
+    missing, unknown, _ = _compare(best, needed, set())
+    unfit = [name for name in missing if name in best] + unknown or list(best)
+
+    def shown(names: list[str], tensors: dict[str, Tensor]) -> str:
+        return ", ".join(f"{printable(name[:80])} {tuple(tensors[name].shape)}" for name in names[:3])
+
+    counts = f"{len(missing)} tensors of {len(needed)} are missing or of another shape, {len(unknown)} are unknown"
+    both = f"the file has {shown(unfit, best)}, the backbone {shown(missing or list(needed), needed)}"
+    return f"{file} does not fit {backbone}: {counts}; {both}"
+
+
+# ------------------------------------------------------------------------------------------------- the reading
+
+
+class _Nothing:
+    """Stands for a function or class that a file names: makes an empty dictionary, which the file may fill."""
+
+    def __new__(cls, *args: object) -> OrderedDict:
+        return OrderedDict()
+
+
+class _Ignored:
+    """The same for numpy's, which get their content by __setstate__."""
+
+    def __init__(self, *args: object):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _read(file: Path) -> tuple[object, list[str]]:
+    """What a file holds, without its objects, and the functions and classes that it names."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(1024)
+    except OSError as error:
+        raise OSError(f"{file} cannot be loaded: {error.strerror or error}") from error
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length < file.stat().st_size:
+        return _read_safetensors(file), []
+    for beginning, what in FOREIGN.items():
+        if start.lstrip().lower().startswith(beginning):
+            raise ValueError(f"{file} is {what}")
+    names = []
+    try:
+        names = _named(file)
+        stand_ins = [(_Ignored if name.startswith("numpy.") else _Nothing, name) for name in names]
+        with torch.serialization.safe_globals(stand_ins), file.open("rb") as stream:
+            if zipfile.is_zipfile(file):
+                return load_tensors(file), names
+            return torch.load(stream, map_location="cpu", weights_only=True), names
+    except Exception as error:  # whatever torch raises; its message advises to execute what is in the file
+        what = f"holds {_foremost(names)}: {ADVICE}" if _foremost(names) else "is damaged, or not of PyTorch"
+        raise ValueError(f"{file} {what}") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    except ImportError as error:
+        raise ValueError(f"{file} needs a package: pip install safetensors") from error
+    except Exception as error:
+        raise ValueError(f"{file} is damaged, or not of safetensors") from error
+
+
+def _named(file: Path) -> list[str]:
+    """The functions and classes that a file of torch.save names, the outermost first. None of them is imported."""
+    with file.open("rb") as stream:
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(stream)
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return [TORCHSCRIPT]
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+            pickles = [archive.open(entry) for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+        else:  # in the old format, a number, a version and a description come first
+            pickles = [stream] * 4
+        steps = (step for each in pickles for step in pickletools.genops(each))
+        found = [argument.split(" ") for code, argument, _ in steps if code.name == "GLOBAL"]
+    names = [NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)) for module, name in found]
+    return list(dict.fromkeys(map(".".join, names)))
+
+
+def _foremost(names: list[str]) -> str:
+    """What a file holds besides tensors: a whole model, or other objects. "" if there are none."""
+    of_tensors = re.compile(r"torch\._.*|torch\.\w+|torch\.nn\.parameter\.Parameter|collections\..*|_codecs\.encode")
+    names = [name for name in names if not of_tensors.fullmatch(name)]
+    if any(name.startswith("torch.nn.modules.") for name in names):
+        return f"a whole model ({printable(names[0])}), no state dict"
+    return ", ".join(map(printable, names[:3]))
