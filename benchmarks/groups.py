@@ -76,7 +76,7 @@ def at_random(folder: Path, target: Path) -> None:
 
 
 def shown_and_true(folder: Path, new: Path, model: str, size: int, *more: str) -> tuple[float, float, bool]:
-    """The test accuracy that a run shows, that of its model on new images, and whether the interval holds the latter."""
+    """The test accuracy that a run shows, that of its model on new images, and whether the 95% interval holds it."""
     with tempfile.TemporaryDirectory() as output:
         where = ["--data", str(folder), "--output", output, "--cache", str(folder.parent / "cache")]
         main_train.main([*where, "--models", model, "--image-size", str(size), *more])

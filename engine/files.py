@@ -1,6 +1,5 @@
 """How is a file written whole, a folder locked, a content hashed, a file of tensors trusted?"""
 
-import errno
 import hashlib
 import io
 import json
@@ -8,7 +7,6 @@ import mmap
 import os
 import shutil
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +14,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from engine.console import first_line
 
 
 @contextmanager
@@ -56,28 +52,22 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
     """Locks a file until the block or the process ends. If it is locked: waits if `wait`, else raises OSError."""
     with explain_write_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    with file:
-        told = False
-        while True:
-            try:
-                if sys.platform == "win32":
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                else:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # as on some network file systems
-                    print(f"{path.parent} cannot be locked ({error.strerror}): run one at a time", file=sys.stderr)
-                    break
-                if not wait:
-                    advice = "wait for it to end, or choose another --output"
-                    raise OSError(f"another run uses {path.parent}: {advice}") from error
-                if not told:
-                    print(f"waiting for another run that uses {path.parent}", file=sys.stderr)
-                told = True
-            time.sleep(0.1)
+        path.touch()
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            advice = "wait for it to end, or choose another --output"
+            raise OSError(f"another run uses {path.parent}: {advice}") from error
+        print(f"waiting for another run that uses {path.parent}", file=sys.stderr)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # as on some network file systems
+        print(f"{path.parent} cannot be locked ({first_line(error)}): run one at a time", file=sys.stderr)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def content_hash(tensors: dict[str, Tensor], values: object = None) -> str:
