@@ -30,7 +30,7 @@ import train_utils
 import visualization
 from data import CIFAR10_SIZE, Data, load_data
 from engine import results
-from engine.audit import audit, fit_unfamiliarity, summary
+from engine.audit import audit, summary
 from engine.batches import Batches, feature_loader
 from engine.console import (
     HelpFormatter,
@@ -50,6 +50,7 @@ from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
 from engine.run import outputs_of
+from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
 

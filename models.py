@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.audit import Unfamiliarity
 from engine.backbones import build, check_name
 from engine.console import first_line
 from engine.fast import fast_copy
@@ -30,6 +29,7 @@ from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
 from engine.results import versions
 from engine.run import predictions
+from engine.unfamiliar import Unfamiliarity
 from engine.weights import is_file
 
 # --------------------------------------------------------------------------------------------- the backbones

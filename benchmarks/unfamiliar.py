@@ -4,7 +4,7 @@
 
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
 more, so that neither resolution nor format gives them away. A cell holds the area under the curve of the score
-(engine.audit.Unfamiliarity), in parentheses that of the largest probability alone, and the share of the images flagged
+(engine.unfamiliar.Unfamiliarity), in parentheses that of the largest probability alone, and the share of the images flagged
 as unfamiliar, at 5% false positives on the validation images. "own" is the share of the test images, as they are in
 the data set, that is flagged. The last kind is a class that is left out of training.
 --images are the training images of each class; 0 takes all.
@@ -24,12 +24,12 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from data import CIFAR10_SIZE, load_data
-from engine.audit import fit_unfamiliarity
 from engine.console import run_script
 from engine.fast import fast_copy
 from engine.folders import Images, find_images
 from engine.images import ImageError, Item, read_image
 from engine.run import run_images
+from engine.unfamiliar import fit_unfamiliarity
 from models import TransferModel
 
 COUNT = 300  # images of each kind

@@ -14,8 +14,8 @@ from PIL import Image
 
 import inference
 import main_train
-from engine.audit import fit_unfamiliarity
 from engine.features import Features
+from engine.unfamiliar import fit_unfamiliarity
 
 
 def test_planted_near_duplicates_and_label_errors_are_found(run, plots, photos, tmp_path, replace):
