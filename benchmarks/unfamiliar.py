@@ -4,8 +4,8 @@
 
 The foreign images and 300 of the test set are resized to the size of the first test image and pass through JPEG once
 more, so that neither resolution nor format gives them away. A cell holds the area under the curve of the score
-(engine.unfamiliar.Unfamiliarity), in parentheses that of the largest probability alone, and the share of the images flagged
-as unfamiliar, at 5% false positives on the validation images. "own" is the share of the test images, as they are in
+(engine/unfamiliar.py), in parentheses that of the largest probability alone, and the share of the images flagged as
+unfamiliar, at 5% false positives on the validation images. "own" is the share of the test images, as they are in
 the data set, that is flagged. The last kind is a class that is left out of training.
 --images are the training images of each class; 0 takes all.
 """
