@@ -35,10 +35,10 @@ from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, attempt, count_of, first_line, number, print_failure, printable, run_script
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
-from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature, loss_and_accuracy, with_unread
+from engine.openvino import fastest_copy
 from engine.run import measure_cost, outputs_of
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
 
@@ -290,7 +290,8 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
         model.cpu(), train, val, recipe, precision, device, args.seed, known, progress, save_progress
     )
     unread = {str(error) for errors in gather(training.train.load.errors) for error in errors.values()}
-    train_images, fast, logits = len(train) - len(unread), fast_copy(model, device), {}
+    train_images, logits = len(train) - len(unread), {}
+    fast = fastest_copy(model, device, len(val) + len(data.test))
     for part in ("val", "test"):
         logits[part], errors = outputs_of(fast, data.parts[part].items, f"{model.name} answers")
         unread |= {str(error) for error in errors}

@@ -5,6 +5,7 @@ Private interfaces of torch are used here only. Wherever they fail, the plain mo
 
 import copy
 import importlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from engine.device import DTYPES, pick_precision, threads
+from engine.device import CPU_BATCH, DTYPES, pick_precision, threads
+from engine.layers import averages, run_layers
+
+# The largest output of a convolution, in elements, to compute at a time. Larger ones leave the cache of a core.
+LARGEST_MAP = 6_500_000
 
 # oneDNN's names of activations, and their arguments
 ACTIVATIONS = {
@@ -85,6 +90,19 @@ def pack_convolutions(model: nn.Module, images: Tensor) -> None:
             model.set_submodule(name, PackedConv(module, *activations.get(name, ("none", []))))
         elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
             model.set_submodule(name, GlobalAverage())
+    if isinstance(model.features, nn.Sequential):
+        model.features = MicroBatches(model.features, model.levels, images)
+
+
+def _largest_map(layer: nn.Module, images: Tensor) -> int:
+    """The elements of the largest output of a convolution in the layer, for one image (1, C, H, W)."""
+    sizes = [1]
+    convs = [module for module in layer.modules() if isinstance(module, PackedConv)]
+    hooks = [conv.register_forward_hook(lambda *args: sizes.append(args[2].numel())) for conv in convs]
+    layer(images)
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)
 
 
 def _pairs(model: nn.Module, images: Tensor, first: type, *second: type) -> list[tuple[str, str]]:
@@ -133,6 +151,27 @@ class PackedConv(nn.Module):
             weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.geometry, images.shape)
             self.packed = layout, weight
         return torch.ops.mkldnn._convolution_pointwise(images, weight, self.bias, *self.geometry, *self.activation)
+
+
+class MicroBatches(nn.Module):
+    """A sequence of layers, of which the first run on a few images at a time: a whole batch's maps leave the cache."""
+
+    def __init__(self, layers: nn.Sequential, levels: list[int], images: Tensor):
+        super().__init__()
+        largest = []
+        for layer in layers:
+            largest.append(_largest_map(layer, images))
+            images = layer(images)
+        count = sum(2 * CPU_BATCH * size > LARGEST_MAP for size in largest)  # maps become smaller and smaller
+        self.early, self.late, self.levels = layers[:count], layers[count:], levels
+        self.size = 2 ** int(math.log2(max(1, LARGEST_MAP // max(largest))))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width), as TransferModel.forward_view"""
+        parts = [run_layers(self.early, self.levels, part) for part in images.split(self.size)]
+        maps, early_levels = (torch.cat(outputs) for outputs in zip(*parts, strict=True))
+        maps, late_levels = run_layers(self.late, self.levels, maps, first=len(self.early))
+        return torch.cat([early_levels, late_levels, averages(maps, 1)], dim=1)
 
 
 class GlobalAverage(nn.Module):

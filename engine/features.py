@@ -26,6 +26,7 @@ from engine.distributed import barrier, gather, is_first, rank, share, world_siz
 from engine.fast import fast_copy
 from engine.files import content_hash, explain_write_error, locked
 from engine.images import ImageError, Item
+from engine.openvino import openvino_copy, openvino_version
 from engine.run import Batch, run_images
 
 HALF_PRECISION_ABOVE = 200_000  # images; features of more are kept as float16: the same accuracy (benchmarks/scale.md)
@@ -90,9 +91,17 @@ class _FeatureFiles:
         key |= {"kept": "float16"} if half else {}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.folder, self.name, self.model, self.device = folder, f"{model.name}-{digest}", model, device
+        self.program: Path | None = None  # OpenVINO's, if that computes the features
         kept = "<f2" if half or model.precision == "bf16" else "<f4"  # float16 holds more digits than bf16
         features = ("features", kept, (model.width,))
         self.layout = np.dtype([("image", "S32"), ("seconds", "<f4"), ("checksum", "<u4"), features])
+
+    def switch_to_openvino(self, images: int, all_processes: bool) -> None:
+        """From here on these are the files of features that OpenVINO computes, if it is worth that for so many."""
+        program = self.folder / f"{self.name}.openvino"
+        version = openvino_version(self.device, self.model.precision, images, program)
+        if version := gather(version)[0] if all_processes else version:
+            self.program, self.name = program, f"{self.name}-openvino-{version}"
 
     def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], dict[bytes, tuple[int, int]], int]:
         """The tables of all files, each image's table and row there, and how many images have only damaged records."""
@@ -120,13 +129,21 @@ class _FeatureFiles:
         if missing and done:
             print(f"{self.model.backbone}: {done:,} of {len(ids):,} images have their features")
         own, errors = [missing[i] for i in share(len(missing), batch_size_for(self.device))], []
-        fast, forward = fast_copy(self.model, self.device), type(self.model).forward_features
+        fast, forward = self.fast_copy(), type(self.model).forward_features
         with Progress(len(ids), f"{self.model.backbone} features", done) as bar:
             for batch in self.append([ids[i] for i in own], run_images([fast], (items[i] for i in own), forward)):
                 errors += batch.errors.values()
                 bar.update(len(batch.items) * world_size())
         errors = [error for part in gather(errors) for error in part]  # waits until every process has written its file
         return len(missing) - len(errors), errors
+
+    def fast_copy(self) -> nn.Module:
+        """The copy of the model that computes the features. The first process keeps OpenVINO's program for all."""
+        if not self.program:
+            return fast_copy(self.model, self.device)
+        first = openvino_copy(self.model, self.program) if is_first() else None
+        barrier()
+        return first or openvino_copy(self.model, self.program)
 
     def append(self, ids: Sequence[bytes], batches: Iterator[Batch]) -> Iterator[Batch]:
         """Appends each batch's records to this process's file. Yields the batch when it is written."""
@@ -165,6 +182,9 @@ def extract_features(
     files = _FeatureFiles(folder, model, device, half=len(items) > HALF_PRECISION_ABOVE)
     ids, computed, errors = [image.encode() for image in ids], 0, []
     tables, places, _ = files.read(ids)
+    if not (gather(len(places))[0] if compute else places):  # a run that resumes goes on as it began
+        files.switch_to_openvino(len(ids), all_processes=compute)
+        tables, places, _ = files.read(ids)
     if compute and not all(gather(all(image in places for image in ids))):
         # one lock for all processes; another run may be computing the same features
         with locked(folder / f".{files.name}.lock", wait=True) if is_first() else nullcontext():
