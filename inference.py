@@ -40,6 +40,7 @@ from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
 from engine.metrics import class_scores, wilson_interval
+from engine.openvino import fastest_copy
 from engine.run import heat_map, predictions, run_images
 from engine.tables import TABLES, labelled_rows
 from models import TransferModel, load_checkpoint
@@ -219,7 +220,7 @@ def matches(pattern: str) -> list[str]:
 def classify(args: Namespace, models: list[TransferModel], items: Iterable[Item], known: list) -> Iterator[Answer]:
     """Yields each image with its records, completed by its path and true label, if these are known, and "unsure"."""
     precision = args.precision and pick_precision(args.precision, args.device)
-    fast = [fast_copy(model, args.device, precision) for model in models]
+    fast = [fastest_copy(model, args.device, len(known), precision) for model in models]
     work = partial(predictions, fast, top_k=args.top_k, ensemble=args.ensemble)
     with Progress(len(known) or None, "inference", disable=sys.stdout.isatty() and not args.evaluate) as bar:
         for i, (item, records) in enumerate(shared_map(work, items, batch_size_for(args.device))):

@@ -45,10 +45,10 @@ from engine.console import (
 )
 from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
-from engine.fast import fast_copy
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
+from engine.openvino import fastest_copy
 from engine.run import outputs_of
 from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -290,7 +290,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     training = train_utils.fine_tune(
         model.cpu(), data.train, data.val, recipe, precision, device, args.seed, known, progress, save_progress
     )
-    fast, labels = fast_copy(model, device), data.val.labels
+    fast, labels = fastest_copy(model, device, len(data.val) + len(data.test)), data.val.labels
     logits = {part: outputs_of(fast, data.parts[part].items, f"{model.name} answers") for part in ("val", "test")}
     loss, frozen_loss = (calibrated_loss(each["val"], labels) for each in (logits, frozen.logits[0]))
     if not loss < gather(frozen_loss)[0]:  # also if it is not a number

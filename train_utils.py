@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from data import Images
 from engine.batches import Batches, ImageLoader
 from engine.console import Progress
-from engine.device import full_precision, synchronized_time, threads
-from engine.fast import to_channels_last, training_copy
+from engine.device import full_precision, keep_freed_memory, synchronized_time, threads
+from engine.fast import InParts, to_channels_last
 from engine.features import Features
 from engine.files import load_tensors
 from models import Classifier, TransferModel, balanced_weights
@@ -296,7 +296,8 @@ def fine_tune(
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
     ]
     cores, parts = torch.get_num_threads(), _parts_of_a_batch(recipe, device)
-    network = training_copy(model, parts) if device.type == "cpu" else model  # cuDNN has a fast BatchNorm of its own
+    network = InParts(model, parts) if parts > 1 else model
+    keep_freed_memory()
     if features:
         refit_linear(model.classifier, features, train.labels, len(val), recipe.class_weights)
     training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.device import batch_size_for
+from engine.distributed import barrier, gather, is_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Item
+from engine.openvino import openvino_copy, openvino_version
 from engine.records import Features, Records
 from engine.run import run_images
 
@@ -35,18 +37,6 @@ class Extraction:
     computed: int  # number of images whose features were computed in this run
 
 
-def feature_records(folder: Path, model: nn.Module, device: torch.device, half: bool = False) -> Records:
-    """Where the features of a model are kept. Its name holds a hash of all that determines them, except the image."""
-    key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
-    key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
-    key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    kinds = {**HALF, **SINGLE} if half else {**SINGLE, **HALF}
-    if model.precision == "bf16":
-        kinds = {".features": "<f2"}  # float16 holds more digits than bf16
-    return Records(folder, f"{model.name}-{digest}", kinds, model.width)
-
-
 def extract_features(
     model: nn.Module, items: Sequence[Item], ids: list[str], folder: Path, device: torch.device
 ) -> Extraction:
@@ -55,28 +45,61 @@ def extract_features(
     Raises ImageError if an image cannot be read, OSError if a file cannot be written, FloatingPointError if features
     overflow.
     """
+    records, program = _records(model, ids, folder, device, everywhere=True)
 
     def compute(images: list[int]) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
-        fast, forward, todo = fast_copy(model, device), type(model).forward_features, iter(images)
+        fast, forward, todo = _fast_copy(model, device, program), type(model).forward_features, iter(images)
         for batch in run_images([fast], (items[i] for i in images), forward):
             positions = [next(todo) for _ in batch.items]
             good = [k for k in range(len(positions)) if k not in batch.errors]
             errors = {positions[k]: error for k, error in batch.errors.items()}
             yield [positions[k] for k in good], batch.outputs[0][good].numpy(), errors
 
-    records = feature_records(folder, model, device, half=len(items) > HALF_PRECISION_ABOVE)
     title = f"{model.backbone} features"
     features, _, seconds, computed, errors = records.complete(ids, compute, title, batch_size_for(device))
-    if errors:  # data.py has left out those that never could be read
-        raise next(iter(errors.values()))
+    for error in errors.values():  # data.py has left out those that never could be read
+        raise error
     return Extraction(features, seconds, computed)
 
 
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:
     """The features that `folder` has, and the indices (M,) of their images."""
-    records, ids = feature_records(folder, model, device), [image.encode() for image in ids]
-    tables, places, _ = records.read(ids)
-    return records.located(tables, {i: places[image] for i, image in enumerate(ids) if image in places})[:2]
+    records, _ = _records(model, ids, folder, device, everywhere=False)
+    tables, places, _ = records.read([image.encode() for image in ids])
+    found = {i: places[image.encode()] for i, image in enumerate(ids) if image.encode() in places}
+    return records.located(tables, found)[:2]
+
+
+def _records(
+    model: nn.Module, ids: list[str], folder: Path, device: torch.device, everywhere: bool
+) -> tuple[Records, Path | None]:
+    """Where the features of a model are kept, and the file of OpenVINO's program, if that computes them.
+
+    The records' name holds a hash of all that determines the features, except the image. A run that resumes goes on as
+    it began. `everywhere`: all processes call this, and do as the first one.
+    """
+    key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
+    key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
+    key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
+    name = f"{model.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+    kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
+    if model.precision == "bf16":
+        kinds = {".features": "<f2"}  # float16 holds more digits than bf16
+    records, program = Records(folder, name, kinds, model.width), folder / f"{name}.openvino"
+    known = records.read([image.encode() for image in ids])[1]
+    version = "" if known else openvino_version(device, model.precision, len(ids), program)
+    if version := gather(version)[0] if everywhere else version:
+        return Records(folder, f"{name}-openvino-{version}", kinds, model.width), program
+    return records, None
+
+
+def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:
+    """The copy of the model that computes the features. The first process keeps OpenVINO's program for all."""
+    if not program:
+        return fast_copy(model, device)
+    first = openvino_copy(model, program) if is_first() else None
+    barrier()
+    return first or openvino_copy(model, program)
 
 
 @torch.inference_mode()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.console import Progress
-from engine.device import available_cpus, batch_size_for, full_precision, threads
+from engine.device import available_cpus, batch_size_for, full_precision, keep_freed_memory, threads
 from engine.distributed import shared_map, world_size
-from engine.fast import fast_copy, running
+from engine.fast import fast_copy
 from engine.images import ImageError, Item, preprocess, read_image, reading_arguments, stack
 from engine.layers import averages, run_layers
 from engine.metrics import average_models
@@ -53,6 +53,7 @@ def run_images(
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
     workers = torch.get_num_threads() if on_cpu else min(16, available_cpus())
+    keep_freed_memory()
     batch_size = batch_size or batch_size_for(device)
     runner, items, pending = _Runner(models, output, device, batch_size), iter(items), deque()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=[1])
@@ -89,7 +90,7 @@ class _Runner:
                 except ImageError as error:
                     errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
             images.append(stack(pixels, self.device))
-        with self.turn, running():
+        with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
         unread = torch.tensor(list(errors), dtype=torch.int64)
