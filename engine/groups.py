@@ -98,15 +98,14 @@ def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tu
     if len(ids) > COMPARED:
         return None
     file = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json"
-    try:
-        return tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
-        pass
     found = None
-    if is_first():
-        found = near_duplicates(thumbnails)
-        with atomic_write(file) as stream:
-            stream.write(json.dumps(found).encode())
+    if is_first():  # a file that another process looks for may be written meanwhile
+        try:
+            found = tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            found = near_duplicates(thumbnails)
+            with atomic_write(file) as stream:
+                stream.write(json.dumps(found).encode())
     return gather(found)[0]
 
 

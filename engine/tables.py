@@ -179,7 +179,7 @@ class _Files:
 
     def __init__(self, table: Path):
         self.folder = table.parent
-        self.root = self.folder.parent if words_of(self.folder.name) & DESCRIPTIONS else self.folder
+        self.root = self.folder.parent if set() < words_of(self.folder.name) <= DESCRIPTIONS else self.folder
         loose = [Path(entry.path) for entry in os.scandir(self.root) if entry.is_file()]
         images = [path for path in loose if is_image_file(str(path), path.suffix.lower())]
         for folder in class_folders(self.root)[0].values():
