@@ -106,7 +106,7 @@ def load_data(
     images, places, seen = _look(parts, root / "features")
     similar = find_near_duplicates(images.ids, seen.thumbnails(), root / "features")
     named = groups is not None or images.groups is not None
-    images.groups, remarks = assign_groups(images, groups, similar[0] if similar else [])
+    images.groups, remarks = assign_groups(images, places["train"], groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
     if missing and named and (undivided := _in_one_group(classes, images)):
         raise ValueError(f"all images of {undivided} are in one group, so none of them can be held out: see --groups")
@@ -249,18 +249,18 @@ def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
 def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
     """What the user should know about a split."""
     remarks = []
-    for part, name in (("test", "test"), ("val", "validation")):
+    for part, name, others in (("test", "test", ("training", "validation")), ("val", "validation", ("training",))):
         if empty := classes_without_images(classes, parts[part]):
             remarks.append(f"no {name} image of {empty}")
-    ids = {identity for part in ("train", "val") for identity in parts[part].ids}
-    groups = {group for part in ("train", "val") for group in parts[part].groups}
-    identical = [identity in ids for identity in parts["test"].ids]
-    leaked = sum(group in groups or same for group, same in zip(parts["test"].groups, identical, strict=True))
-    if leaked:
-        remarks.append(
-            f"{count_of(leaked, 'test image')} of groups that training or validation images belong to, too, "
-            f"{sum(identical):,} identical to one of these: the test accuracy will be too high"
-        )
+        known = [parts[other] for other in ("train", "val")[: len(others)]]
+        ids, groups = {i for images in known for i in images.ids}, {g for images in known for g in images.groups}
+        identical = [identity in ids for identity in parts[part].ids]
+        leaked = sum(group in groups or same for group, same in zip(parts[part].groups, identical, strict=True))
+        if leaked:
+            remarks.append(
+                f"{count_of(leaked, f'{name} image')} of groups that {' or '.join(others)} images belong to, too, "
+                f"{sum(identical):,} identical to one of these: the {name} accuracy will be too high"
+            )
     return remarks
 
 
