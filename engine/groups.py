@@ -88,8 +88,8 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
     remarks = []
     if large:
         remarks.append(
-            f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so the accuracy "
-            "on held-out images will be too high; if they show the same object, film or patient, name it: --groups"
+            f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
+            "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
         )
     return groups, remarks
 
