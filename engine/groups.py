@@ -74,13 +74,12 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
 def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[list[str], list[str]]:
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
     identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
-    sizes, together = Counter(labels), defaultdict(list)
+    sizes, together = Counter(labels[i] for i in pool), defaultdict(list)
     for i, number in enumerate(components(len(images), [*identical, *pairs]).tolist()):
         together[number].append(i)
     for members in together.values():
-        counts = Counter(labels[i] for i in members)
+        counts = Counter(labels[i] for i in members if i in pool)
         too_large = any(count > max(2, LARGEST * sizes[label]) for label, count in counts.items())
-        too_large &= pool.issuperset(members)  # others lie on two sides anyway, and are counted
         large += too_large
         name = min(images.ids[i] for i in members)
         for i in members:
