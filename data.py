@@ -106,7 +106,7 @@ def load_data(
     images, places, seen = _look(parts, root / "features")
     similar = find_near_duplicates(images.ids, seen.thumbnails(), root / "features")
     named = groups is not None or images.groups is not None
-    images.groups, remarks = assign_groups(images, groups, similar[0] if similar else [])
+    images.groups, remarks = assign_groups(images, places["train"], groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
     if missing and named and (undivided := _in_one_group(classes, images)):
         raise ValueError(f"all images of {undivided} are in one group, so none of them can be held out: see --groups")
@@ -189,13 +189,15 @@ def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: in
     Of each class, at least `others` groups are left. The groups come in the order of random numbers that follow from
     their names (an image's hash, if it is alone) and `seed`: a new image moves no other one but at the boundary. The
     validation images are the `last` ones, so that an image that leaves the test images goes to the training images.
-    If a class is more than 5 points from its share, other orders are tried.
+    If a class is more than 5 points from its share, other orders are tried, fewer if the groups are many.
     """
     members, labels = defaultdict(Counter), images.labels.tolist()
     for i in pool.tolist():
         members[images.groups[i]][labels[i]] += 1
     images_of, best = images.labels[pool].bincount(minlength=len(sizes)).clamp(min=1), math.inf
-    for attempt in range(ORDERS):
+    groups_of = Counter(label for each in members.values() for label in each)
+    sizes = torch.tensor([size if groups_of[c] > others else 0 for c, size in enumerate(sizes.tolist())])
+    for attempt in range(min(ORDERS, 1 + 2000 * ORDERS // max(1, len(members)))):
         order = sorted(members, key=lambda group: draw(f"{seed} {attempt}", group), reverse=last)
         groups, missing = _fitting_groups({group: members[group] for group in order}, sizes.tolist(), others)
         deviation = float((torch.tensor(missing) / images_of).abs().max())
@@ -210,15 +212,15 @@ def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: in
 def _fitting_groups(counts: dict[str, Counter[int]], sizes: list[int], others: int) -> tuple[set[str], list[int]]:
     """The groups to hold out, and how many images of each class are still missing then, given each group's images.
 
-    First the groups that fit, then those that bring the held-out images nearer to `sizes`.
+    First the groups that fit, then those that bring the held-out images nearer to `sizes`, and if there are none, any.
     """
     left = Counter(label for each in counts.values() for label in each)  # groups of each class
     missing, held = list(sizes), set()
-    for only_fitting in (True, False):
+    for stage in range(3):
         for group, each in counts.items():
             gain = sum((abs(missing[c]) - abs(missing[c] - n)) / max(1, sizes[c]) for c, n in each.items())
-            fits = all(n <= missing[c] for c, n in each.items())
-            if group not in held and gain > 0 and fits >= only_fitting and all(left[c] > others for c in each):
+            wanted = (all(n <= missing[c] for c, n in each.items()), gain > 0, not held)[stage]
+            if group not in held and wanted and all(left[c] > others for c in each):
                 held.add(group)
                 for label, count in each.items():
                     missing[label] -= count
@@ -247,18 +249,18 @@ def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
 def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
     """What the user should know about a split."""
     remarks = []
-    for part, name in (("test", "test"), ("val", "validation")):
+    for part, name, others in (("test", "test", ("training", "validation")), ("val", "validation", ("training",))):
         if empty := classes_without_images(classes, parts[part]):
             remarks.append(f"no {name} image of {empty}")
-    ids = {identity for part in ("train", "val") for identity in parts[part].ids}
-    groups = {group for part in ("train", "val") for group in parts[part].groups}
-    identical = sum(identity in ids for identity in parts["test"].ids)
-    leaked = sum(group in groups for group in parts["test"].groups)
-    if leaked:
-        remarks.append(
-            f"{count_of(leaked, 'test image')} of groups that training or validation images belong to, too, "
-            f"{identical:,} identical to one of these: the test accuracy will be too high"
-        )
+        known = [parts[other] for other in ("train", "val")[: len(others)]]
+        ids, groups = {i for images in known for i in images.ids}, {g for images in known for g in images.groups}
+        identical = [identity in ids for identity in parts[part].ids]
+        leaked = sum(group in groups or same for group, same in zip(parts[part].groups, identical, strict=True))
+        if leaked:
+            remarks.append(
+                f"{count_of(leaked, f'{name} image')} of groups that {' or '.join(others)} images belong to, too, "
+                f"{sum(identical):,} identical to one of these: the {name} accuracy will be too high"
+            )
     return remarks
 
 

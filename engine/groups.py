@@ -49,16 +49,16 @@ def draw(seed: object, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def assign_groups(images: Images, pattern: str | None, pairs: Pairs) -> tuple[list[str], list[str]]:
+def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pairs) -> tuple[list[str], list[str]]:
     """The name of each image's group, and remarks for the user.
 
     Those images belong together whose names give the same match of the regular expression `pattern`, or of its first
     parentheses if it has any, or which have the same group in `images.groups`. Without both, near-duplicates belong
     together. An image that is alone has its hash as the name of its group, so identical images are never alone.
-    Raises ValueError if the pattern matches no image.
+    `pool` are the images of which some are held out. Raises ValueError if the pattern matches no image.
     """
     if pattern is None and images.groups is None:
-        return _groups_of_copies(images, pairs)
+        return _groups_of_copies(images, {*pool.tolist()}, pairs)
     names = images.groups
     if pattern is not None:
         found = [re.search(pattern, name.replace("\\", "/")) for name in images.names]
@@ -71,14 +71,14 @@ def assign_groups(images: Images, pattern: str | None, pairs: Pairs) -> tuple[li
     return [name or identity for name, identity in zip(names, images.ids, strict=True)], remarks
 
 
-def _groups_of_copies(images: Images, pairs: Pairs) -> tuple[list[str], list[str]]:
+def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[list[str], list[str]]:
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
     identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
-    sizes, together = Counter(labels), defaultdict(list)
+    sizes, together = Counter(labels[i] for i in pool), defaultdict(list)
     for i, number in enumerate(components(len(images), [*identical, *pairs]).tolist()):
         together[number].append(i)
     for members in together.values():
-        counts = Counter(labels[i] for i in members)
+        counts = Counter(labels[i] for i in members if i in pool)
         too_large = any(count > max(2, LARGEST * sizes[label]) for label, count in counts.items())
         large += too_large
         name = min(images.ids[i] for i in members)
@@ -87,8 +87,8 @@ def _groups_of_copies(images: Images, pairs: Pairs) -> tuple[list[str], list[str
     remarks = []
     if large:
         remarks.append(
-            f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so the "
-            "test accuracy will be too high; if they show the same object, film or patient, name it: --groups"
+            f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
+            "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
         )
     return groups, remarks
 
@@ -98,15 +98,14 @@ def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tu
     if len(ids) > COMPARED:
         return None
     file = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json"
-    try:
-        return tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or damaged
-        pass
     found = None
-    if is_first():
-        found = near_duplicates(thumbnails)
-        with atomic_write(file) as stream:
-            stream.write(json.dumps(found).encode())
+    if is_first():  # a file that another process looks for may be written meanwhile
+        try:
+            found = tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
+        except (OSError, ValueError, TypeError):  # not there, or damaged
+            found = near_duplicates(thumbnails)
+            with atomic_write(file) as stream:
+                stream.write(json.dumps(found).encode())
     return gather(found)[0]
 
 

@@ -51,7 +51,7 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
 def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: str, limit: int | None) -> None:
     """Raises ValueError if `checkpoint` was trained on other images than `data` (data.Data, from `source`), or on more.
 
-    A data set may shrink, as when its label errors are deleted, but not to less than half, and not by a `limit`.
+    A data set may shrink, as when its label errors are deleted, but not to less than half, with a `limit` to 90%.
     """
     if not checkpoint.exists():
         return
@@ -68,7 +68,7 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
     images, same_content = row.get("train_images", 0), data.content == row.get("content")
     other = "" if same_content or source == row.get("data") else " of other data"
     same_model = (classes, size) == (model.classes, model.preprocessing["image_size"])
-    if other or not same_model or len(data.train) < images * (1 if limit else 0.5):
+    if other or not same_model or len(data.train) < images * (0.9 if limit else 0.5):
         raise ValueError(
             f"{checkpoint} was trained on {images:,} images of {len(classes)} classes at {size} pixels{other}: "
             "choose another --output, or delete it"

@@ -50,7 +50,8 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
         try:
             pixels = thumbnail(read_image(items[i], SIZE, crop=False, reading=reading))
         except ImageError as error:
-            return ImageError(str(error))  # without its traceback, which keeps the image in memory
+            # without the path, because files of one content share an error, and without a traceback, which keeps pixels
+            return ImageError(str(error).removeprefix(f"{items[i]}: "))
         words = json.dumps(unusual, separators=(",", ":")).encode() if unusual else b""
         return np.concatenate([pixels.flatten().numpy(), np.frombuffer(words.ljust(WORDS), np.uint8)])
 
@@ -65,4 +66,4 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
 
     records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, PIXELS + WORDS)
     rows, readable, _, _, errors = records.complete(ids, compute, "looking at images", BATCH)
-    return Survey(rows, readable, list(errors.values()))
+    return Survey(rows, readable, [ImageError(f"{items[i]}: {error}") for i, error in errors.items()])

@@ -66,13 +66,13 @@ def _advice(table: Path) -> str:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    """The tables in a folder, or in a folder in it, that give labels to images."""
+    """The tables in a folder, or in a folder in it, that give labels to images; those of test images come last."""
     found, patterns = [], ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
     for path in islice((path for pattern in patterns for path in sorted(folder.glob(pattern))), 8):
         with suppress(OSError, ValueError):
             read_table(path)
             found.append(path)
-    return found
+    return sorted(found, key=lambda table: part_of(words_of(name_below(folder, table))) in ("val", "test"))
 
 
 def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
@@ -179,7 +179,7 @@ class _Files:
 
     def __init__(self, table: Path):
         self.folder = table.parent
-        self.root = self.folder.parent if words_of(self.folder.name) & DESCRIPTIONS else self.folder
+        self.root = self.folder.parent if set() < words_of(self.folder.name) <= DESCRIPTIONS else self.folder
         loose = [Path(entry.path) for entry in os.scandir(self.root) if entry.is_file()]
         images = [path for path in loose if is_image_file(str(path), path.suffix.lower())]
         for folder in class_folders(self.root)[0].values():
