@@ -211,8 +211,10 @@ def _fits(content: bytes) -> Values:
     """FITS: the first picture, or a cube of three colours. Pillow is right of a plain picture at the start."""
     cards = takewhile(lambda card: card[:8] != b"END     ", (content[i : i + 80] for i in range(0, len(content), 80)))
     header = {card[:8].strip(): card[10:].partition(b"/")[0].strip() for card in cards}
-    if header.get(b"NAXIS") == b"2" and header[b"BITPIX"] != b"64" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
-        return _pillow(content, {b"8": "uint8", b"16": "int16", b"32": "int32"}.get(header[b"BITPIX"], "float32"))
+    kinds = {b"8": "uint8", b"16": "int16", b"32": "int32", b"-32": "float32", b"-64": "float32"}
+    kind = kinds.get(header.get(b"BITPIX"))
+    if kind and header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
+        return _pillow(content, kind)
     fits = library("astropy.io.fits", "this kind of FITS file")
     with fits.open(io.BytesIO(content), memmap=False) as file:
         part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
