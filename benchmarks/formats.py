@@ -174,6 +174,7 @@ def kinds() -> Iterator[Kind]:
     yield "tifffile", "RGB of fractions", tiff((RGB / 255).astype(np.float32), **rgb), RGB
     yield "tifffile", "planes of 16 bits", tiff(np.moveaxis(WIDE * 257, -1, 0), **rgb), RGB
     yield "tifffile", "3 bands of grey", gdal(WIDE * 257), RGB
+    yield "tifffile", "signs, big-endian, zlib", tiff(DEEP.astype("i2"), byteorder=">", compression="zlib"), GREY
     yield "tifffile", "white is 0, big-endian", tiff(65535 - DEEP * 257, byteorder=">", **white), GREY
     for compression in ("LERC", "WEBP"):
         yield "tifffile", compression, gdal(RGB, compress=compression, photometric="RGB"), RGB

@@ -54,6 +54,11 @@ class Values:
             return None
         return ~np.isfinite(self.colors) | (self.colors == self.missing)
 
+    def beyond(self, black: float, white: float) -> float:
+        """The share of values that are darker than black or brighter than white."""
+        outside = (self.colors < black) | (self.colors > white)
+        return float((outside if self.lacking is None else outside & ~self.lacking).mean())
+
     def record(self) -> dict:
         """What `agree` needs to know of an image, as plain types."""
         record = {"kind": self.kind, "notes": self.notes}
@@ -102,10 +107,13 @@ def _number(value: float) -> str:
 def to_8_bits(values: Values, reading: dict | None = None) -> Image.Image:
     """The image in 8 bits: L, RGB or RGBA. Values beyond the scale become black or white; pixels without data, black.
 
-    Raises ValueError if there is no scale for such values.
+    Raises ValueError if there is no scale for such values, or if most are beyond it: they have another scale.
     """
     reading = reading or {}
     scale = reading.get(values.kind) or _fixed_scale(values)
+    if values.beyond(*scale) > 0.5:
+        found, known = (" to ".join(map(_number, ends)) for ends in (values.extent, scale))
+        raise ValueError(f"{values.kind} values from {found}: the model was trained on values from {known}")
     pixels = _scaled(values.colors, *scale)
     pixels = 255 - pixels if values.inverted else pixels
     if values.lacking is not None:

@@ -99,5 +99,7 @@ def load_tensors(path: Path) -> dict:
         with zipfile.ZipFile(file) as archive:  # torch.save does not compress: a compressed file may be a zip bomb
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed")
+            if any(entry.CRC for entry in archive.infolist()) and archive.testzip():  # torch.load does not look
+                raise ValueError("checksum mismatch")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)

@@ -38,6 +38,8 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _camera_raw(content, size)
     if start == b"SIMP":
         return _fits(content)
+    if start[:2] == b"\x01\xda" and start[3:] == b"\2":
+        return _sgi(content)
     if start[:2] in (b"P5", b"P6"):
         return _portable_pixmap(content)
     if start == CODESTREAM or (start == b"\0\0\0\x0c" and CODESTREAM in content):
@@ -171,6 +173,17 @@ def _jpeg_2000(content: bytes) -> Values | None:
         return _doubtful(_bands((array << 16 - depth).astype("uint16")))
 
 
+def _sgi(content: bytes) -> Values:
+    """SGI of 16 bits, of which Pillow keeps 8."""
+    if content[2]:
+        raise ValueError("a compressed SGI image of 16 bits: save it as PNG")
+    dimensions, width, height, bands = struct.unpack_from(">4H", content, 4)
+    shape = (bands if dimensions > 2 else 1, height if dimensions > 1 else 1, width)
+    with room(width, height, 12 * shape[0]):
+        array = np.frombuffer(content, ">u2", math.prod(shape), 512).reshape(shape)[:, ::-1]
+    return _bands(np.moveaxis(array, 0, -1))
+
+
 def _doubtful(values: Values) -> Values:
     """The band that is marked as transparency may be any other."""
     values.alpha_is_certain = False
@@ -198,8 +211,10 @@ def _fits(content: bytes) -> Values:
     """FITS: the first picture, or a cube of three colours. Pillow is right of a plain picture at the start."""
     cards = takewhile(lambda card: card[:8] != b"END     ", (content[i : i + 80] for i in range(0, len(content), 80)))
     header = {card[:8].strip(): card[10:].partition(b"/")[0].strip() for card in cards}
-    if header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
-        return _pillow(content, {b"8": "uint8", b"16": "int16", b"32": "int32"}.get(header[b"BITPIX"], "float32"))
+    kinds = {b"8": "uint8", b"16": "int16", b"32": "int32", b"-32": "float32", b"-64": "float32"}
+    kind = kinds.get(header.get(b"BITPIX"))
+    if kind and header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
+        return _pillow(content, kind)
     fits = library("astropy.io.fits", "this kind of FITS file")
     with fits.open(io.BytesIO(content), memmap=False) as file:
         part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
@@ -233,7 +248,9 @@ def _tiff(content: bytes, size: int) -> Values | None:
     if page.bands > 4 and page.photometric < RGB:
         raise ValueError(f"{page.bands} bands: save the three that are to be seen as RGB")
     values = None
-    if page.is_pillows:
+    # Pillow swaps the bytes of what it decompresses once more than needed, but for uint16
+    swapped = content[:2] == b"MM" and page.compression > 1 and page.dtype not in ("uint8", "int8", "uint16")
+    if page.is_pillows and not swapped:
         with suppress(UnidentifiedImageError):
             values = _pillow(content, page.dtype, page.number)
             values.inverted = page.is_inverted and values.kind != "uint8"

@@ -66,8 +66,9 @@ def load_weights(
     try:
         with torch.no_grad():
             for name, tensor in needed.items():
-                if not tensor.copy_(best.tensors[name]).isfinite().all():
-                    raise ValueError(f"{file}: values of {name} are not finite")
+                given = best.tensors[name]
+                if not given.is_floating_point() or not tensor.copy_(given).isfinite().all():
+                    raise ValueError(f"{file}: values of {name} ({given.dtype}) are not finite floating-point numbers")
     except (RuntimeError, NotImplementedError) as error:  # sparse or without content
         raise ValueError(f"{file}: {name} is a tensor without plain values; {ADVICE}") from error
     others, left_out = [fit.place or "top" for fit in fits if fit is not best][:3], sorted(best.left_out)[:3]

@@ -115,6 +115,11 @@ DEEP = {  # files of values of more than 8 bits, and the picture that they hold
     "PNG, a transparent grey": (png(GREY.astype(int) * 257, 0, tRNS=b"\4\4"), grey(np.where(X == 1, 255, GREY))),
     "PPM, 12 bits": (b"P6 64 48 # wide\n65535\n" + (RGB.astype(int) * 16).astype(">u2").tobytes(), RGB),
     "PFM": (b"Pf\n64 48\n-1.0\n" + FRACTIONS[::-1].astype("<f4").tobytes(), grey(GREY)),
+    "SGI, 12 bits": (
+        struct.pack(">hBBHHHH500x", 474, 0, 2, 3, 64, 48, 3)
+        + np.moveaxis(RGB[::-1].astype(int) * 16, -1, 0).astype(">u2").tobytes(),
+        RGB,
+    ),
     "PGM, 12 bits": (b"P5\n64 48\n4095\n" + (GREY.astype(int) * 16).astype(">u2").tobytes(), grey(GREY)),
 }
 
@@ -132,7 +137,10 @@ def test_one_scale_for_a_data_set(brightest, other):
     pair = [tiff(((scene * top).round().astype("<u2"), {})) for top in (brightest, other)]
     a, b = (read(content, agreed(*pair)).mean() for content in pair)
     assert 0.9 < a / b < 1.001
-    assert read(tiff((np.full((8, 8), 60000, "<u2"), {})), agreed(*pair)).min() == 255  # brighter than any before
+    brighter = (scene * brightest * 1.3).astype("<u2")  # than any before, but mostly not
+    assert read(tiff((brighter, {})), agreed(*pair)).max() == 255
+    with pytest.raises(ImageError, match="trained on values from"):
+        read(tiff((GREY.astype("<u2") * 257, {})), agreed(*pair))
 
 
 def test_values_without_a_known_scale_are_refused():
