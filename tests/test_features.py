@@ -65,7 +65,7 @@ def test_an_interrupted_extraction_resumes(run, photos, tmp_path, replace):
     [file] = (tmp_path / "data" / "features").glob("*.features")
     file.write_bytes(file.read_bytes()[:-5])  # killed while it wrote
     code, out, _ = run(main_train, *command)
-    assert code == 1 and " of 48 images have their features" in out
+    assert code == 1 and " of 48 images are known" in out
     assert repeatable(tmp_path) == expected and same(checkpoints(tmp_path), state)
 
 
