@@ -27,7 +27,7 @@ MANY = 4096  # images, from which on the conversion takes less time than it save
 
 
 def openvino_version(device: torch.device, precision: str, images: int, file: Path | None = None) -> str:
-    """The version of OpenVINO if it is worth its conversion, else "". `file`: of a program that is converted already."""
+    """The version of OpenVINO if it is worth its conversion, else "". `file` may hold a converted program."""
     if device.type == "cpu" and precision == "fp32" and (images >= MANY or (file and file.exists())):
         with suppress(PackageNotFoundError):
             return version("openvino")
