@@ -7,35 +7,37 @@ Measures for each model, in images a second:
 
     (a) the obvious loop: ImageFolder, Resize, ToTensor, Normalize, a DataLoader with two workers, the whole model
         forward in fp32, only the last layer trained
-    (b) ours: from image files to features stored in a file
-    (c) a bare forward pass of PyTorch's own modules, BatchNorm folded, channels_last
-    (d) a bare forward pass of the same through torch.compile with freezing, without the time to compile
-    (e) a bare forward pass of the fast copy that (b) runs
+    (b) ours: from image files to features, in OpenVINO if it is installed and faster
+    (c) a bare forward pass of the fast copy that (b) runs without OpenVINO
+    (d) a bare forward pass in OpenVINO
+    (e) a bare forward pass in ONNX Runtime, in fp32 only
 
-A bare pass has its batch ready on the device, in the precision of (b). On a CPU, either all cores share a batch, as in
-(d), or each core runs batches of its own, as in (b) and (e). (c) is the better of the two. (c) and (d) are the best of
-several batch sizes. (b) to (e) take turns, three times, and the median counts.
+A bare pass has its images ready on the device, in the precision of (b). On a CPU each core runs batches of its own.
+(d) and (e) are left out if the packages are not installed (pip install openvino onnxruntime onnx onnxscript), and on a
+GPU. (b) to (e) take turns, five times, and the median counts.
 
 Then extrapolates a training run: 20 epochs of (a), against one pass of (b) and 20 epochs of its classifier.
 """
 
+import io
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from common import DEVICE, PRECISION, arguments, draw_images, extraction_seconds, fit
+from common import DEVICE, PRECISION, arguments, draw_images, fit
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -45,25 +47,21 @@ from engine.console import run_script
 from engine.device import DTYPES, batch_size_for, synchronized_time, threads
 from engine.fast import fast_copy
 from engine.folders import find_images
+from engine.openvino import fastest_copy
+from engine.run import run_images
 from models import TransferModel, find_backbone
 from train_utils import RECIPE
 
 EPOCHS, EPOCH = 20, 50_000  # of the extrapolated training run: CIFAR-10
-ROUNDS = 3
-TITLES = {"a": "(a) loop", "b": "(b) ours", "c": "(c) bare", "d": "(d) compiled", "e": "(e) fast copy"}
-
-
-class BarePass(NamedTuple):
-    column: str  # of the table
-    forward: Callable[[Tensor], Tensor]
-    batch_size: int
-    each_core: bool  # each core runs batches of its own
+ROUNDS = 5
+TITLES = {"a": "(a) loop", "b": "(b) ours", "c": "(c) fast copy", "d": "(d) OpenVINO", "e": "(e) ONNX"}
 
 
 def main() -> int:
     names = ["vgg16", "mobilenet_v2", "mobilenet_v3_large"]
-    args = arguments(__doc__, models=names, data=None, images=2000, seconds=10.0, plot=Path("plots/speed.png"))
-    print(f"{DEVICE}, {PRECISION}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    options = {"precision": PRECISION, "images": 2000, "seconds": 10.0, "plot": Path("plots/speed.png")}
+    args = arguments(__doc__, models=names, data=None, **options)
+    print(f"{DEVICE}, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rates, epochs = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(args.data, "train") if args.data else draw_images(Path(scratch, "images"), args.images)
@@ -71,7 +69,7 @@ def main() -> int:
         for name in args.models:
             torch.manual_seed(0)
             model = TransferModel(name, "0123456789", pretrained=False)
-            model.views, model.precision = 1, PRECISION  # one view, as in the obvious loop
+            model.views, model.precision = 1, args.precision  # one view, as in the obvious loop
             rates[name] = {"a": obvious_loop(name, root, args.seconds), **frozen_passes(model, files, args.seconds / 5)}
             epochs[name] = classifier_epoch(model)
 
@@ -111,55 +109,99 @@ def obvious_loop(name: str, root: Path, seconds: float) -> float:
             return seen / elapsed
 
 
-@inductor.patch(freezing=True)  # for torch.compile, whose option of that name does not freeze
 def frozen_passes(model: TransferModel, files: list[Path], seconds: float) -> dict[str, float]:
     """Columns (b) to (e)."""
-    passes, rounds = bare_passes(model), []
+    copies = [fast_copy(model, DEVICE), fastest_copy(model, DEVICE, images=EPOCH)]
+    bare = {"c": partial(rate_of_forward, copies[0].forward_view, model, batch_size_for(DEVICE), seconds)}
+    if DEVICE.type == "cpu":
+        with suppress(ImportError):
+            bare["d"] = partial(rate_of_openvino, *in_openvino(model), seconds)
+        if model.precision == "fp32":
+            with suppress(ImportError):
+                bare["e"] = partial(rate_of_forward, in_onnx_runtime(model), model, 8, seconds)
+    bare["b"], rates = partial(rate_of_files, copies[1], files), {column: [] for column in "bcde"}
     for _ in range(ROUNDS):
-        bare = [bare_rate(each, model, seconds) for each in passes]
-        rounds.append([len(files) / extraction_seconds(model, files), *bare])
-    ours, *bare = np.median(rounds, axis=0).tolist()
-    rates = {"b": ours, "c": 0, "d": 0, "e": 0}
-    for each, rate in zip(passes, bare, strict=True):
-        rates[each.column] = max(rates[each.column], rate)
-    return rates
+        for column, rate in bare.items():
+            rates[column].append(rate())
+    return {column: float(np.median(found)) if found else math.nan for column, found in rates.items()}
 
 
-def bare_passes(model: TransferModel) -> list[BarePass]:
-    """All that columns (c) to (e) try."""
-    plain = fast_copy(model, DEVICE, packed=False).forward_features
-    fast = fast_copy(model, DEVICE).forward_features
-    torch.compiler.reset()  # it stops compiling after eight models and batch sizes
-    compiled = torch.compile(plain, dynamic=False)
-    on_cpu = DEVICE.type == "cpu"
-    sizes, each_core = ((2, 8, 16), (False, True)) if on_cpu else ((128, 256), (False,))
-    return [
-        *(BarePass("c", plain, size, each) for size in sizes for each in each_core),
-        *(BarePass("d", compiled, size, each_core=False) for size in sizes),
-        BarePass("e", fast, batch_size_for(DEVICE), each_core=on_cpu),
-    ]
+def rate_of_files(fast: TransferModel, files: list[Path]) -> float:
+    start = time.perf_counter()
+    seen = sum(len(batch.items) for batch in run_images([fast], files, TransferModel.forward_features))
+    return seen / (time.perf_counter() - start)
 
 
-def bare_rate(bare: BarePass, model: TransferModel, seconds: float) -> float:
-    """Images a second."""
-    size = model.preprocessing["image_size"]
-    images = torch.randn(bare.batch_size, 3, size, size, device=DEVICE, dtype=DTYPES[PRECISION])
-    images = images.contiguous(memory_format=torch.channels_last)
+def rate_of_forward(
+    forward: Callable[[Tensor], object], model: TransferModel, batch_size: int, seconds: float
+) -> float:
+    """Images a second. On a CPU each core runs batches of its own."""
+    images = ready_images(model, batch_size)
 
     @torch.inference_mode()
     def run(_core: int = 0) -> float:
-        bare.forward(images)  # warms up, and compiles
+        forward(images)  # warms up
         seen, start = 0, synchronized_time(DEVICE)
         while time.perf_counter() - start < seconds:
-            bare.forward(images)
-            seen += len(images)
+            forward(images)
+            seen += batch_size
         return seen / (synchronized_time(DEVICE) - start)
 
-    if not bare.each_core:
+    if DEVICE.type != "cpu":
         return run()
     cores = torch.get_num_threads()
     with threads(1), ThreadPoolExecutor(cores) as pool:
         return sum(pool.map(run, range(cores)))
+
+
+def ready_images(model: TransferModel, count: int) -> Tensor:
+    size = model.preprocessing["image_size"]
+    images = torch.randn(count, 3, size, size, device=DEVICE, dtype=DTYPES[model.precision])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+class View(nn.Module):
+    """One view of a model: (B, 3, H, W) -> (B, width)"""
+
+    def __init__(self, model: TransferModel):
+        super().__init__()
+        self.model = fast_copy(model, DEVICE, "fp32", packed=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_view(images)
+
+
+def in_openvino(model: TransferModel) -> tuple:
+    """OpenVINO's queue of requests, as its manual recommends for throughput, and an image."""
+    import openvino
+
+    program = openvino.convert_model(torch.export.export(View(model).eval(), (model.example(),)))
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(model.precision, "bf16")}
+    compiled = openvino.compile_model(program, "CPU", hints)
+    return openvino.AsyncInferQueue(compiled), ready_images(model, 1).float().contiguous().numpy()
+
+
+def rate_of_openvino(queue: object, image: np.ndarray, seconds: float) -> float:
+    seen, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        queue.start_async([image], share_inputs=True)
+        seen += 1
+    queue.wait_all()
+    return seen / (time.perf_counter() - start)
+
+
+def in_onnx_runtime(model: TransferModel) -> Callable[[Tensor], object]:
+    """A function that runs eight images in the calling thread."""
+    import onnxruntime
+
+    images, file = ready_images(model, 8).contiguous(), io.BytesIO()
+    program = torch.onnx.export(View(model).eval(), (images,), dynamo=True, verbose=False)
+    file.write(program.model_proto.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(file.getvalue(), options)
+    inputs = {session.get_inputs()[0].name: images.numpy()}
+    return lambda _: session.run(None, inputs)
 
 
 def classifier_epoch(model: TransferModel) -> float:
@@ -177,7 +219,7 @@ def plot_speed(rates: dict[str, dict[str, float]]) -> Figure:
     position = np.arange(len(rates))
     bars = (("the obvious loop", "a", "#999999"), ("ours, from files to features", "b", visualization.COLORS[0]))
     for i, (label, columns, color) in enumerate((*bars, ("bare forward pass", "cde", visualization.COLORS[5]))):
-        values = [max(rate[column] for column in columns) for rate in rates.values()]
+        values = [np.nanmax([rate[column] for column in columns]) for rate in rates.values()]
         pairs = zip(values, rates.values(), strict=True)
         texts = [f"{v:.0f}" + (f"  \u00d7{v / rate['a']:.0f}" if i else "") for v, rate in pairs]
         drawn = axes.barh(position + 0.27 * i, values, 0.25, color=color, label=label)
@@ -185,7 +227,7 @@ def plot_speed(rates: dict[str, dict[str, float]]) -> Figure:
     axes.set_yticks(position + 0.27, rates, fontsize=13)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlim(1, 8 * max(max(rate.values()) for rate in rates.values()))
+    axes.set_xlim(1, 8 * max(np.nanmax([*rate.values()]) for rate in rates.values()))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("images a second", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3, fontsize=11, frameon=False)
