@@ -78,9 +78,8 @@ def new_model(
 
 
 def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/features")) -> list[Part]:
-    """The features and the labels of each part of a data set, without the images that cannot be read."""
-    found = [extract_features(model, part.items, part.ids, folder, DEVICE) for part in parts]
-    return [(each.features, part.labels[each.readable]) for each, part in zip(found, parts, strict=True)]
+    """The features and the labels of each part of a data set."""
+    return [(extract_features(model, part.items, part.ids, folder, DEVICE).features, part.labels) for part in parts]
 
 
 def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:

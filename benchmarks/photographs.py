@@ -70,9 +70,7 @@ def main() -> int:
         found = [
             extract_features(model, part.items, part.ids, Path("data/features"), DEVICE) for part in data.parts.values()
         ]
-        rows = [
-            (each.features, part.labels[each.readable]) for each, part in zip(found, data.parts.values(), strict=True)
-        ]
+        rows = [(each.features, part.labels) for each, part in zip(found, data.parts.values(), strict=True)]
         extraction, passes = found[0].seconds + found[1].seconds, EPOCHS * pass_seconds(model, data)
         for method, before in ((ours, extraction), (regression, extraction), (tutorial, passes)):
             start = time.perf_counter()
@@ -105,10 +103,10 @@ def pass_seconds(model: TransferModel, data: Data) -> float:
     load, count = ImageLoader(data.train, model.preprocessing, DEVICE), len(data.train) + len(data.val)
     model.to(DEVICE)
     with torch.inference_mode():
-        model.forward_view(load(torch.arange(32), None)[0])  # warms up
+        model.forward_view(load(torch.arange(32), None))  # warms up
         start = time.perf_counter()
         for batch in torch.arange(min(TIMED, len(data.train))).split(32):
-            model.forward_view(load(batch, None)[0])
+            model.forward_view(load(batch, None))
     return (time.perf_counter() - start) / min(TIMED, len(data.train)) * count
 
 
@@ -172,9 +170,9 @@ def tutorial_fine_tuning(name: str, data: Data, size: int) -> tuple[float, float
 def photograph_loader(images: Images, transform: v2.Transform) -> Loader:
     pool = ThreadPoolExecutor()
 
-    def load(batch: torch.Tensor, _: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(batch: torch.Tensor, _: object) -> torch.Tensor:
         photographs = pool.map(lambda i: decode_image(str(images.items[i]), "RGB"), batch.tolist())
-        return torch.stack([transform(photograph) for photograph in photographs]).to(DEVICE), batch
+        return torch.stack([transform(photograph) for photograph in photographs]).to(DEVICE)
 
     return load
 
