@@ -4,10 +4,8 @@
 """
 
 import math
-import statistics
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, keep_freed_memory, threads
 from engine.distributed import shared_map, world_size
-from engine.fast import fast_copy
 from engine.images import ImageError, Item, preprocess, read_image, reading_arguments, stack
 from engine.layers import averages, run_layers
 from engine.metrics import average_models
@@ -176,24 +171,3 @@ def heat_map(model: nn.Module, images: Tensor) -> Tensor:
         [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
         heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
         return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()
-
-
-def measure_cost(model: nn.Module, device: torch.device) -> dict:
-    """Multiply-adds of one forward pass, and black images a second: one at a time, and as many as take a second."""
-    with FlopCounterMode(display=False) as counter, threads(1), torch.no_grad():  # inference_mode hides operators
-        model.eval().classifier(model.forward_view(model.example()))
-    fast, size = fast_copy(model, device), model.preprocessing["image_size"]
-    image = np.zeros((size, size, 3), np.uint8)
-
-    def seconds(count: int, batch_size: int) -> float:
-        start = time.perf_counter()
-        list(run_images([fast], [image] * count, batch_size=batch_size))
-        return time.perf_counter() - start
-
-    one = statistics.median([seconds(1, 1) for _ in range(6)][1:])  # the first one warms up
-    workers = torch.get_num_threads() if device.type == "cpu" else 1
-    batch_size = max(1, min(batch_size_for(device), int(1 / one)))
-    count = workers * batch_size * max(1, int(1 / one / batch_size))
-    seconds(workers * batch_size, batch_size)  # warms up, too
-    speed = {"one": 1 / one, "best": count / seconds(count, batch_size), "best_batch_size": batch_size}
-    return {"multiply_adds": counter.get_total_flops() // 2, "images_per_second": speed}
