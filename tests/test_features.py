@@ -1,6 +1,7 @@
 """Features are computed once, kept in files, and never stale."""
 
 import errno
+import re
 import shutil
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_an_interrupted_extraction_resumes(run, photos, tmp_path, replace):
 
     def interrupted(*args, **kwargs):
         for i, batch in enumerate(whole(*args, **kwargs)):
-            if i == 3:
+            if i == 1:
                 raise KeyboardInterrupt
             yield batch
 
@@ -65,7 +66,7 @@ def test_an_interrupted_extraction_resumes(run, photos, tmp_path, replace):
     [file] = (tmp_path / "data" / "features").glob("*.features")
     file.write_bytes(file.read_bytes()[:-5])  # killed while it wrote
     code, out, _ = run(main_train, *command)
-    assert code == 1 and " of 48 images are known" in out
+    assert code == 1 and re.search(r": \d+ of 4[78] images are known", out)
     assert repeatable(tmp_path) == expected and same(checkpoints(tmp_path), state)
 
 

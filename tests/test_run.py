@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SMALL, noise, random_model, repeatable, results, share_right
+from conftest import QUICK, ROOT, SMALL, noise, random_model, repeatable, results, share_right
 from PIL import Image
 
 import inference
