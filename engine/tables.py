@@ -7,9 +7,9 @@ import re
 import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from statistics import mode
 
@@ -30,7 +30,6 @@ from engine.folders import (
 from engine.images import is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 # words in the names of columns
 IMAGE = {"file", "filename", "filenames", "filepath", "filepaths", "id", "image", "images", "img", "path", "photo"}
 LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diagnosis", "disease", "dx", "finding"}
@@ -61,15 +60,14 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
     return classes, parts, notes
 
 
-def _tables_in(folder: Path) -> list[tuple[str, Images]]:
-    """How to use the tables in a folder, or in a folder in it, and their images; tables of test images come last."""
-    found, patterns = [], ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
-    for path in islice((path for pattern in patterns for path in sorted(folder.glob(pattern))), 8):
+def _tables_in(folder: Path) -> Iterator[tuple[str, Images]]:
+    """How to use each table in a folder, or in a folder in it, and its images; tables of test images come last."""
+    patterns = ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
+    tables = islice((table for pattern in patterns for table in sorted(folder.glob(pattern))), 8)
+    for table in sorted(tables, key=lambda table: part_of(words_of(name_below(folder, table))) in ("val", "test")):
         with suppress(OSError, ValueError):
-            images = Images.joined(read_table(path)[1].values())
-            advice = f"{path.name} may hold the labels: python main_train.py --data {shlex.quote(str(path))}"
-            found.append((part_of(words_of(name_below(folder, path))) in ("val", "test"), advice, images))
-    return [(advice, images) for _, advice, images in sorted(found, key=lambda each: each[0])]
+            images = Images.joined(read_table(table)[1].values())
+            yield f"{table.name} may hold the labels: python main_train.py --data {shlex.quote(str(table))}", images
 
 
 def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
@@ -87,13 +85,12 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
         found = {file: (tops[file], *rest) for file, (_, *rest) in found.items()}
         notes.append("the folders of the images say which part they belong to")
     trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
-    classes, parts = {name: i for i, name in enumerate(trained)}, defaultdict(list)
+    classes, parts, images = {name: i for i, name in enumerate(trained)}, defaultdict(list), {}
     for file, (part, label, group) in sorted(found.items(), key=lambda each: str(each[0])):
         if label in classes:
             parts[part].append((file, classes[label], name_below(root, file), group))
         else:
             skipped[f"of a class that the training images lack, {printable(label)!r}"].append(file.name)
-    images = {}
     for part, members in parts.items():
         items, labels, names, groups = map(list, zip(*members, strict=True))
         images[part] = Images(items, torch.tensor(labels), names, groups if "groups" in rows.used else None)
@@ -221,7 +218,9 @@ class _Table:
         text = _read_text(path)
         self.path, self.files, self.known = path, _Files(path), {*known}
         readings = [_parse(text, delimiter) for delimiter in (",", "\t", ";", " ")]  # the right one names most files
-        self.cells, odd = max(readings, key=lambda reading: max(map(_distinct, self._named(reading[0])), default=-1))
+        self.cells, odd = max(
+            readings, key=lambda reading: max(map(len, map(set, self._named(reading[0]))), default=-1)
+        )
         files = any(self.files.find(first) or is_image_extension(Path(first).suffix) for first, *_ in self.cells)
         self.names = [str(i + 1) for i in range(len(self.cells))]
         if not files and not any(first and first in rest for first, *rest in self.cells):  # the first row is a header
@@ -247,10 +246,10 @@ class _Table:
         groups = [""] * len(labels) if group is None else self.cells[group]
         self.rows = [*zip(self.cells[image], labels, parts, groups, strict=True)]
 
-    def _named(self, columns: list[tuple[str, ...]]) -> list[list[Path | None]]:
+    def _named(self, columns: list[tuple[str, ...]]) -> list[list[Path]]:
         """The files that a sample of each column's values names."""
         samples = (values[:: max(1, len(values) // 500)] for values in columns)
-        return [[next(iter(self.files.find(value)), None) for value in sample] for sample in samples]
+        return [[path for value in sample for path in self.files.find(value)[:1]] for sample in samples]
 
     def _column(self, name: str) -> int:
         if self.names.count(name) != 1:
@@ -259,10 +258,10 @@ class _Table:
 
     def _image_column(self) -> int:
         named = self._named(self.cells)
-        most = max(map(_distinct, named))
-        if not most:
+        if not any(named):
             raise self._unclear(f"no column names image files below {self.files.root}")
-        rivals = [column for column, files in enumerate(named) if 2 * _distinct(files) > most]
+        counts = [len({*files}) for files in named]
+        rivals = [column for column, count in enumerate(counts) if 2 * count > max(counts)]
         if any(named[column] != named[rivals[0]] for column in rivals):
             rivals = [column for column in rivals if words_of(self.names[column]) & IMAGE]
             if len(rivals) != 1:
@@ -312,26 +311,20 @@ class _Table:
         )
 
 
-def _distinct(files: list[Path | None]) -> int:
-    return len({*files} - {None})
-
-
 def _read_text(table: Path) -> str:
     """The text of a table in UTF-8, or in UTF-16 with its mark, without the comments at its beginning."""
     if not table.exists():
         raise FileNotFoundError(f"no table {table}")
-    if table.name.lower().endswith(ARCHIVES):
-        raise ValueError(f"{table} is an archive: unpack it, and use the folder")
     if table.suffix.lower() not in TABLES:
-        raise ValueError(f"{table} is no folder and no table: save a table as CSV, with the ending .csv")
+        raise ValueError(
+            f"{table} is no folder and no table: if it is an archive, unpack it; save a table as CSV (.csv)"
+        )
     content = table.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} is not UTF-8: save it as CSV in UTF-8") from error
-    lines = text.splitlines(keepends=True)
-    comments = len([*takewhile(lambda line: line.startswith("#"), lines)])
-    return "".join(lines[comments:]) if comments > 1 else text  # one such line may be a header
+    return re.sub(r"\A(#.*\n){2,}", "", text)  # one such line may be a header
 
 
 def _parse(text: str, delimiter: str) -> tuple[list[tuple[str, ...]], int]:
