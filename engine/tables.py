@@ -71,11 +71,9 @@ def _tables_in(folder: Path) -> Iterator[tuple[str, Images]]:
 
 
 def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
-    """Reads a table that names image files and their labels.
+    """Reads a table of image files and labels. Raises OSError or ValueError if a guess could be wrong.
 
-    `columns` are the names of its image and label columns, if they cannot be found (1, 2, 3... without a header).
-    `known` are the classes, otherwise those of its training images.
-    Raises OSError or ValueError if it cannot be read, or if a guess could be wrong.
+    `columns` are its image and its label column (1, 2... without a header), `known` the classes, if not to be found.
     """
     rows = _Table(table, columns, known)
     found, skipped = _match(rows)
@@ -104,9 +102,9 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
 
 
 def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] | None) -> tuple[Images, list[str]]:
-    """The images of a table, or of its test part if it has one, that have one of these classes, and notes.
+    """The images of these classes in a table, or in its test part if it has one, and notes.
 
-    `columns` are those of the table that was used for training, which count if this one has them, too.
+    `columns` are those of the training table, which count if this one has them, too.
     """
     _, parts, notes = read_table(table, columns, classes)
     if not parts:
@@ -117,10 +115,7 @@ def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] 
 
 
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
-    """The part, label and group of each file that the rows name, and what is in the rows that are not used, by reason.
-
-    A row without a group is a group of its own.
-    """
+    """The part, label and group of each file that the rows name, and the images of the rows not used, by reason."""
     meanings, found, skipped = defaultdict(list), {}, defaultdict(list)
     for value, label, part, group in rows.rows:
         files = rows.files.find(value, part if "parts" in rows.used else part_of(words_of(rows.path.stem)))
@@ -133,14 +128,14 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif label.lower() in ("", "nan"):
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            meanings[files[0]].append((part, label, group or value))
+            meanings[files[0]].append((part, label, group or value))  # without a group, a group of its own
     for file, (first, *others) in meanings.items():
         if any(other[:2] != first[:2] for other in others):
             skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))
-        else:
-            found[file] = first
-            if others:
-                skipped["that repeat another"] += [file.name] * len(others)
+            continue
+        found[file] = first
+        if others:
+            skipped["that repeat another"] += [file.name] * len(others)
     return found, skipped
 
 
@@ -186,10 +181,7 @@ class _Files:
             self.by_stem[_key(path.stem)].append(path)
 
     def find(self, value: str, part: str | None = None) -> list[Path]:
-        """The files that a value of the table may mean. Its folders count, its extension may be missing.
-
-        Of equal names in several folders, `part` decides: "train" means the one in train/ or train_images/.
-        """
+        """The files that a value may mean, with or without an extension; of several, those in the folder of a part."""
         path = value.replace("\\", "/")
         if value and os.path.isfile(direct := os.path.normpath(self.folder / path)):
             return [Path(direct)]
@@ -218,9 +210,7 @@ class _Table:
         text = _read_text(path)
         self.path, self.files, self.known = path, _Files(path), {*known}
         readings = [_parse(text, delimiter) for delimiter in (",", "\t", ";", " ")]  # the right one names most files
-        self.cells, odd = max(
-            readings, key=lambda reading: max(map(len, map(set, self._named(reading[0]))), default=-1)
-        )
+        self.cells, odd = max(readings, key=lambda r: max((len({*files}) for files in self._named(r[0])), default=-1))
         files = any(self.files.find(first) or is_image_extension(Path(first).suffix) for first, *_ in self.cells)
         self.names = [str(i + 1) for i in range(len(self.cells))]
         if not files and not any(first and first in rest for first, *rest in self.cells):  # the first row is a header
@@ -230,7 +220,10 @@ class _Table:
             raise ValueError(f"{path} is no table: it needs a column of image files and one of labels")
         if known and not {*(columns or ())} <= {*self.names}:
             columns = None
-        image, label = map(self._column, columns) if columns else (self._image_column(), None)
+        for name in columns or ():
+            if self.names.count(name) != 1:
+                raise self._unclear(f"--columns: no column {name!r}")
+        image, label = map(self.names.index, columns) if columns else (self._image_column(), None)
         free = [c for c in range(len(self.names)) if c not in (image, label)]
         split = self._split_column(free)
         free = [c for c in free if c != split]
@@ -239,9 +232,8 @@ class _Table:
         group = next((groups[name] for name in GROUP if name in groups), None)
         self.used = {"images": self.names[image], "labels": name}
         self.used |= {what: self.names[c] for what, c in (("parts", split), ("groups", group)) if c is not None}
-        self.summary = f"{path.name}: {', '.join(f'{what} from {name!r}' for what, name in self.used.items())}"
-        if odd:
-            self.summary += f"; {count_of(odd, 'row')} with another number of columns not used"
+        unused = f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
+        self.summary = f"{path.name}: {', '.join(f'{what} from {name!r}' for what, name in self.used.items())}{unused}"
         parts = ["train"] * len(labels) if split is None else [part_of({v.lower()}) or v for v in self.cells[split]]
         groups = [""] * len(labels) if group is None else self.cells[group]
         self.rows = [*zip(self.cells[image], labels, parts, groups, strict=True)]
@@ -250,11 +242,6 @@ class _Table:
         """The files that a sample of each column's values names."""
         samples = (values[:: max(1, len(values) // 500)] for values in columns)
         return [[path for value in sample for path in self.files.find(value)[:1]] for sample in samples]
-
-    def _column(self, name: str) -> int:
-        if self.names.count(name) != 1:
-            raise self._unclear(f"--columns: no column {name!r}")
-        return self.names.index(name)
 
     def _image_column(self) -> int:
         named = self._named(self.cells)
@@ -306,9 +293,8 @@ class _Table:
 
     def _unclear(self, reason: str) -> ValueError:
         columns = [f"{name!r} ({printable(cells[0][:30])})" for name, cells in zip(self.names, self.cells, strict=True)]
-        return ValueError(
-            f"{self.path}: {reason}. Its columns: {_some(columns, 12)}. --columns IMAGE LABEL names the right ones"
-        )
+        advice = f"Its columns: {_some(columns, 12)}. --columns IMAGE LABEL names the right ones"
+        return ValueError(f"{self.path}: {reason}. {advice}")
 
 
 def _read_text(table: Path) -> str:
@@ -316,9 +302,7 @@ def _read_text(table: Path) -> str:
     if not table.exists():
         raise FileNotFoundError(f"no table {table}")
     if table.suffix.lower() not in TABLES:
-        raise ValueError(
-            f"{table} is no folder and no table: if it is an archive, unpack it; save a table as CSV (.csv)"
-        )
+        raise ValueError(f"{table} is no folder and no table: if it is an archive, unpack it, or save a table as CSV")
     content = table.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
