@@ -240,7 +240,7 @@ def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
     groups = defaultdict(set)
     for label, group in zip(images.labels.tolist(), images.groups, strict=True):
         groups[label].add(group)
-    counts = images.labels.bincount()
+    counts = images.labels.bincount().tolist()
     return ", ".join(repr(classes[label]) for label, each in groups.items() if len(each) == 1 < counts[label])
 
 

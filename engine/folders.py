@@ -76,7 +76,7 @@ class Images:
 
     @cached_property
     def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file. Under torchrun each process reads a share of the files."""
+        """For each image a hash of its pixels, or of its file. Under torchrun each process reads a share of them."""
         own = share(len(self), 256)
         with ThreadPoolExecutor(available_cpus()) as pool:
             found = dict(zip(own, pool.map(_identity, (self.items[i] for i in own)), strict=True))
@@ -213,13 +213,10 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
             stems = {file.stem.lower() for file in files}
             stems |= {re.sub("[_-][a-z]+$", "", stem) for stem in stems}  # as 1_mask.png
             if is_text or 2 * len(described & stems) > len(described):
-                task, advice = (
-                    "detection" if is_text else "segmentation",
-                    "a folder for each class, or a table of labels",
-                )
+                task = "detection" if is_text else "segmentation"
                 raise ValueError(
-                    f"{root} seems to be made for {task}: {folder.name}/ describes the images in {images.name}/. "
-                    f"This project classifies whole images: it needs {advice}"
+                    f"{root} seems to be made for {task}: {folder.name}/ describes the images in {images.name}/. This "
+                    "project classifies whole images: it needs a folder for each class, or a table of labels"
                 )
 
 
