@@ -27,7 +27,7 @@ from engine.files import atomic_write, locked
 from engine.folders import SPLITS, Images
 from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
 from engine.survey import Survey, survey
-from engine.tables import read_source
+from engine.tables import Source, read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 ORDERS = 50  # in which groups may be held out, see _hold_out
@@ -124,9 +124,7 @@ def load_data(
     place = torch.cat([places[part] for part in parts]).argsort().tolist()
     similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
     unreadable = tuple(sorted(map(str, seen.errors)))
-    return Data(
-        classes, **parts, content=content, notes=tuple(notes), unreadable=unreadable, similar=similar, reading=reading
-    )
+    return Data(classes, *parts.values(), content, tuple(notes), unreadable, similar, reading)
 
 
 def _look(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Survey]:
@@ -242,7 +240,7 @@ def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
     groups = defaultdict(set)
     for label, group in zip(images.labels.tolist(), images.groups, strict=True):
         groups[label].add(group)
-    counts = images.labels.bincount(minlength=len(classes)).tolist()
+    counts = images.labels.bincount().tolist()
     return ", ".join(repr(classes[label]) for label, each in groups.items() if len(each) == 1 < counts[label])
 
 
@@ -255,8 +253,7 @@ def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
         known = [parts[other] for other in ("train", "val")[: len(others)]]
         ids, groups = {i for images in known for i in images.ids}, {g for images in known for g in images.groups}
         identical = [identity in ids for identity in parts[part].ids]
-        leaked = sum(group in groups or same for group, same in zip(parts[part].groups, identical, strict=True))
-        if leaked:
+        if leaked := sum(g in groups or same for g, same in zip(parts[part].groups, identical, strict=True)):
             remarks.append(
                 f"{count_of(leaked, f'{name} image')} of groups that {' or '.join(others)} images belong to, too, "
                 f"{sum(identical):,} identical to one of these: the {name} accuracy will be too high"
@@ -288,10 +285,7 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
     return Data(classes, **split, content="", notes=tuple(notes))
 
 
-def _read_source(
-    source: str, root: Path, columns: Sequence[str] | None
-) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
-    """The classes, the parts that the source has, and notes for the user."""
+def _read_source(source: str, root: Path, columns: Sequence[str] | None) -> Source:
     if source == "cifar10":
         return CIFAR10_CLASSES, _cifar10(root), []
     if source == "demo":

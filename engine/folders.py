@@ -30,6 +30,7 @@ or
     {root}/test/<class>/*.jpg     test images of the same classes; if missing, 20% of train/ is held out
     {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+# what main_train.py and inference.py leave in a folder
 OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
 # folders that describe images for detection or segmentation, and folders of such images
 DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
@@ -75,10 +76,7 @@ class Images:
 
     @cached_property
     def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file. It follows the image, wherever the file is.
-
-        Under torchrun each process reads a share of the files.
-        """
+        """For each image a hash of its pixels, or of its file. Under torchrun each process reads a share of them."""
         own = share(len(self), 256)
         with ThreadPoolExecutor(available_cpus()) as pool:
             found = dict(zip(own, pool.map(_identity, (self.items[i] for i in own)), strict=True))
@@ -150,8 +148,8 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
 def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     """The folders that hold a part of the data set: train, val, test.
 
-    They hold class folders; without any, a "train" among several other names is a class. Names such as "test_set" or
-    "seg_train" count if there are training and other images.
+    Without class folders in it, a "train" among several other names is a class. Names such as "test_set" count if there
+    are training and other images.
     """
     words = {name: words_of(name) for name in folders}
     named = [name for name in folders if part_of(words[name])]
@@ -189,13 +187,10 @@ def _unnested(folder: Path) -> Path:
 
 def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
     """Raises ValueError if all class folders hold folders of the same names, which may be the real classes."""
-    if _has_folders(folders[0]):
-        inner = [sorted(class_folders(folder)[0]) for folder in folders]
-        if len(inner[0]) > 1 and all(names == inner[0] for names in inner):
-            raise ValueError(
-                f"the folders in {root} all hold the same folders ({', '.join(inner[0][:5])}): "
-                "if they are parts of the data set, call them train, val and test"
-            )
+    inner = list(class_folders(folders[0])[0])
+    if len(inner) > 1 and all(list(class_folders(folder)[0]) == inner for folder in folders[1:]):
+        same, advice = ", ".join(inner[:5]), "if they are parts of the data set, call them train, val and test"
+        raise ValueError(f"the folders in {root} all hold the same folders ({same}): {advice}")
 
 
 def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
@@ -205,9 +200,8 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
     """
     with os.scandir(root) as entries:  # also folders without images
         beside = [Path(entry.path) for entry in entries if entry.is_dir() and words_of(entry.name) & DESCRIPTIONS]
-    others = [
-        name for name in folders if not words_of(name) & (PICTURES | DESCRIPTIONS) and not part_of(words_of(name))
-    ]
+    telling = set().union(PICTURES, DESCRIPTIONS, *SPLITS.values())
+    others = [name for name in folders if not words_of(name) & telling]
     pictures = [path for name, path in folders.items() if words_of(name) & PICTURES and path not in beside]
     for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
         if not all(part_of(words_of(name)) for name in class_folders(images)[0]):  # as images/cat/1.jpg
@@ -219,10 +213,10 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
             stems = {file.stem.lower() for file in files}
             stems |= {re.sub("[_-][a-z]+$", "", stem) for stem in stems}  # as 1_mask.png
             if is_text or 2 * len(described & stems) > len(described):
+                task = "detection" if is_text else "segmentation"
                 raise ValueError(
-                    f"{root} seems to be made for {'detection' if is_text else 'segmentation'}: {folder.name}/ "
-                    f"describes the images in {images.name}/. This project classifies whole images: it needs a folder "
-                    "for each class, or a table of labels"
+                    f"{root} seems to be made for {task}: {folder.name}/ describes the images in {images.name}/. This "
+                    "project classifies whole images: it needs a folder for each class, or a table of labels"
                 )
 
 
@@ -248,7 +242,7 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
             skipped["beside the class folders"] += 1
         elif _is_hidden(entry.name):
             skipped["in hidden folders"] += _count_files(entry.path)
-        elif _is_output(Path(entry.path)):
+        elif any(next(Path(entry.path).glob(pattern), None) for pattern in OUTPUTS):
             skipped["in folders that main_train.py has made"] += _count_files(entry.path)
         elif not _holds_images(entry.path):
             skipped[f"folder without images ({printable(entry.name)}/)"] += 1
@@ -263,8 +257,7 @@ def class_folders(folder: Path) -> tuple[dict[str, Path], Counter[str]]:
 def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tuple[Images, Counter[str]]:
     """The images in the class folders of `folder`, named by their paths below `source`, and how many files are unused.
 
-    A class may be missing, and folders of other classes are not used. Raises ValueError if both is so: one of them may
-    be misspelt.
+    Classes may be missing, others are not used. Raises ValueError if both is so: one may be misspelt.
     """
     folders, skipped = class_folders(folder)
     unknown, lacking = sorted(folders.keys() - set(classes)), [name for name in classes if name not in folders]
@@ -301,11 +294,11 @@ def find_images(folder: Path) -> tuple[list[Path], Counter[str]]:
         extension = os.path.splitext(entry.name)[1].lower()
         if entry.is_symlink() and not os.path.exists(entry.path):
             skipped["links to nothing"] += 1
-        elif entry.is_symlink() and os.path.isdir(entry.path):
+        elif entry.is_symlink() and entry.is_dir():
             skipped["linked folders"] += 1
-        elif entry.is_dir(follow_symlinks=False) and _is_hidden(entry.name):
+        elif entry.is_dir() and _is_hidden(entry.name):
             skipped["in hidden folders"] += _count_files(entry.path)
-        elif entry.is_dir(follow_symlinks=False):
+        elif entry.is_dir():
             found, more = find_images(Path(entry.path))
             images += found
             skipped += more
@@ -327,11 +320,6 @@ def not_used(skipped: Counter[str]) -> str:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS
-
-
-def _is_output(folder: Path) -> bool:
-    """Whether main_train.py or inference.py has made the folder, beside the class folders."""
-    return any(next(folder.glob(pattern), None) for pattern in OUTPUTS)
 
 
 def _holds_images(folder: str) -> bool:

@@ -6,11 +6,12 @@ import os
 import re
 import shlex
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
+from statistics import mode
 
 import torch
 
@@ -29,13 +30,12 @@ from engine.folders import (
 from engine.images import is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 # words in the names of columns
 IMAGE = {"file", "filename", "filenames", "filepath", "filepaths", "id", "image", "images", "img", "path", "photo"}
 LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diagnosis", "disease", "dx", "finding"}
 LABEL |= {"genus", "label", "labels", "species", "target", "variety", "y"}
 SPLIT = {"split", "subset", "partition"}
-GROUP = ("patient", "subject", "group", "object")  # the first that there is
+GROUP = [name + end for name in ("patient", "subject", "group", "object") for end in ("", "id", "name")]
 
 Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images by part, notes for the user
 
@@ -50,56 +50,48 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
         classes, parts, notes = read_folder(source)
     except ValueError as error:
         reason = str(error).partition("; a data set looks like this")[0]
-        if tables := _tables_in(source):
-            raise ValueError(f"{reason}; {_advice(tables[0])}") from error
+        for advice, _ in _tables_in(source):
+            raise ValueError(f"{reason}; {advice}") from error
         raise
     if all(words_of(name) & PICTURES for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
-        for table in _tables_in(source):
-            images = Images.joined(read_table(table)[1].values())
+        for advice, images in _tables_in(source):
             if len({*zip(map(os.path.dirname, images.names), images.labels.tolist(), strict=True)}) > len(classes):
-                raise ValueError(f"the folders in {source} seem to be no classes; {_advice(table)}")
+                raise ValueError(f"the folders in {source} seem to be no classes; {advice}")
     return classes, parts, notes
 
 
-def _advice(table: Path) -> str:
-    return f"{table.name} may hold the labels: python main_train.py --data {shlex.quote(str(table))}"
-
-
-def _tables_in(folder: Path) -> list[Path]:
-    """The tables in a folder, or in a folder in it, that give labels to images; those of test images come last."""
-    found, patterns = [], ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
-    for path in islice((path for pattern in patterns for path in sorted(folder.glob(pattern))), 8):
+def _tables_in(folder: Path) -> Iterator[tuple[str, Images]]:
+    """How to use each table in a folder, or in a folder in it, and its images; tables of test images come last."""
+    patterns = ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
+    tables = islice((table for pattern in patterns for table in sorted(folder.glob(pattern))), 8)
+    for table in sorted(tables, key=lambda table: part_of(words_of(name_below(folder, table))) in ("val", "test")):
         with suppress(OSError, ValueError):
-            read_table(path)
-            found.append(path)
-    return sorted(found, key=lambda table: part_of(words_of(name_below(folder, table))) in ("val", "test"))
+            images = Images.joined(read_table(table)[1].values())
+            yield f"{table.name} may hold the labels: python main_train.py --data {shlex.quote(str(table))}", images
 
 
 def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
-    """Reads a table that names image files and their labels.
+    """Reads a table of image files and labels. Raises OSError or ValueError if a guess could be wrong.
 
-    `columns` are the names of its image column and its label column, which are otherwise found; without a header they
-    are called 1, 2, 3... `known` are the classes, otherwise those of its training images.
-    Raises OSError or ValueError if it cannot be read, or if a guess could be wrong.
+    `columns` are its image and its label column (1, 2... without a header), `known` the classes, if not to be found.
     """
     rows = _Table(table, columns, known)
     found, skipped = _match(rows)
-    notes, root = [rows.summary()], rows.files.root
+    notes, root = [rows.summary], rows.files.root
     tops = {file: part_of(words_of(name_below(root, file).partition("/")[0])) for file in found}
-    if rows.split is None and len({*tops.values()}) > 1 and {"train"} <= {*tops.values()} <= {"train", "val", "test"}:
+    if "parts" not in rows.used and {"train"} < {*tops.values()} <= {"train", "val", "test"}:
         found = {file: (tops[file], *rest) for file, (_, *rest) in found.items()}
         notes.append("the folders of the images say which part they belong to")
     trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
-    classes, parts = {name: i for i, name in enumerate(trained)}, defaultdict(list)
+    classes, parts, images = {name: i for i, name in enumerate(trained)}, defaultdict(list), {}
     for file, (part, label, group) in sorted(found.items(), key=lambda each: str(each[0])):
         if label in classes:
             parts[part].append((file, classes[label], name_below(root, file), group))
         else:
             skipped[f"of a class that the training images lack, {printable(label)!r}"].append(file.name)
-    images = {}
     for part, members in parts.items():
         items, labels, names, groups = map(list, zip(*members, strict=True))
-        images[part] = Images(items, torch.tensor(labels), names, groups if rows.group is not None else None)
+        images[part] = Images(items, torch.tensor(labels), names, groups if "groups" in rows.used else None)
     if skipped:
         count = count_of(sum(map(len, skipped.values())), "row")
         reasons = ", ".join(f"{len(values)} {why} ({_some(values)})" for why, values in skipped.items())
@@ -110,26 +102,23 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
 
 
 def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] | None) -> tuple[Images, list[str]]:
-    """The images of a table that have one of these classes, and notes. If the table has a test part, only that.
+    """The images of these classes in a table, or in its test part if it has one, and notes.
 
-    `columns` are those of the table that was used for training, which count if this one has them, too.
+    `columns` are those of the training table, which count if this one has them, too.
     """
     _, parts, notes = read_table(table, columns, classes)
     if not parts:
         raise ValueError("; ".join([f"{table} has no image of a class that the model knows", *notes]))
     if "test" in parts:
-        notes.append(f"only the test part of {table.name} is used")
-    return parts["test"] if "test" in parts else Images.joined(parts.values()), notes
+        return parts["test"], [*notes, f"only the test part of {table.name} is used"]
+    return Images.joined(parts.values()), notes
 
 
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
-    """The part, label and group of each file that the rows name, and what is in the rows that are not used, by reason.
-
-    A row without a group is a group of its own.
-    """
-    meanings, skipped = defaultdict(list), defaultdict(list)
-    for value, label, part, group in zip(rows.values, rows.labels, rows.parts, rows.groups, strict=True):
-        files = rows.files.find(value, part if rows.split is not None else part_of(words_of(rows.path.stem)))
+    """The part, label and group of each file that the rows name, and the images of the rows not used, by reason."""
+    meanings, found, skipped = defaultdict(list), {}, defaultdict(list)
+    for value, label, part, group in rows.rows:
+        files = rows.files.find(value, part if "parts" in rows.used else part_of(words_of(rows.path.stem)))
         if part not in ("train", "val", "test"):
             skipped[f"of the part {printable(part)!r}"].append(value)
         elif not files:
@@ -139,13 +128,15 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif label.lower() in ("", "nan"):
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            meanings[files[0]].append((part, label, group or value))
-    for file, several in meanings.items():
-        if len({meaning[:2] for meaning in several}) > 1:
-            skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * len(several)
-        elif len(several) > 1:
-            skipped["that repeat another"] += [file.name] * (len(several) - 1)
-    return {f: several[0] for f, several in meanings.items() if len({one[:2] for one in several}) == 1}, skipped
+            meanings[files[0]].append((part, label, group or value))  # without a group, a group of its own
+    for file, (first, *others) in meanings.items():
+        if any(other[:2] != first[:2] for other in others):
+            skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))
+            continue
+        found[file] = first
+        if others:
+            skipped["that repeat another"] += [file.name] * len(others)
+    return found, skipped
 
 
 def _classes(table: Path, names: set[str], notes: list[str]) -> list[str]:
@@ -153,16 +144,15 @@ def _classes(table: Path, names: set[str], notes: list[str]) -> list[str]:
     if len(names) < 2:
         given = f"one class only, {next(iter(names))!r}" if names else "no labelled training image"
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *notes]))
-    for name in names:
+    spellings = defaultdict(list)
+    for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
         if "|" in name or (len(pieces) > 1 and {*pieces} <= names):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
-    spellings = defaultdict(set)
-    for name in names:
-        spellings[float(name) if _is_number(name) else name.casefold()].add(name)
-    if alike := [" and ".join(sorted(each)) for each in spellings.values() if len(each) > 1]:
+        spellings[float(name) if _is_number(name) else name.casefold()].append(name)
+    if alike := [" and ".join(each) for each in spellings.values() if len(each) > 1]:
         notes.append(f"classes that look the same: {', '.join(alike)}")
-    return sorted(names, key=(lambda name: (float(name), name)) if all(map(_is_number, names)) else str)
+    return sorted(sorted(names), key=float if all(map(_is_number, names)) else str)
 
 
 def _is_number(text: str) -> bool:
@@ -175,132 +165,99 @@ def _some(values: Sequence[str], count: int = 3) -> str:
 
 
 class _Files:
-    """The image files that a table may name: those below its folder."""
+    """The image files that a table may name: those below its folder, or beside annotations/ if that is its folder."""
 
     def __init__(self, table: Path):
         self.folder = table.parent
         self.root = self.folder.parent if set() < words_of(self.folder.name) <= DESCRIPTIONS else self.folder
-        loose = [Path(entry.path) for entry in os.scandir(self.root) if entry.is_file()]
-        images = [path for path in loose if is_image_file(str(path), path.suffix.lower())]
+        images = [p for p in self.root.iterdir() if p.is_file() and is_image_file(str(p), p.suffix.lower())]
         for folder in class_folders(self.root)[0].values():
             images += find_images(folder)[0]
-        self.images = {path for path in images if not self._describes(path)} or {*images}
+        masks = {path for path in images if DESCRIPTIONS & set().union(*map(words_of, self._folders(path)))}
+        self.images = {*images} - masks or masks
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in sorted(self.images, key=str):
             self.by_name[_key(path.name)].append(path)
             self.by_stem[_key(path.stem)].append(path)
 
-    def _describes(self, path: Path) -> bool:
-        """Whether the image is a mask, as in annotations/trimaps."""
-        return any(words_of(folder) & DESCRIPTIONS for folder in path.relative_to(self.root).parts[:-1])
-
     def find(self, value: str, part: str | None = None) -> list[Path]:
-        """The files that a value of the table may mean. Its folders count, its extension may be missing.
-
-        Of equal names in several folders, `part` decides: "train" means the one in train/ or train_images/.
-        """
+        """The files that a value may mean, with or without an extension; of several, those in the folder of a part."""
         path = value.replace("\\", "/")
         if value and os.path.isfile(direct := os.path.normpath(self.folder / path)):
             return [Path(direct)]
-        steps = [_key(step) for step in path.split("/") if step not in ("", ".", "..")][::-1]
-        found = (self.by_name.get(steps[0]) or self.by_stem.get(steps[0]) or []) if steps else []
-        shared = [1 + _shared(steps[1:], [*map(_key, path.parts[-2::-1])]) for path in found]
+        *folders, name = [_key(step) for step in path.split("/") if step not in ("", ".", "..")] or [""]
+        found = self.by_name.get(name) or self.by_stem.get(name, [])
         elsewhere = path.startswith(("/", "..")) or path[1:2] == ":"  # of another machine: its last folders count
-        needed = max(shared, default=0) if elsewhere else len(steps)
-        found = [path for path, length in zip(found, shared, strict=True) if length >= needed]
+        ends = [folders[start:] for start in range(len(folders) + 1 if elsewhere else 1)]
+        fitting = ([p for p in found if [*map(_key, p.parts[-1 - len(end) : -1])] == end] for end in ends)
+        found = next(filter(None, fitting), [])
         if len(found) > 1:
-            inside = [{part_of(words_of(step)) for step in path.relative_to(self.root).parts[:-1]} for path in found]
-            found = [path for path, parts in zip(found, inside, strict=True) if part in parts] or found
+            found = [path for path in found if part in map(part_of, map(words_of, self._folders(path)))] or found
         return found
+
+    def _folders(self, path: Path) -> tuple[str, ...]:
+        return path.relative_to(self.root).parts[:-1]
 
 
 def _key(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _shared(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many elements at the beginning are the same."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
 class _Table:
-    """The rows of a table, and what its columns mean. Columns are numbers from 0, their names those of the header."""
+    """The rows of a table, each as image, label, part and group, and the names of the columns that say so (`used`)."""
 
     def __init__(self, path: Path, columns: Sequence[str] | None, known: Sequence[str]):
         text = _read_text(path)
         self.path, self.files, self.known = path, _Files(path), {*known}
-        self.rows, self.names, self.odd, most = [], [], 0, 0  # `odd` rows have another number of columns
-        for delimiter in (",", "\t", ";", " "):  # the right one is the one that shows the most file names
-            rows = _parse(text, delimiter)
-            width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
-            fitting = [row for row in rows if len(row) == width]
-            found = max((len({*self._named(fitting, column)} - {None}) for column in range(width)), default=0)
-            if width > 1 and (found > most or not self.rows):
-                self.rows, self.odd, most = fitting, len(rows) - len(fitting), found
-        self._take_header()
-        if not self.rows:
+        readings = [_parse(text, delimiter) for delimiter in (",", "\t", ";", " ")]  # the right one names most files
+        self.cells, odd = max(readings, key=lambda r: max((len({*files}) for files in self._named(r[0])), default=-1))
+        files = any(self.files.find(first) or is_image_extension(Path(first).suffix) for first, *_ in self.cells)
+        self.names = [str(i + 1) for i in range(len(self.cells))]
+        if not files and not any(first and first in rest for first, *rest in self.cells):  # the first row is a header
+            self.names = [column[0].lstrip("# ") or name for column, name in zip(self.cells, self.names, strict=True)]
+            self.cells = [column[1:] for column in self.cells]
+        if not any(self.cells):
             raise ValueError(f"{path} is no table: it needs a column of image files and one of labels")
         if known and not {*(columns or ())} <= {*self.names}:
             columns = None
-        self.image, label = map(self._column, columns) if columns else (self._image_column(), None)
-        self.split = self._split_column([c for c in range(len(self.names)) if c not in (self.image, label)])
-        others = [c for c in range(len(self.names)) if c not in (self.image, self.split)]
-        self.labels, self.label = self._labels(others) if label is None else (self._values(label), self.names[label])
-        keys = {re.sub("[^a-z]", "", self.names[c].lower()): c for c in others if self.names[c] != self.label}
-        self.group = next(
-            (keys[name + end] for name in GROUP for end in ("", "id", "name") if name + end in keys), None
-        )
-        self.values = self._values(self.image)
-        self.groups = [""] * len(self.rows) if self.group is None else self._values(self.group)
-        self.parts = ["train"] * len(self.rows)
-        if self.split is not None:
-            self.parts = [part_of({value.lower()}) or value for value in self._values(self.split)]
+        for name in columns or ():
+            if self.names.count(name) != 1:
+                raise self._unclear(f"--columns: no column {name!r}")
+        image, label = map(self.names.index, columns) if columns else (self._image_column(), None)
+        free = [c for c in range(len(self.names)) if c not in (image, label)]
+        split = self._split_column(free)
+        free = [c for c in free if c != split]
+        labels, name = self._labels(free) if label is None else (self.cells[label], self.names[label])
+        groups = {re.sub("[^a-z]", "", self.names[c].lower()): c for c in free if self.names[c] != name}
+        group = next((groups[name] for name in GROUP if name in groups), None)
+        self.used = {"images": self.names[image], "labels": name}
+        self.used |= {what: self.names[c] for what, c in (("parts", split), ("groups", group)) if c is not None}
+        unused = f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
+        self.summary = f"{path.name}: {', '.join(f'{what} from {name!r}' for what, name in self.used.items())}{unused}"
+        parts = ["train"] * len(labels) if split is None else [part_of({v.lower()}) or v for v in self.cells[split]]
+        groups = [""] * len(labels) if group is None else self.cells[group]
+        self.rows = [*zip(self.cells[image], labels, parts, groups, strict=True)]
 
-    def summary(self) -> str:
-        """Which columns are used."""
-        used = {"images": self.names[self.image], "labels": self.label}
-        used |= {what: self.names[c] for what, c in (("parts", self.split), ("groups", self.group)) if c is not None}
-        odd = f"; {count_of(self.odd, 'row')} with another number of columns not used" if self.odd else ""
-        return f"{self.path.name}: {', '.join(f'{what} from {name!r}' for what, name in used.items())}{odd}"
-
-    def _values(self, column: int) -> list[str]:
-        return [row[column] for row in self.rows]
-
-    def _named(self, rows: list[list[str]], column: int) -> list[Path | None]:
-        """The files that a sample of a column's values names."""
-        found = (self.files.find(row[column]) for row in rows[:: max(1, len(rows) // 500)])
-        return [files[0] if files else None for files in found]
-
-    def _take_header(self) -> None:
-        """The first row is a header if it names no image and no value of it is repeated in its column."""
-        first, *rest = self.rows or [[]]
-        files = any(self.files.find(cell) or is_image_extension(Path(cell).suffix) for cell in first)
-        if files or any(cell and cell in {row[i] for row in rest} for i, cell in enumerate(first)):
-            self.names = [str(i + 1) for i in range(len(first))]
-        else:
-            self.names, self.rows = [cell.lstrip("# ") or str(i + 1) for i, cell in enumerate(first)], rest
-
-    def _column(self, name: str) -> int:
-        if self.names.count(name) != 1:
-            raise self._unclear(f"--columns: no column {name!r}")
-        return self.names.index(name)
+    def _named(self, columns: list[tuple[str, ...]]) -> list[list[Path]]:
+        """The files that a sample of each column's values names."""
+        samples = (values[:: max(1, len(values) // 500)] for values in columns)
+        return [[path for value in sample for path in self.files.find(value)[:1]] for sample in samples]
 
     def _image_column(self) -> int:
-        named = [self._named(self.rows, column) for column in range(len(self.names))]
-        counts = [len({*files} - {None}) for files in named]
-        most = max(counts)
-        if not most:
+        named = self._named(self.cells)
+        if not any(named):
             raise self._unclear(f"no column names image files below {self.files.root}")
-        rivals = [column for column, count in enumerate(counts) if 2 * count > most]
+        counts = [len({*files}) for files in named]
+        rivals = [column for column, count in enumerate(counts) if 2 * count > max(counts)]
         if any(named[column] != named[rivals[0]] for column in rivals):
             rivals = [column for column in rivals if words_of(self.names[column]) & IMAGE]
             if len(rivals) != 1:
                 raise self._unclear("several columns may name the images")
         return rivals[0]
 
-    def _split_column(self, others: list[int]) -> int | None:
-        for column in others:
-            values = {value.lower() for value in self._values(column)} - {""}
+    def _split_column(self, columns: list[int]) -> int | None:
+        for column in columns:
+            values = {value.lower() for value in self.cells[column]} - {""}
             known = {part_of({value}) for value in values}
             named = words_of(self.names[column]) & SPLIT
             if (known and None not in known) or ("train" in known and named):
@@ -310,65 +267,58 @@ class _Table:
                 raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         return None
 
-    def _labels(self, others: list[int]) -> tuple[list[str], str]:
+    def _labels(self, columns: list[int]) -> tuple[Sequence[str], str]:
         """The label of each row, and the name of its column."""
-        values = {column: self._values(column) for column in others}
-        candidates = [c for c in others if 2 * len({*values[c]}) <= len(self.rows) or self.known & {*values[c]}]
-        candidates = [c for c in candidates if self.known & {*values[c]}] or candidates
+        values = {c: {*self.cells[c]} for c in columns}
+        repeated = [c for c in columns if 2 * len(values[c]) <= len(self.cells[c])]
+        candidates = [c for c in columns if self.known & values[c]] or repeated
         named = [c for c in candidates if words_of(self.names[c]) & LABEL]
         exact = [c for c in named if self.names[c].lower() in LABEL]
-        plain = [c for c in candidates if not words_of(self.names[c]) & {*GROUP} and len({*values[c]}) > 1]
-        flags = [c for c in others if {*values[c]} <= {"0", "1", "0.0", "1.0"}]
+        plain = [c for c in candidates if not words_of(self.names[c]) & {*GROUP} and len(values[c]) > 1]
+        flags = [c for c in columns if values[c] <= {"0", "1", "0.0", "1.0"}]
         if not named and len(flags) > 1:
-            marked = [[self.names[c] for c in flags if float(row[c])] for row in self.rows]
-            if all(len(names) == 1 for names in marked):
-                return [name for [name] in marked], f"{self.names[flags[0]]} to {self.names[flags[-1]]}"
-            raise self._unclear("an image has several labels, or none; this project needs one for each")
+            marked = [[c for c in flags if float(self.cells[c][row])] for row in range(len(self.cells[0]))]
+            if any(len(each) != 1 for each in marked):
+                raise self._unclear("an image has several labels, or none; this project needs one for each")
+            return [self.names[c] for [c] in marked], f"{self.names[flags[0]]} to {self.names[flags[-1]]}"
         chosen = named or plain or candidates
-        if len(chosen) > 1 and all(_same_meaning(values[chosen[0]], values[c]) for c in chosen):  # a number and a name
-            chosen = [min(chosen, key=lambda c: all(map(_is_number, values[c])))]
-        elif len(chosen) > 1 and len(exact) == 1:
+        pairs = [{*zip(self.cells[chosen[0]], self.cells[c], strict=True)} for c in chosen]
+        if all(len(values[chosen[0]]) == len(values[c]) == len(both) for c, both in zip(chosen, pairs, strict=True)):
+            chosen = sorted(chosen, key=lambda c: all(map(_is_number, values[c])))[:1]  # a name before its number
+        elif len(exact) == 1:
             chosen = exact
         if len(chosen) == 1:
-            return values[chosen[0]], self.names[chosen[0]]
+            return self.cells[chosen[0]], self.names[chosen[0]]
         raise self._unclear("several columns may be the label" if chosen else "no column repeats a few labels")
 
     def _unclear(self, reason: str) -> ValueError:
-        columns = [f"{name!r} ({printable(cell[:30])})" for name, cell in zip(self.names, self.rows[0], strict=True)]
-        return ValueError(
-            f"{self.path}: {reason}. Its columns: {_some(columns, 12)}. --columns IMAGE LABEL names the right ones"
-        )
-
-
-def _same_meaning(a: list[str], b: list[str]) -> bool:
-    """Whether two columns stand for each other, one to one."""
-    return len({*a}) == len({*b}) == len({*zip(a, b, strict=True)})
+        columns = [f"{name!r} ({printable(cells[0][:30])})" for name, cells in zip(self.names, self.cells, strict=True)]
+        advice = f"Its columns: {_some(columns, 12)}. --columns IMAGE LABEL names the right ones"
+        return ValueError(f"{self.path}: {reason}. {advice}")
 
 
 def _read_text(table: Path) -> str:
-    """The text of a table in UTF-8, or in UTF-16 with its mark."""
+    """The text of a table in UTF-8, or in UTF-16 with its mark, without the comments at its beginning."""
     if not table.exists():
         raise FileNotFoundError(f"no table {table}")
-    if table.name.lower().endswith(ARCHIVES):
-        raise ValueError(f"{table} is an archive: unpack it, and use the folder")
     if table.suffix.lower() not in TABLES:
-        raise ValueError(f"{table} is no folder and no table: save a table as CSV, with the ending .csv")
+        raise ValueError(f"{table} is no folder and no table: if it is an archive, unpack it, or save a table as CSV")
     content = table.read_bytes()
     try:
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{table} is not UTF-8: save it as CSV in UTF-8") from error
-    lines = text.splitlines(keepends=True)
-    comments = list(takewhile(lambda line: line.startswith("#"), lines))  # one such line may be a header
-    return "".join(lines[len(comments) :]) if len(comments) > 1 else text
+    return re.sub(r"\A(#.*\n){2,}", "", text)  # one such line may be a header
 
 
-def _parse(text: str, delimiter: str) -> list[list[str]]:
-    """The rows with any content, as cells without spaces around them. Empty if this is not the delimiter."""
-    if delimiter == " ":
-        return [cells for line in text.splitlines() if (cells := line.split())]
+def _parse(text: str, delimiter: str) -> tuple[list[tuple[str, ...]], int]:
+    """The columns of the rows of the most frequent width, if that is two or more, and the number of other rows."""
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-        return [cells for row in rows if any(cells := [cell.strip() for cell in row])]
+        rows = map(str.split, text.splitlines()) if delimiter == " " else rows
+        rows = [cells for row in rows if any(cells := [cell.strip() for cell in row])]
     except csv.Error:
-        return []
+        rows = []
+    width = mode(map(len, rows or [[]]))
+    fitting = [row for row in rows if len(row) == width > 1]
+    return [*zip(*fitting, strict=True)], len(rows) - len(fitting)
