@@ -20,7 +20,6 @@ from torch import Tensor
 from engine.console import printable
 from engine.files import load_tensors
 
-TORCHSCRIPT = "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
 ADVICE = "where it was made, save the state dict alone: torch.save(model.state_dict(), FILE)"
 FOREIGN = {  # how files begin that people take for weights
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
@@ -93,8 +92,8 @@ def _top(name: str) -> str:
 
 def _weights_among(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without counters and indices, which need not agree."""
-    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
-    return {name: tensors[name] for name in names if not name.endswith("num_batches_tracked")}
+    names = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    return {name: tensors[name] for name in names if tensors[name].is_floating_point()}
 
 
 def _dictionaries(content: object, place: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -114,7 +113,7 @@ def _dictionaries(content: object, place: str, seen: set[int]) -> Iterator[tuple
 def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Callable | None) -> list[Fit]:
     """All places that fit: by names, else by names of which `convert` knows the prefix, else by their order."""
 
-    def fits(rename: Callable, prefixes: Callable, how: str = "") -> Iterator[Fit]:
+    def fits_below(prefixes: Callable, rename: Callable, how: str = "") -> Iterator[Fit]:
         for place, tensors in found:
             for prefix in prefixes(tensors):
                 candidate = _below(tensors, prefix)
@@ -129,16 +128,17 @@ def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Call
                     if how:
                         break  # the order fits below longer prefixes, too
 
-    def starts(tensors: dict) -> list[str]:
-        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in _prefixes(tensors, needed)):
+    def named(tensors: dict) -> list[str]:
+        return _prefixes(tensors, needed)
+
+    def numbered(tensors: dict) -> list[str]:
+        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in named(tensors)):
             return []  # all names fit: something else does not
         return ["", *sorted({".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)})]
 
-    return (
-        list(fits(convert or dict, lambda tensors: _prefixes(tensors, needed)))
-        or list(fits(convert or dict, lambda tensors: [""]))
-        or list(fits(lambda tensors: _by_order(tensors, needed), starts, "by their order"))
-    )
+    convert = convert or dict
+    fits = list(fits_below(named, convert)) or list(fits_below(lambda tensors: [""], convert))
+    return fits or list(fits_below(numbered, lambda tensors: _by_order(tensors, needed), "by their order"))
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -154,15 +154,13 @@ def _prefixes(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> list[str
 def _by_order(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
     """Numbered tensors, as of nn.Sequential(*model.children()), by the backbone's names, if they have its shapes.
 
-    The ends of the names, such as weight and bias, must agree, too, unless all are called the same. What follows is a
-    head, if it belongs to other modules.
+    The ends of the names, such as weight and bias, must agree, too. What follows is a head, if in other modules.
     """
     names, count = list(_weights_among(tensors)), len(needed)
-    tops, ends = [_top(name) for name in names], [name.rpartition(".")[2] for name in names[:count]]
+    tops, pairs = [_top(name) for name in names], list(zip(needed, names, strict=False))
     numbered = all(top.isdigit() for top in tops) and not {*tops[:count]} & {*tops[count:]}
-    alike = ends == [name.rpartition(".")[2] for name in needed] or len({*ends}) == 1
-    chosen = {own: tensors[name] for own, name in zip(needed, names, strict=False)}
-    return chosen if numbered and alike else {}
+    alike = all(own.rpartition(".")[2] == name.rpartition(".")[2] for own, name in pairs)
+    return {own: tensors[name] for own, name in pairs} if numbered and alike else {}
 
 
 def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], list[str], set[str]]:
@@ -181,7 +179,7 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
 
 
 def _misfit(found: list, needed: dict[str, Tensor]) -> str:
-    """How the tensors of a file differ from the backbone's at the place that fits best."""
+    """How the tensors of a file, where they fit best, differ from the backbone's."""
     tries = [_below(tensors, prefix) for _, tensors in found for prefix in ["", *_prefixes(tensors, needed)]]
     best = min(tries, key=lambda tensors: len(_compare(tensors, needed, set())[0]))
     missing, unknown, _ = _compare(best, needed, set())
@@ -247,14 +245,11 @@ def _read(file: Path) -> tuple[object, str]:
 def _named(file: Path) -> list[str]:
     """The functions and classes that a file of torch.save names, the outermost first. None of them is imported."""
     with file.open("rb") as stream:
+        pickles = [stream] * 4  # in the old format, a number, a version and a description come first
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(stream)
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return [TORCHSCRIPT]
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
             pickles = [archive.open(entry) for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
-        else:  # in the old format, a number, a version and a description come first
-            pickles = [stream] * 4
         steps = (step for each in pickles for step in pickletools.genops(each))
         found = [argument.split(" ") for code, argument, _ in steps if code.name == "GLOBAL"]
     names = [NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)) for module, name in found]
@@ -265,6 +260,8 @@ def _foremost(names: list[str]) -> str:
     """What a file holds besides tensors: a whole model, or other objects. "" if there are none."""
     of_tensors = re.compile(r"torch\._.*|torch\.\w+|torch\.nn\.parameter\.Parameter|collections\..*|_codecs\.encode")
     names = [name for name in names if not of_tensors.fullmatch(name)]
+    if any(name.startswith("__torch__.") for name in names):
+        return "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
     if any(name.startswith("torch.nn.modules.") for name in names):
         return f"a whole model ({printable(names[0])}), no state dict"
     return ", ".join(map(printable, names[:3]))
