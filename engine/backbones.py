@@ -57,9 +57,7 @@ def check_name(name: str, more: tuple[str, ...] = ()) -> None:
         of_torchvision = () if architecture.startswith("timm/") else models.get_model_weights(architecture).__members__
         if weights not in of_torchvision:
             choices = " or ".join([*of_torchvision, "a file, such as x.pth or x.safetensors"])
-            raise ValueError(
-                f"{architecture} has no weights {weights!r}: use {architecture}:NAME, where NAME is {choices}"
-            )
+            raise ValueError(f"{architecture} has no weights {weights!r}: after the colon, use {choices}")
 
 
 def build(name: str, image_size: int | None, pretrained: bool) -> Built:
@@ -68,23 +66,25 @@ def build(name: str, image_size: int | None, pretrained: bool) -> Built:
     Raises OSError if the weights cannot be loaded or downloaded, ValueError if those of a file do not fit.
     """
     architecture, _, weights = name.partition(":")
-    from_timm, from_file = architecture.startswith("timm/"), is_file(weights)
+    from_timm, from_file = architecture.startswith("timm/"), pretrained and is_file(weights)
     make = _build_timm if from_timm else _build_torchvision
     network, preprocessing, used = make(name, image_size, pretrained and not from_file)
     model = network.model if from_timm else network
-    tensors = model.state_dict(keep_vars=True)  # before features_of replaces a layer
+    complete = model.state_dict(keep_vars=True)  # before features_of replaces a layer
     features = features_of(network)
-    if pretrained and from_file:
+    if from_file:
         kept = {id(tensor) for tensor in features.state_dict(keep_vars=True).values()}
-        own = {name: tensor for name, tensor in tensors.items() if id(tensor) in kept}
-        complete = _with_classes(architecture) if from_timm else tensors
+        own = {name: tensor for name, tensor in complete.items() if id(tensor) in kept}
+        if from_timm:
+            with torch.device("meta"):  # without content
+                complete = _timm().create_model(architecture.removeprefix("timm/"), num_classes=2).state_dict()
         heads = {name.rpartition(".")[0] for name in complete.keys() - own.keys()}
         try:
             used = load_weights(Path(weights).expanduser(), own, heads, _conversion(model), architecture)
         except ValueError:
-            if from_timm and image_size not in (None, preprocessing["image_size"]):
+            size = preprocessing["image_size"]
+            if from_timm and image_size not in (None, size):
                 build(name, None, pretrained)  # raises if they do not fit there, either
-                size = preprocessing["image_size"]
                 raise ValueError(f"{weights} fits {architecture} at {size} pixels only, not {image_size}") from None
             raise
         used = f"{weights} ({used})" if used else weights
@@ -117,8 +117,7 @@ def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> t
     transforms = weights.transforms()
     preprocessing = {"image_size": transforms.crop_size[0], "mean": transforms.mean, "std": transforms.std}
     preprocessing["interpolation"] = transforms.interpolation.value
-    # extra classifiers, used only in training from scratch
-    has_auxiliary = architecture in ("googlenet", "inception_v3")
+    has_auxiliary = architecture in ("googlenet", "inception_v3")  # classifiers, used in training from scratch only
     options = {"init_weights": False} if has_auxiliary else {}
     if architecture.startswith("vit_"):  # without weights, torchvision would build it for 224 pixels
         options["image_size"] = preprocessing["image_size"]
@@ -131,9 +130,9 @@ def _build_torchvision(name: str, image_size: int | None, pretrained: bool) -> t
             weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True)
             network = models.get_model(architecture, weights=weights, **options)
         except Exception as error:  # no network, no space, no permission, or whatever a damaged file makes torch raise
-            damaged = f"are damaged, or of another model: delete {file}"
-            missing = f"cannot be downloaded, put them at {file} ({first_line(error)})"
-            what = damaged if file.exists() else missing
+            what = f"cannot be downloaded, put them at {file} ({first_line(error)})"
+            if file.exists():
+                what = f"are damaged, or of another model: delete {file}"
             raise OSError(f"the weights of {architecture} {what}; --demo needs none") from error
         digest = file_hash(file)  # which torchvision compares with the file's name after a download only
         if not digest.startswith(file.stem.rpartition("-")[2]):
@@ -152,12 +151,6 @@ def _timm() -> ModuleType:
     if timm.__version__.startswith("0."):
         raise ValueError(f"timm {timm.__version__} is too old: pip install '{TIMM}'")
     return timm
-
-
-def _with_classes(name: str) -> dict[str, Tensor]:
-    """The tensors of a model of timm with a classifier, without content."""
-    with torch.device("meta"):
-        return _timm().create_model(name.removeprefix("timm/"), num_classes=2).state_dict()
 
 
 def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn.Module, dict, str]:
@@ -216,9 +209,6 @@ def features_of(network: nn.Module) -> nn.Module:
     if isinstance(network, models.ResNet):
         *layers, _pool, _fc = network.named_children()
         return nn.Sequential(OrderedDict(layers))
-    network.set_submodule(_last_linear(network), nn.Identity())
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    network.set_submodule(linear[-1], nn.Identity())
     return network
-
-
-def _last_linear(network: nn.Module) -> str:
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]

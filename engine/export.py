@@ -33,10 +33,8 @@ class _Probabilities(nn.Module):
 def export(model: nn.Module, path: Path) -> None:
     """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
-    The class names are stored as JSON under "classes", and how to prepare images under "preprocessing": extra files
-    (.pt2) or metadata (.onnx). The exported model has the precision of `model`; ONNX supports fp32 only. Its answers
-    for 16 images of noise are compared with those of `model.fast()` before it is written; for ONNX only if onnxruntime
-    is installed.
+    "classes" and "preprocessing" are stored as JSON: extra files (.pt2) or metadata (.onnx). Before it is written, its
+    answers for 16 images of noise are compared with those of `model.fast()`; for ONNX only if onnxruntime is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
     size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)
@@ -44,7 +42,8 @@ def export(model: nn.Module, path: Path) -> None:
     program = _Probabilities(fast_copy(model, torch.device("cpu"), packed=False)).eval()
     expected = _Probabilities(model.fast())
     exporters, suffix = {".pt2": _torch_export, ".onnx": _onnx_export}, path.suffix.lower()
-    notes = {"classes": model.classes, "preprocessing": {**_reading(model), "advice": advice(model)}}
+    reading = {key: model.preprocessing[key] for key in ("image_size", "crop", "interpolation")}
+    notes = {"classes": model.classes, "preprocessing": {**reading, "advice": advice(model)}}
     try:
         if suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
@@ -66,14 +65,9 @@ def export(model: nn.Module, path: Path) -> None:
 
 def advice(model: nn.Module) -> str:
     """How to prepare an image for an exported model."""
-    reading = _reading(model)
-    part = "its square in the middle" if reading["crop"] else "squeezed into a square"
-    size, interpolation = reading["image_size"], reading["interpolation"]
+    size, interpolation = model.preprocessing["image_size"], model.preprocessing["interpolation"]
+    part = "its square in the middle" if model.preprocessing["crop"] else "squeezed into a square"
     return f"each image upright, {part}, resized to {size}x{size} ({interpolation}, with antialiasing)"
-
-
-def _reading(model: nn.Module) -> dict:
-    return {key: model.preprocessing[key] for key in ("image_size", "crop", "interpolation")}
 
 
 def _torch_export(program: nn.Module, images: Tensor, notes: dict[str, str]) -> tuple[bytes, Callable]:

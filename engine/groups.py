@@ -27,7 +27,7 @@ from engine.files import atomic_write
 from engine.folders import Images
 
 LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
-COMPARED = 100_000  # with more images than this, near_duplicates gives up: they would take minutes
+COMPARED = 100_000  # more images than this would take minutes
 SIZE = 24  # of a thumbnail
 # brightness and two differences of color from red, green and blue (ITU-R BT.601)
 YCBCR = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
@@ -40,7 +40,7 @@ SAMPLE = 2000  # images whose pairs tell what chance does
 NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
-Pairs = list[tuple[int, int, float]]
+Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 
 
 def draw(seed: object, name: str) -> int:
@@ -52,9 +52,8 @@ def draw(seed: object, name: str) -> int:
 def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pairs) -> tuple[list[str], list[str]]:
     """The name of each image's group, and remarks for the user.
 
-    Those images belong together whose names give the same match of the regular expression `pattern`, or of its first
-    parentheses if it has any, or which have the same group in `images.groups`. Without both, near-duplicates belong
-    together. An image that is alone has its hash as the name of its group, so identical images are never alone.
+    A group is what the regular expression `pattern`, or its first parentheses, matches in the names, else that of
+    `images.groups`, else near-duplicates. An image that is alone has its hash as the name of its group.
     `pool` are the images of which some are held out. Raises ValueError if the pattern matches no image.
     """
     if pattern is None and images.groups is None:
@@ -62,7 +61,7 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
     names = images.groups
     if pattern is not None:
         found = [re.search(pattern, name.replace("\\", "/")) for name in images.names]
-        names = [match and match[1 if match.re.groups else 0] for match in found]
+        names = [match and match[min(1, match.re.groups)] for match in found]
         if not any(names):
             raise ValueError(f"--groups {pattern} matches no path of an image, such as {images.names[0]}")
     alone = sum(not name for name in names)
@@ -84,21 +83,18 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         name = min(images.ids[i] for i in members)
         for i in members:
             groups[i] = f"{images.ids[i]} {images.names[i]}" if too_large else name
-    remarks = []
-    if large:
-        remarks.append(
-            f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
-            "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
-        )
-    return groups, remarks
+    remark = (
+        f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
+        "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
+    )
+    return groups, [remark] if large else []
 
 
 def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tuple[Pairs, Pairs] | None:
-    """`near_duplicates` of images with these `ids`, kept in `folder` for the next run with the same."""
+    """`near_duplicates`, kept in `folder` for the next run with the same `ids`. None for more than COMPARED images."""
     if len(ids) > COMPARED:
         return None
-    file = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json"
-    found = None
+    file, found = folder / f"near-duplicates-1-{hashlib.sha256(''.join(ids).encode()).hexdigest()[:16]}.json", None
     if is_first():  # a file that another process looks for may be written meanwhile
         try:
             found = tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
@@ -117,14 +113,11 @@ def thumbnail(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(image.float(), SIZE).round().to(torch.uint8)
 
 
-def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs] | None:
-    """Pairs (i, j, similarity) of thumbnails (N, 3, SIZE, SIZE), i < j, the most similar ones (at most 1) first.
+def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs]:
+    """Pairs of thumbnails (N, 3, SIZE, SIZE) that are near-duplicates, and others that are alike by chance.
 
-    Returns near-duplicates, then pairs that are alike, but no more than chance makes them in this set. The pairs join
-    the images of a group as a tree does, each to the one most similar to it. None for more than COMPARED images.
+    The most similar ones come first (at most 1). The pairs join the images of a group as a tree does.
     """
-    if len(thumbnails) > COMPARED:
-        return None
     if len(thumbnails) < 2:
         return [], []
     views = _views(thumbnails)
@@ -150,11 +143,11 @@ def _root(parents: list[int], i: int) -> int:
 def _spanning(count: int, pairs: Pairs) -> Pairs:
     """A maximum spanning forest (Kruskal 1956): the pairs of it above any bound join the same images as all such."""
     parents, kept = list(range(count)), []
-    for i, j, similarity in sorted(pairs, key=lambda pair: -pair[2]):
-        one, other = _root(parents, i), _root(parents, j)
+    for pair in sorted(pairs, key=lambda pair: -pair[2]):
+        one, other = (_root(parents, i) for i in pair[:2])
         if one != other:
             parents[one] = other
-            kept.append((i, j, similarity))
+            kept.append(pair)
     return kept
 
 
@@ -213,7 +206,7 @@ def _similar_pairs(views: Tensor) -> Pairs:
                 similarity = rows[0] @ columns[0].T
                 for view in range(1, len(views)):
                     torch.maximum(similarity, rows[view] @ columns[0].T, out=similarity)
-                    if view >= 8:
+                    if view >= 8:  # a middle, of which either image may be the crop
                         torch.maximum(similarity, rows[0] @ columns[view].T, out=similarity)
                 if a == b:
                     similarity = similarity.triu(1)

@@ -9,7 +9,7 @@ import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,6 @@ from torch import Tensor
 from engine.console import printable
 from engine.files import load_tensors
 
-TORCHSCRIPT = "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
 ADVICE = "where it was made, save the state dict alone: torch.save(model.state_dict(), FILE)"
 FOREIGN = {  # how files begin that people take for weights
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself: run git lfs pull",
@@ -36,7 +35,7 @@ AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|teacher)(?![a-z])", re.
 class Fit(NamedTuple):
     """Tensors of a file that are those of the backbone."""
 
-    place: str  # where in the file: the keys of the dictionary, and the prefix
+    place: str  # in the file: the keys of the dictionary, and the prefix
     tensors: dict[str, Tensor]  # by the backbone's names
     left_out: set[str]  # other modules beside them
     averaged: bool  # over the steps of a training (EMA), which is usually more accurate
@@ -56,12 +55,14 @@ def load_weights(
     does for the files of others. Nothing in the file is executed.
     Raises OSError if the file cannot be read, ValueError if it holds no such tensors. The message is one line.
     """
-    content, names = _read(file)
+    content, foremost = _read(file)
     needed = _weights_among({_clean(name): tensor for name, tensor in own.items()})
     found = list(_dictionaries(content, "", set()))
-    fits = _fits_by_name(found, needed, heads, convert) or list(_fits_by_order(found, needed))
+    if not found:
+        raise ValueError(f"{file} holds {foremost or 'no tensors'}: {ADVICE}")
+    fits = _find(found, needed, heads, convert)
     if not fits:
-        raise ValueError(_misfit(file, found, needed, names, backbone))
+        raise ValueError(f"{file} does not fit {backbone}: {_misfit(found, needed)}")
     best = next((fit for fit in fits if fit.averaged), fits[0])
     try:
         with torch.no_grad():
@@ -71,12 +72,11 @@ def load_weights(
                     raise ValueError(f"{file}: values of {name} ({given.dtype}) are not finite floating-point numbers")
     except (RuntimeError, NotImplementedError) as error:  # sparse or without content
         raise ValueError(f"{file}: {name} is a tensor without plain values; {ADVICE}") from error
-    others, left_out = [fit.place or "top" for fit in fits if fit is not best][:3], sorted(best.left_out)[:3]
-    words = [best.place] if best.place else []
-    words += ["averaged (EMA)"] if others and best.averaged else []
-    words += [f"not {', '.join(others)}"] if others else []
-    words += [f"without {', '.join(left_out)}"] if left_out else []
-    return printable(", ".join(words))
+    others = [fit.place or "top" for fit in fits if fit is not best]
+    words = [best.place, "averaged (EMA)" if others and best.averaged else ""]
+    for word, places in (("not", others), ("without", sorted(best.left_out))):
+        words.append(f"{word} {', '.join(places[:3])}" if places else "")
+    return printable(", ".join(filter(None, words)))
 
 
 # -------------------------------------------------------------------------------------------------- the search
@@ -86,13 +86,14 @@ def _clean(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
+def _top(name: str) -> str:
+    return name.partition(".")[0]
+
+
 def _weights_among(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without counters and indices, which need not agree."""
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point() and not name.endswith("num_batches_tracked")
-    }
+    names = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    return {name: tensors[name] for name in names if tensors[name].is_floating_point()}
 
 
 def _dictionaries(content: object, place: str, seen: set[int]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -109,47 +110,57 @@ def _dictionaries(content: object, place: str, seen: set[int]) -> Iterator[tuple
         yield from _dictionaries(value, f"{place}.{key}".lstrip("."), seen)
 
 
+def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Callable | None) -> list[Fit]:
+    """All places that fit: by names, else by names of which `convert` knows the prefix, else by their order."""
+
+    def fits_below(prefixes: Callable, rename: Callable, how: str = "") -> Iterator[Fit]:
+        for place, tensors in found:
+            for prefix in prefixes(tensors):
+                candidate = _below(tensors, prefix)
+                with suppress(Exception):  # a conversion raises anything for a file that it was not made for
+                    renamed = rename(dict(candidate))
+                    candidate = {name: tensor for name, tensor in renamed.items() if isinstance(tensor, Tensor)}
+                missing, unknown, left_out = _compare(candidate, needed, heads)
+                if not missing and not unknown:
+                    where = f"{place}.{prefix}".strip(".")
+                    averaged = bool(AVERAGED.search(where)) or "n_averaged" in tensors
+                    yield Fit(f"{where} {how}".strip(), candidate, left_out, averaged)
+                    if how:
+                        break  # the order fits below longer prefixes, too
+
+    def named(tensors: dict) -> list[str]:
+        return _prefixes(tensors, needed)
+
+    def numbered(tensors: dict) -> list[str]:
+        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in named(tensors)):
+            return []  # all names fit: something else does not
+        return ["", *sorted({".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)})]
+
+    convert = convert or dict
+    fits = list(fits_below(named, convert)) or list(fits_below(lambda tensors: [""], convert))
+    return fits or list(fits_below(numbered, lambda tensors: _by_order(tensors, needed), "by their order"))
+
+
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _fit(place: str, prefix: str, tensors: dict, chosen: dict, left_out: Iterable[str] = (), how: str = "") -> Fit:
-    place = f"{place}.{prefix}".strip(".")
-    averaged = bool(AVERAGED.search(place)) or "n_averaged" in tensors
-    return Fit(f"{place} {how}".strip(), chosen, set(left_out), averaged)
-
-
-def _fits_by_name(found: list, needed: dict, heads: set[str], convert: Callable | None) -> list[Fit]:
-    """All places under which every needed tensor occurs by its name, and no other that the backbone would use."""
-    for whole in (False, True) if convert else (False,):  # whole: `convert` itself knows the prefix
-        fits = []
-        for place, tensors in found:
-            for prefix in [""] if whole else _prefixes(tensors, needed):
-                candidate = _converted(_below(tensors, prefix), convert)
-                missing, unknown, left_out = _compare(candidate, needed, heads)
-                if not missing and not unknown:
-                    fits.append(_fit(place, prefix, tensors, candidate, left_out))
-        if fits:
-            return fits
-    return []
-
-
-def _prefixes(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> Iterable[str]:
+def _prefixes(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> list[str]:
     """What stands before the names of the backbone's tensors."""
-    found = {}
-    for name in tensors:
-        parts = name.split(".")
-        for i in range(len(parts)):
-            if ".".join(parts[i:]) in needed:
-                found["".join(f"{part}." for part in parts[:i])] = True
-    return found
+    starts = [(name, match.end()) for name in tensors for match in re.finditer(r"^|\.", name)]
+    return list(dict.fromkeys(name[:start] for name, start in starts if name[start:] in needed))
 
 
-def _converted(tensors: dict[str, Tensor], convert: Callable | None) -> dict[str, Tensor]:
-    with suppress(Exception):  # a conversion raises anything for a file that it was not made for
-        converted = convert(dict(tensors)) if convert else tensors
-        return {name: tensor for name, tensor in converted.items() if isinstance(tensor, Tensor)}
-    return tensors
+def _by_order(tensors: dict[str, Tensor], needed: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbered tensors, as of nn.Sequential(*model.children()), by the backbone's names, if they have its shapes.
+
+    The ends of the names, such as weight and bias, must agree, too. What follows is a head, if in other modules.
+    """
+    names, count = list(_weights_among(tensors)), len(needed)
+    tops, pairs = [_top(name) for name in names], list(zip(needed, names, strict=False))
+    numbered = all(top.isdigit() for top in tops) and not {*tops[:count]} & {*tops[count:]}
+    alike = all(own.rpartition(".")[2] == name.rpartition(".")[2] for own, name in pairs)
+    return {own: tensors[name] for own, name in pairs} if numbered and alike else {}
 
 
 def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], list[str], set[str]]:
@@ -159,47 +170,16 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
     without a module, would change what the backbone computes: it is unknown.
     """
     missing = [name for name, own in needed.items() if name not in tensors or tensors[name].shape != own.shape]
-    tops, unknown, left_out = {name.partition(".")[0] for name in needed}, [], set()
-    heads = heads | {head.partition(".")[0] for head in heads} - tops
-    heads_seen = {name.partition(".")[0] for name, tensor in tensors.items() if "." in name and tensor.dim() > 1} - tops
-    for name in _weights_among(tensors).keys() - needed.keys():
-        if any(name.startswith(f"{head}.") for head in heads):
-            continue
-        top = name.partition(".")[0]
-        (left_out.add(top) if top in heads_seen else unknown.append(name))
-    return missing, sorted(unknown), left_out
+    tops = {_top(name) for name in needed}
+    heads = tuple(f"{head}." for head in heads | {_top(head) for head in heads} - tops)
+    matrices = {_top(name) for name, tensor in tensors.items() if "." in name and tensor.dim() > 1} - tops
+    others = [name for name in _weights_among(tensors) if name not in needed and not name.startswith(heads)]
+    unknown = sorted(name for name in others if _top(name) not in matrices)
+    return missing, unknown, {_top(name) for name in others} & matrices
 
 
-def _fits_by_order(found: list, needed: dict) -> Iterator[Fit]:
-    """All places with numbered names, as of nn.Sequential(*model.children()), with the backbone's shapes, in order.
-
-    So must be the ends of the names, such as weight and bias, which are equally large. What follows is a head, if it
-    belongs to other modules. Where all names fit, something else does not.
-    """
-    shapes, ends = [tensor.shape for tensor in needed.values()], _ends(needed)
-    for place, tensors in found:
-        if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in _prefixes(tensors, needed)):
-            continue
-        starts = {".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)}
-        for prefix in ["", *sorted(starts)]:
-            below = _weights_among(_below(tensors, prefix))
-            tops, below_ends = [name.partition(".")[0] for name in below], _ends(below)[: len(shapes)]
-            numbered = all(top.isdigit() for top in tops) and not {*tops[: len(shapes)]} & {*tops[len(shapes) :]}
-            alike = below_ends == ends or len({*below_ends}) == 1  # or all are called the same
-            if numbered and alike and [tensor.shape for tensor in below.values()][: len(shapes)] == shapes:
-                chosen = dict(zip(needed, below.values(), strict=False))
-                yield _fit(place, prefix, tensors, chosen, how="by their order")
-                break
-
-
-def _ends(names: Iterable[str]) -> list[str]:
-    return [name.rpartition(".")[2] for name in names]
-
-
-def _misfit(file: Path, found: list, needed: dict, names: list[str], backbone: str) -> str:
-    """Why no tensors of the file fit: what it holds, and names of both sides."""
-    if not found:
-        return f"{file} holds {_foremost(names) or 'no tensors'}: {ADVICE}"
+def _misfit(found: list, needed: dict[str, Tensor]) -> str:
+    """How the tensors of a file, where they fit best, differ from the backbone's."""
     tries = [_below(tensors, prefix) for _, tensors in found for prefix in ["", *_prefixes(tensors, needed)]]
     best = min(tries, key=lambda tensors: len(_compare(tensors, needed, set())[0]))
     missing, unknown, _ = _compare(best, needed, set())
@@ -209,8 +189,7 @@ def _misfit(file: Path, found: list, needed: dict, names: list[str], backbone: s
         return ", ".join(f"{printable(name[:80])} {tuple(tensors[name].shape)}" for name in names[:3])
 
     counts = f"{len(missing)} tensors of {len(needed)} are missing or of another shape, {len(unknown)} are unknown"
-    both = f"the file has {shown(unfit, best)}, the backbone {shown(missing or list(needed), needed)}"
-    return f"{file} does not fit {backbone}: {counts}; {both}"
+    return f"{counts}; the file has {shown(unfit, best)}, the backbone {shown(missing or list(needed), needed)}"
 
 
 # ------------------------------------------------------------------------------------------------- the reading
@@ -229,58 +208,48 @@ class _Ignored:
     def __init__(self, *args: object):
         pass
 
-    def __setstate__(self, state: object) -> None:
-        pass
+    __setstate__ = __init__
 
 
-def _read(file: Path) -> tuple[object, list[str]]:
-    """What a file holds, without its objects, and the functions and classes that it names."""
+def _read(file: Path) -> tuple[object, str]:
+    """What a file holds, without its objects, and what it holds besides tensors, see `_foremost`."""
     try:
         with file.open("rb") as stream:
             start = stream.read(1024)
     except OSError as error:
         raise OSError(f"{file} cannot be loaded: {error.strerror or error}") from error
-    length = int.from_bytes(start[:8], "little")
-    if start[8:9] == b"{" and length < file.stat().st_size:
-        return _read_safetensors(file), []
+    of_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size
     for beginning, what in FOREIGN.items():
-        if start.lstrip().lower().startswith(beginning):
+        if not of_safetensors and start.lstrip().lower().startswith(beginning):
             raise ValueError(f"{file} is {what}")
-    names = []
+    foremost = ""
     try:
+        if of_safetensors:
+            from safetensors.torch import load_file
+
+            return load_file(file), ""
         names = _named(file)
+        foremost = _foremost(names)
         stand_ins = [(_Ignored if name.startswith("numpy.") else _Nothing, name) for name in names]
         with torch.serialization.safe_globals(stand_ins), file.open("rb") as stream:
             if zipfile.is_zipfile(file):
-                return load_tensors(file), names
-            return torch.load(stream, map_location="cpu", weights_only=True), names
-    except Exception as error:  # whatever torch raises; its message advises to execute what is in the file
-        what = f"holds {_foremost(names)}: {ADVICE}" if _foremost(names) else "is damaged, or not of PyTorch"
-        raise ValueError(f"{file} {what}") from error
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-
-        return load_file(file)
+                return load_tensors(file), foremost
+            return torch.load(stream, map_location="cpu", weights_only=True), foremost
     except ImportError as error:
         raise ValueError(f"{file} needs a package: pip install safetensors") from error
-    except Exception as error:
-        raise ValueError(f"{file} is damaged, or not of safetensors") from error
+    except Exception as error:  # whatever torch raises; its message advises to execute what is in the file
+        what = f"holds {foremost}: {ADVICE}" if foremost else "is damaged, or not of PyTorch or safetensors"
+        raise ValueError(f"{file} {what}") from error
 
 
 def _named(file: Path) -> list[str]:
     """The functions and classes that a file of torch.save names, the outermost first. None of them is imported."""
     with file.open("rb") as stream:
+        pickles = [stream] * 4  # in the old format, a number, a version and a description come first
         if zipfile.is_zipfile(file):
             archive = zipfile.ZipFile(stream)
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return [TORCHSCRIPT]
             entries = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
             pickles = [archive.open(entry) for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
-        else:  # in the old format, a number, a version and a description come first
-            pickles = [stream] * 4
         steps = (step for each in pickles for step in pickletools.genops(each))
         found = [argument.split(" ") for code, argument, _ in steps if code.name == "GLOBAL"]
     names = [NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)) for module, name in found]
@@ -291,6 +260,8 @@ def _foremost(names: list[str]) -> str:
     """What a file holds besides tensors: a whole model, or other objects. "" if there are none."""
     of_tensors = re.compile(r"torch\._.*|torch\.\w+|torch\.nn\.parameter\.Parameter|collections\..*|_codecs\.encode")
     names = [name for name in names if not of_tensors.fullmatch(name)]
+    if any(name.startswith("__torch__.") for name in names):
+        return "a TorchScript program, of which torch.jit.load(FILE).state_dict() is needed"
     if any(name.startswith("torch.nn.modules.") for name in names):
         return f"a whole model ({printable(names[0])}), no state dict"
     return ", ".join(map(printable, names[:3]))
