@@ -188,8 +188,8 @@ def kinds() -> Iterator[Kind]:
     yield "pages", "TIFF, a stack of ImageJ", tiff(np.stack([DEEP * 257, DEEP]), imagej=True, **grey), GREY
     yield "JPEG 2000", "RGB of 12 bits in 16", codec("jpeg2k", WIDE * 16, level=0, codecformat="jp2"), RGB
     yield "JPEG 2000", "grey of 12 bits", codec("jpeg2k", DEEP * 16, level=0, codecformat="jp2", bitspersample=12), GREY
-    yield "plain FITS", "16 bits", fits((DEEP * 10).astype(np.int16)), GREY
-    yield "plain FITS", "fractions", fits((GREY / 255).astype(np.float32)), GREY
+    yield "FITS", "16 bits", fits((DEEP * 10).astype(np.int16)), GREY
+    yield "FITS", "fractions", fits((GREY / 255).astype(np.float32)), GREY
     yield "FITS", "BZERO", fits(DEEP * 257), GREY
     yield "FITS", "compressed tiles", fits((DEEP * 10).astype(np.int16), "RICE_1"), GREY
     yield "FITS", "a cube of colours", fits(np.moveaxis(RGB, -1, 0)), RGB
@@ -210,8 +210,7 @@ ROWS = {
     "other numbers": ("TIFF of 32 bits, with signs, of fractions: likewise; black where GDAL has no data", "Pillow"),
     "tifffile": ("TIFF of other numbers, planes or compressions: likewise", "`tifffile` (`imagecodecs`)"),
     "JPEG 2000": ("JPEG 2000 of 10 to 16 bits: likewise", "Pillow, RGB by `imagecodecs`"),
-    "plain FITS": ("FITS, a plain picture: likewise", "Pillow"),
-    "FITS": ("FITS with other scales, compressed, cubes of three colours: likewise", "`astropy`"),
+    "FITS": ("FITS, also compressed, cubes of three colours: likewise", "`astropy`"),
     "bands": ("TIFF, JPEG 2000 with near infrared: the first three bands", "Pillow"),
     "pages": ("TIFF with previews or several pages: the first that is no preview", "Pillow"),
     "raw": ("raw files of cameras: the sensor's picture", "`rawpy`"),

@@ -20,7 +20,7 @@ FIXED = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": 
 
 @dataclass
 class Values:
-    """What a file holds, before it is scaled. `engine/readers.py` makes it."""
+    """What a file holds, before it is scaled, as engine/readers.py finds it."""
 
     colors: np.ndarray  # (H, W) or (H, W, 3)
     alpha: np.ndarray | None = None  # (H, W): transparency
@@ -62,8 +62,11 @@ class Values:
     def record(self) -> dict:
         """What `agree` needs to know of an image, as plain types."""
         record = {"kind": self.kind, "notes": self.notes}
-        record |= {} if self.kind in ("uint8", "int8") else {"extent": self.extent}
-        return record | ({} if self.alpha is None or self.alpha_is_certain else {"softness": self.softness})
+        if self.kind not in ("uint8", "int8"):
+            record["extent"] = self.extent
+        if self.alpha is not None and not self.alpha_is_certain:
+            record["softness"] = self.softness
+        return record
 
 
 def agree(records: Sequence[dict]) -> tuple[dict, list[str]]:

@@ -1,7 +1,6 @@
 """How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation.
 
-An image that cannot be read raises ImageError. engine/run.py gives it an output of NaN; the scripts name it and leave
-it out, and their exit code is 1.
+An image that cannot be read raises ImageError. The scripts name it and leave it out, and their exit code is 1.
 """
 
 import io
@@ -17,13 +16,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from engine.console import first_line, say_once
 from engine.depth import to_8_bits
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
-from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_deep, read_values
+from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_values, upright
 
 SRGB_GAMMA = 1 / 2.2
 MAX_BYTES = 200_000_000  # size of a file, which is read as a whole
@@ -48,8 +47,7 @@ def images_of(images: object) -> Iterable[Item]:
     """The images of what `is_image` calls one or several. Raises TypeError if it is neither."""
     if is_image(images):
         return [images]
-    a_table = isinstance(images, Mapping) or type(images).__name__ == "DataFrame"  # which would yield its columns
-    if a_table or not isinstance(images, Iterable):
+    if not isinstance(images, Iterable) or isinstance(images, Mapping) or type(images).__name__ == "DataFrame":
         raise TypeError(f"not images: {type(images).__name__}; {EXPECTED}")
     return images.ravel() if _of_paths(images) else images
 
@@ -74,14 +72,14 @@ def read_image(
     """Reads one image as uint8 (3, H, W): RGB in sRGB, upright by its EXIF orientation, transparency on white.
 
     Crops it to the square in the middle, unless `crop` is False. Resizes an image larger than `max_size` to (3,
-    max_size, max_size), so that a batch of photographs takes no more memory than a batch of thumbnails; `preprocess`
-    resizes smaller images, on the device. `reading` says how values of more than 8 bits become 8, see engine/depth.py.
+    max_size, max_size), so that a batch of photographs takes little memory; `preprocess` resizes smaller ones, on the
+    device. `reading` says how values of more than 8 bits become 8, see engine/depth.py.
     Raises ImageError if the image cannot be read for any reason.
     """
     name = item if isinstance(item, Path | str) else "image"
     try:
-        if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
-            if item.shape[2] == 3 and 0 < item.shape[0] == item.shape[1] <= max_size:  # nothing to decode or to resize
+        if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3:
+            if 0 < item.shape[0] == item.shape[1] <= max_size:  # nothing to decode or to resize
                 return torch.from_numpy(np.array(item)).permute(2, 0, 1)  # a copy, because the array may be read-only
         if not isinstance(item, np.ndarray | Tensor | Image.Image):
             content = _content(item)
@@ -102,18 +100,28 @@ def _content(item: Item) -> bytes:
     """The content of a file, of which this is the path, the content, or the open file."""
     if isinstance(item, bytes | bytearray | memoryview):
         return bytes(item)
-    if hasattr(item, "read") and not isinstance(item, Path):
-        with _one_at_a_time:  # it may be in several batches
-            if hasattr(item, "seek"):  # it may have been read before; a socket cannot be read again
-                with suppress(OSError):
-                    item.seek(0)
-            content = item.read()
-        if isinstance(content, str):
-            raise TypeError("the file is open as text: open it with mode 'rb'")
-        return content
-    if not isinstance(item, Path | str):
+    if isinstance(item, Path | str):
+        return _read_file(item)
+    if not hasattr(item, "read"):
         raise TypeError(f"not an image: {type(item).__name__}; {EXPECTED}")
-    return _read_file(Path(item))
+    with _one_at_a_time:  # it may be in several batches
+        with suppress(OSError, AttributeError):  # it may have been read before; a socket cannot be read again
+            item.seek(0)
+        content = item.read()
+    if isinstance(content, str):
+        raise TypeError("the file is open as text: open it with mode 'rb'")
+    return content
+
+
+def _read_file(path: Path | str, count: int = -1) -> bytes:
+    """The first `count` bytes of a file, or all: Pillow itself would issue about 40 small reads."""
+    size = Path(path).stat().st_size
+    if not Path(path).is_file():  # opening a pipe would block
+        raise OSError("not a file")
+    if count < 0 and size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
+    with open(path, "rb") as file:
+        return file.read(count)
 
 
 def peculiarity(item: Item) -> dict | None:
@@ -121,8 +129,7 @@ def peculiarity(item: Item) -> dict | None:
     if isinstance(item, np.ndarray | Tensor | Image.Image):
         return None
     with suppress(Exception):  # read_image will raise it
-        content = _content(item)
-        values = read_values(content) or read_deep(content)
+        values = read_values(_content(item))
         return values.record() if values else None
 
 
@@ -146,16 +153,6 @@ def _fail(message: str) -> None:
     raise OSError(message)
 
 
-def _read_file(path: Path) -> bytes:
-    """The file's content. Pillow itself would issue about 40 small reads."""
-    size = path.stat().st_size
-    if not path.is_file():  # opening a pipe would block
-        raise OSError("not a file")
-    if size > MAX_BYTES:
-        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-    return path.read_bytes()
-
-
 def read_for_plot(
     captioned: Iterable[tuple[Item, str]], reading: dict | None, size: int = 224
 ) -> Iterator[tuple[np.ndarray, str]]:
@@ -170,12 +167,9 @@ def is_image_file(path: str, extension: str) -> bool:
     if is_image_extension(extension):
         return True
     with suppress(Exception):  # not an image, or not readable
-        if Path(path).is_file():  # opening a pipe would block
-            with open(path, "rb") as file:
-                if is_tiff_or_raw(file.read(12)):
-                    return True
+        if not is_tiff_or_raw(_read_file(path, 12)):
             Image.open(path, formats=[name for name in image_formats() if Image.OPEN[name][1]]).close()
-            return True
+        return True
     return False
 
 
@@ -187,10 +181,8 @@ def is_image_extension(extension: str) -> bool:
 def unread_format(path: str) -> str:
     """What a file is that is not read as an image, in brackets; "" if it is no kind of picture."""
     with suppress(OSError):
-        if Path(path).is_file():  # opening a pipe would block
-            with open(path, "rb") as file:
-                kind = what_it_is(file.read(400))
-            return f" ({kind})" if kind != NOT_AN_IMAGE else ""
+        kind = what_it_is(_read_file(path, 400))
+        return f" ({kind})" if kind != NOT_AN_IMAGE else ""
     return ""
 
 
@@ -201,10 +193,8 @@ def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, r
     with room(*image.size, bytes_per_pixel(image), coefficients):
         if image.format == "PNG" and "transparency" in image.info:
             # Pillow scales grey values of 2 and 4 bits to 8, but not the one that is transparent
-            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(layout_of(image.tile[0]), 1)
-        image.load()  # raises; inside exif_transpose, errors of a damaged file would be ignored, and its pixels black
-        with suppress(Exception):  # ignore damaged EXIF; keep the image
-            ImageOps.exif_transpose(image, in_place=True)
+            image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(layout_of(image), 1)
+        upright(image)
         if image.mode[0] in "IF":
             image = to_8_bits(pixels_of(image), reading)
         elif image.has_transparency_data and image.mode != "RGBA":
@@ -215,7 +205,7 @@ def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, r
 
 
 def _finish(image: Image.Image, max_size: int, crop: bool, interpolation: str) -> Tensor:
-    """Crops and resizes an upright image in 8 bits: uint8 (3, H, W)."""
+    """Crops and resizes an upright image in 8 bits, and turns it into sRGB, transparency on white: uint8 (3, H, W)."""
     if crop:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -226,7 +216,6 @@ def _finish(image: Image.Image, max_size: int, crop: bool, interpolation: str) -
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB in sRGB, transparency on white."""
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma", SRGB_GAMMA)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -241,12 +230,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=16)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """The transform from the colours of an ICC profile to sRGB."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-
-
-# -------------------------------------------------------------------------------------------------- batches
 
 
 def preprocess(
@@ -260,9 +245,9 @@ def preprocess(
     `preprocessing` is the attribute of a TransferModel: image_size S, mean, std and interpolation. Images of one size
     are resized together. Normalising comes first, while the images are small.
     """
-    S = preprocessing["image_size"]
+    S, resized = preprocessing["image_size"], []
     mean, std = (_on_device(tuple(preprocessing[name]), device) for name in ("mean", "std"))
-    batches, resized = [images], []
+    batches = [images]
     if not isinstance(images, Tensor):
         batches = [torch.stack(list(group)) for _, group in groupby(images, lambda image: image.shape)]
     for batch in batches:
@@ -276,10 +261,7 @@ def preprocess(
 
 
 def stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
-    """For CUDA and images of one size, a batch (B, 3, H, W) in pinned memory, which is copied asynchronously.
-
-    Otherwise the images as they are.
-    """
+    """For CUDA and images of one size, a batch (B, 3, H, W) in pinned memory. Otherwise the images as they are."""
     if device.type == "cuda" and len({image.shape for image in images}) == 1:
         return torch.stack(images).pin_memory()
     return images

@@ -9,14 +9,13 @@ import math
 import re
 import struct
 from contextlib import suppress
-from itertools import takewhile
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from engine.depth import Values
 from engine.formats import TIFF, image_formats, is_tiff_or_raw, library, room
-from engine.tiff import CMYK, RGB, Page, read_pages
+from engine.tiff import RGB, Page, read_pages
 
 EIGHT_BITS = (b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM")  # how files begin that Pillow reads right
 CODESTREAM = b"\xff\x4f\xff\x51"  # how the picture in a JPEG 2000 file begins
@@ -25,7 +24,7 @@ CODESTREAM = b"\xff\x4f\xff\x51"  # how the picture in a JPEG 2000 file begins
 def read_values(content: bytes, size: int = 224) -> Values | None:
     """What a file holds that 8 bits, three bands and one page do not. None if Pillow's image object holds it all.
 
-    Where a file holds its picture in several sizes, the one read has sides of at least twice `size`.
+    A camera's raw file may be read at half its size, but not smaller than twice `size`.
     """
     start = content[:4]
     if start.startswith(EIGHT_BITS):
@@ -40,22 +39,31 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _fits(content)
     if start[:2] == b"\x01\xda" and start[3:] == b"\2":
         return _sgi(content)
-    if start[:2] in (b"P5", b"P6"):
-        return _portable_pixmap(content)
     if start == CODESTREAM or (start == b"\0\0\0\x0c" and CODESTREAM in content):
         return _jpeg_2000(content)
-    return None
+    if start[:2] in (b"P5", b"P6") and (values := _portable_pixmap(content)):
+        return values
+    with Image.open(io.BytesIO(content), formats=image_formats()) as image:
+        return _pillow(content) if image.mode[0] in "IF" else None
 
 
-def read_deep(content: bytes) -> Values | None:
-    """The values of a file of another format if Pillow opens it with more than 8 bits."""
-    if content.startswith((*EIGHT_BITS, *TIFF, b"\x89PNG")):
-        return None
-    with Image.open(io.BytesIO(content), formats=image_formats()) as image, room(*image.size, bytes_per_pixel(image)):
-        return pixels_of(image) if image.mode[0] in "IF" else None
+def upright(image: Image.Image) -> None:
+    """Loads an image, and turns it as its EXIF orientation says. Raises nearly any exception if it is damaged."""
+    image.load()  # first, because inside exif_transpose its errors would be ignored, and its pixels black
+    with suppress(Exception):  # ignore damaged EXIF; keep the image
+        ImageOps.exif_transpose(image, in_place=True)
 
 
-# ------------------------------------------------------------------------------------------- read by Pillow
+def bytes_per_pixel(image: Image.Image) -> int:
+    """What a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
+    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
+    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
+
+
+def layout_of(image: Image.Image) -> str:
+    """How a file that is not loaded yet stores a pixel, such as "RGB;16B"."""
+    arguments = image.tile[0][3] if image.tile else ""
+    return arguments if isinstance(arguments, str) else str(arguments[0]) if arguments else ""
 
 
 def pixels_of(image: Image.Image, dtype: str | None = None) -> Values:
@@ -83,16 +91,6 @@ def _bands(array: np.ndarray, info: dict | None = None) -> Values:
     return Values(colors, alpha, info=info or {})
 
 
-def _png(content: bytes) -> Values | None:
-    """PNG of 16 bits, or with colours that Pillow does not convert."""
-    deep, marked = content[24:25] == b"\x10", content.find(b"cICP", 0, content.find(b"IDAT"))
-    if marked > 0 and content[marked + 4 : marked + 6] not in (b"\1\1", b"\1\r"):  # neither BT.709 nor sRGB
-        values = _pillow(content, "uint16" if deep else None)
-        values.notes = {"colors": "colours of its own (cICP, as in HDR and Display P3 pictures) are read as sRGB"}
-        return values
-    return _pillow(content, "uint16") if deep else None
-
-
 def _pillow(content: bytes, dtype: str | None = None, page: int = 0) -> Values:
     """Reads a file with Pillow: 16-bit colours, of which Pillow keeps the first bytes, a second time for the others."""
     image, layout = _load(content, page)
@@ -117,60 +115,38 @@ def _load(content: bytes, page: int, layout: str | None = None) -> tuple[Image.I
     """A page, upright, and how its pixels are laid out in the file. Another `layout` reads other bytes."""
     with Image.open(io.BytesIO(content), formats=image_formats()) as image:
         image.seek(page)
-        own = layout_of(image.tile[0]) if image.tile else ""
-        if layout:
-            image.tile = [_with_layout(tile, layout) for tile in image.tile]
+        own = layout_of(image)
+        for i, tile in enumerate(image.tile if layout else ()):
+            args = layout if isinstance(tile[3], str) else (layout, *tile[3][1:])
+            image.tile[i] = tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)  # Pillow < 11
         with room(*image.size, 16 if ";16" in own else bytes_per_pixel(image)):
-            image.load()
-        with suppress(Exception):  # ignore damaged EXIF; keep the image
-            ImageOps.exif_transpose(image, in_place=True)
+            upright(image)
         return image, own
 
 
-def bytes_per_pixel(image: Image.Image) -> int:
-    """What a pixel takes at most: the decoder's buffers, Pillow's four bytes, and copies in other modes."""
-    by_mode = 18 if image.mode[0] in "IF" else 12 if image.has_transparency_data else 8
-    return {"JPEG2000": 25, "WEBP": 16}.get(image.format, by_mode)
-
-
-def layout_of(tile: tuple) -> str:
-    """How a tile of Pillow stores a pixel, such as "RGB;16B"."""
-    return tile[3] if isinstance(tile[3], str) else str(tile[3][0]) if tile[3] else ""
-
-
-def _with_layout(tile: tuple, layout: str) -> tuple:
-    args = layout if isinstance(tile[3], str) else (layout, *tile[3][1:])
-    return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)  # named since Pillow 11
+def _png(content: bytes) -> Values | None:
+    """PNG of 16 bits, or with colours that Pillow does not convert."""
+    dtype = "uint16" if content[24:25] == b"\x10" else None
+    marked = content.find(b"cICP", 0, content.find(b"IDAT"))
+    converted = marked < 1 or content[marked + 4 : marked + 6] in (b"\1\1", b"\1\r")  # BT.709 or sRGB
+    if converted and not dtype:
+        return None
+    values = _pillow(content, dtype)
+    if not converted:
+        values.notes = {"colors": "colours of its own (cICP, as in HDR and Display P3 pictures) are read as sRGB"}
+    return values
 
 
 def _portable_pixmap(content: bytes) -> Values | None:
     """PPM and PGM of more than 8 bits, scaled to 16 by the largest value that the header allows."""
-    space = rb"(?:\s|#[^\n]*\n)+"
-    header = re.match(rb"P([56])" + space + rb"(\d+)" + space + rb"(\d+)" + space + rb"(\d+)\s", content)
-    if not header or int(header[4]) < 256:
+    header = re.match(rb"P[56]" + 3 * rb"(?:\s|#[^\n]*\n)+(\d+)" + rb"\s", content)
+    width, height, top = map(int, header.groups()) if header else (0, 0, 0)
+    if top < 256:
         return None
-    bands, width, height, top = 3 if header[1] == b"6" else 1, *map(int, header.groups()[1:])
+    bands = 3 if content[1:2] == b"6" else 1
     with room(width, height, 16):
         array = np.frombuffer(content, ">u2", width * height * bands, header.end()).reshape(height, width, bands)
         return _bands((array * np.float32(65535 / top) + 0.5).astype("uint16"))
-
-
-def _jpeg_2000(content: bytes) -> Values | None:
-    """JPEG 2000. Values of more than 8 bits are scaled to 16 by the file's depth; negative ones are moved up."""
-    at = content.find(CODESTREAM)
-    right, bottom, left, top = struct.unpack_from(">4I", content, at + 8)
-    [bands] = struct.unpack_from(">H", content, at + 40)
-    depth, signed = (content[at + 42] & 127) + 1, content[at + 42] > 127
-    if bands > 4:
-        raise ValueError(f"{bands} bands: save three of them as RGB")
-    if depth <= 8:
-        return _doubtful(_pillow(content)) if bands == 4 else None
-    if bands == 1:
-        return _pillow(content, "uint16")
-    imagecodecs = library("imagecodecs", f"a JPEG 2000 image with {bands} bands of {depth} bits")
-    with room(right - left, bottom - top, 12 * bands):
-        array = imagecodecs.jpeg2k_decode(content).astype(np.int32) + (1 << depth - 1 if signed else 0)
-        return _doubtful(_bands((array << 16 - depth).astype("uint16")))
 
 
 def _sgi(content: bytes) -> Values:
@@ -184,13 +160,25 @@ def _sgi(content: bytes) -> Values:
     return _bands(np.moveaxis(array, 0, -1))
 
 
-def _doubtful(values: Values) -> Values:
-    """The band that is marked as transparency may be any other."""
-    values.alpha_is_certain = False
+def _jpeg_2000(content: bytes) -> Values | None:
+    """JPEG 2000. Values of more than 8 bits are scaled to 16 by the file's depth; negative ones are moved up."""
+    at = content.find(CODESTREAM)
+    right, bottom, left, top = struct.unpack_from(">4I", content, at + 8)
+    [bands] = struct.unpack_from(">H", content, at + 40)
+    depth, signed = (content[at + 42] & 127) + 1, content[at + 42] > 127
+    if bands > 4:
+        raise ValueError(f"{bands} bands: save three of them as RGB")
+    if depth <= 8 and bands < 4:
+        return None
+    if depth <= 8 or bands == 1:
+        values = _pillow(content, None if depth <= 8 else "uint16")
+    else:
+        imagecodecs = library("imagecodecs", f"a JPEG 2000 image with {bands} bands of {depth} bits")
+        with room(right - left, bottom - top, 12 * bands):
+            array = imagecodecs.jpeg2k_decode(content).astype(np.int32) + (1 << depth - 1 if signed else 0)
+            values = _bands((array << 16 - depth).astype("uint16"))
+    values.alpha_is_certain = False  # the band that is marked as transparency may be any other
     return values
-
-
-# -------------------------------------------------------------------------------- read by other libraries
 
 
 def _camera_raw(content: bytes, size: int) -> Values:
@@ -208,27 +196,18 @@ def _camera_raw(content: bytes, size: int) -> Values:
 
 
 def _fits(content: bytes) -> Values:
-    """FITS: the first picture, or a cube of three colours. Pillow is right of a plain picture at the start."""
-    cards = takewhile(lambda card: card[:8] != b"END     ", (content[i : i + 80] for i in range(0, len(content), 80)))
-    header = {card[:8].strip(): card[10:].partition(b"/")[0].strip() for card in cards}
-    kinds = {b"8": "uint8", b"16": "int16", b"32": "int32", b"-32": "float32", b"-64": "float32"}
-    kind = kinds.get(header.get(b"BITPIX"))
-    if kind and header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
-        return _pillow(content, kind)
-    fits = library("astropy.io.fits", "this kind of FITS file")
+    """FITS: the first picture, or a cube of three colours."""
+    fits = library("astropy.io.fits", "a FITS file")
     with fits.open(io.BytesIO(content), memmap=False) as file:
         part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
         if part is None or sum(part.fileinfo()[key] for key in ("datLoc", "datSpan")) > len(content) + 2879:
             raise ValueError("a FITS file without a picture, or a part of one")
         planes = math.prod(part.shape[:-2])
-        with room(part.shape[-1], part.shape[-2], 32 * planes):
+        with room(part.shape[-1], part.shape[-2], planes * (8 + 3 * abs(part.header["BITPIX"]) // 8)):
             array = part.data.reshape(planes, *part.shape[-2:])[:, ::-1]  # FITS begins at the bottom
     values = _bands(np.moveaxis(array, 0, -1) if planes == 3 else array[0])
     values.notes = {"pages": f"the first of {planes} planes is read"} if planes not in (1, 3) else {}
     return values
-
-
-# ------------------------------------------------------------------------------------------------- TIFF
 
 
 def _tiff(content: bytes, size: int) -> Values | None:
@@ -254,21 +233,10 @@ def _tiff(content: bytes, size: int) -> Values | None:
         with suppress(UnidentifiedImageError):
             values = _pillow(content, page.dtype, page.number)
             values.inverted = page.is_inverted and values.kind != "uint8"
-    return _with_notes(values or _tifffile(content, page), page, count)
-
-
-def _with_notes(values: Values, page: Page, count: int) -> Values:
-    """Drops a band that is not marked as transparency, and notes what was left out."""
+    values = values or _tifffile(content, page)
     values.alpha_is_certain, values.alpha = False, values.alpha if page.has_alpha else None
     values.missing = page.missing if values.kind != "uint8" else None
-    if page.bands == 2 and not page.has_alpha:
-        values.notes["bands"] = "the first of 2 bands is read as grey"
-    elif page.bands > 3 + page.has_alpha and page.photometric != CMYK:
-        values.notes["bands"] = f"the first 3 of {page.bands} bands are read as RGB"
-    elif page.bands > 2 and page.photometric < RGB:
-        values.notes["bands"] = f"{page.bands} bands of grey are read as RGB"
-    if count > 1:
-        values.notes["pages"] = f"the first of {count} pages is read"
+    values.notes = page.notes | ({"pages": f"the first of {count} pages is read"} if count > 1 else {})
     return values
 
 
@@ -278,7 +246,8 @@ def _tifffile(content: bytes, page: Page) -> Values:
         raise ValueError("a part of the file is missing")
     if page.photometric > RGB:
         raise ValueError(f"this kind of TIFF file cannot be read ({page})")
-    with room(*page.size, page.bands * (2 * page.bytes + 8)), tifffile.TiffFile(io.BytesIO(content)) as file:
+    memory = page.bands * (2 * np.dtype(page.dtype).itemsize + 8)
+    with room(*page.size, memory), tifffile.TiffFile(io.BytesIO(content)) as file:
         array = file.pages[page.number].asarray(maxworkers=1)
     array = np.moveaxis(array, 0, -1) if page.is_planar and page.bands > 1 else array
     array = array.astype(np.uint8) * 255 if array.dtype == bool else array

@@ -6,8 +6,7 @@ from contextlib import suppress
 
 CODES = {1: "B", 2: "s", 3: "H", 4: "I", 7: "s", 13: "I", 16: "Q", 18: "Q"}  # types of tags, as in struct
 COMPRESSIONS = {1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000}  # what Pillow decompresses
-RGB, PALETTE, CMYK, YCBCR, LAB = 2, 3, 5, 6, 8  # photometrics; 0 and 1 are grey
-PHOTOMETRICS = {0, 1, RGB, PALETTE, CMYK, YCBCR, LAB}  # those that Pillow knows
+RGB, PALETTE, CMYK, YCBCR, LAB = 2, 3, 5, 6, 8  # photometrics that Pillow knows, besides 0 and 1, which are grey
 SUB_IFDS, CFA, LINEAR_RAW, DNG_VERSION = 330, 32803, 34892, 50706
 
 
@@ -19,34 +18,28 @@ class Page:
         self.size = self.one(256), self.one(257)  # width, height
         self.bands, self.compression, self.photometric = self.one(277, 1), self.one(259, 1), self.one(262, 1)
         self.is_planar, self.orientation = self.one(284, 1) == 2, self.one(274, 1)
-        self.bits = tags.get(258, (1,))
+        self.bits, self.profile = tags.get(258, (1,)), self.one(34675, None)
+        kind = {2: "int", 3: "float"}.get(self.one(339, 1), "uint")
+        self.dtype = kind + str(next((size for size in (8, 16, 32) if size >= max(self.bits)), 64))
         self.is_preview = bool(self.one(254) & 5) or self.one(255) == 2  # or a mask
         self.is_inverted = self.photometric == 0
-        self.has_alpha = self.bands in (2, 4, 5, 6) and tags.get(338, (0,))[0] in (1, 2)
-        self.profile = tags.get(34675, (None,))[0]
+        self.has_alpha = self.bands in (2, 4, 5, 6) and self.one(338) in (1, 2)
+        images = re.match(rb"ImageJ=.*?\bimages=(\d+)", self.one(270, b""), re.DOTALL)
+        self.images = int(images[1]) if images else 0  # pictures in one page, as ImageJ writes them; 0: not known
 
-    def one(self, tag: int, default: int = 0) -> int:
+    def one(self, tag: int, default: object = 0) -> object:
         return self.tags.get(tag, (default,))[0]
 
     def __str__(self) -> str:
         return f"{self.bands} x {max(self.bits)} bits, compression {self.compression}, photometric {self.photometric}"
 
     @property
-    def dtype(self) -> str:
-        """The type of a value; Pillow gives uint8 for fewer bits."""
-        kind = {1: "uint", 2: "int", 3: "float"}.get(self.one(339, 1), "uint")
-        return kind + str(next((size for size in (8, 16, 32) if size >= max(self.bits)), 64))
-
-    @property
-    def bytes(self) -> int:
-        return -(-max(self.bits) // 8)
-
-    @property
     def is_pillows(self) -> bool:
         """Whether Pillow reads the page right, if it opens it."""
-        known = self.compression in COMPRESSIONS and self.photometric in PHOTOMETRICS and len(set(self.bits)) == 1
-        premultiplied = self.has_alpha and self.tags[338][0] == 1
-        return known and not (max(self.bits) > 8 and self.bands > 1 and (self.is_planar or premultiplied))
+        known = self.compression in COMPRESSIONS and self.photometric in (0, 1, RGB, PALETTE, CMYK, YCBCR, LAB)
+        premultiplied = self.has_alpha and self.one(338) == 1
+        deep_colors = max(self.bits) > 8 and self.bands > 1
+        return known and len(set(self.bits)) == 1 and not (deep_colors and (self.is_planar or premultiplied))
 
     @property
     def is_plain(self) -> bool:
@@ -55,16 +48,21 @@ class Page:
         return self.is_pillows and self.dtype == "uint8" and self.bands == bands
 
     @property
-    def images(self) -> int:
-        """The number of pictures in one page, as ImageJ writes them; 0 if it is not known."""
-        found = re.match(rb"ImageJ=.*?\bimages=(\d+)", self.tags.get(270, (b"",))[0], re.DOTALL)
-        return int(found[1]) if found else 0
+    def notes(self) -> dict[str, str]:
+        """What to tell the user of the bands."""
+        if self.bands == 2 and not self.has_alpha:
+            return {"bands": "the first of 2 bands is read as grey"}
+        if self.bands > 3 + self.has_alpha and self.photometric != CMYK:
+            return {"bands": f"the first 3 of {self.bands} bands are read as RGB"}
+        if self.bands > 2 and self.photometric < RGB:
+            return {"bands": f"{self.bands} bands of grey are read as RGB"}
+        return {}
 
     @property
     def missing(self) -> float | None:
         """The value of pixels without data, as GDAL writes it."""
         with suppress(ValueError):
-            return float(self.tags.get(42113, (b"",))[0].split(b"\0")[0])
+            return float(self.one(42113, b"").split(b"\0")[0])
 
     def is_whole(self, size: int) -> bool:
         """Whether all strips or tiles are in a file of that size."""
