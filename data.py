@@ -254,9 +254,10 @@ def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
         ids, groups = {i for images in known for i in images.ids}, {g for images in known for g in images.groups}
         identical = [identity in ids for identity in parts[part].ids]
         if leaked := sum(g in groups or same for g, same in zip(parts[part].groups, identical, strict=True)):
+            has = "has" if leaked == 1 else "have"
             remarks.append(
-                f"{count_of(leaked, f'{name} image')} of groups that {' or '.join(others)} images belong to, too, "
-                f"{sum(identical):,} identical to one of these: the {name} accuracy will be too high"
+                f"{count_of(leaked, f'{name} image')} {has} near-duplicates, or others of a group, among the "
+                f"{' or '.join(others)} images ({sum(identical):,} identical): the {name} accuracy may be too high"
             )
     return remarks
 
