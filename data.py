@@ -110,21 +110,30 @@ def load_data(
     missing = [part for part in ("test", "val") if part not in places]
     if missing and named and (undivided := _in_one_group(classes, images)):
         raise ValueError(f"all images of {undivided} are in one group, so none of them can be held out: see --groups")
-    for part in missing:
-        size = sizes.get(part, _fifth(images.labels[places["train"]].bincount(minlength=len(classes))))
-        others = 2 if (part, "val" in places) == ("test", False) else 1
-        places["train"], places[part] = _hold_out(images, places["train"], size, others, seed, last=part == "val")
-    parts = {part: images.subset(places[part]) for part in ("train", "val", "test")}
+    parts = _split(images, places, sizes, len(classes), seed)
     if "test" in missing:
         given = "" if "val" in missing else " (--test-split val tests on val/ instead)"
         notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
     reading, lines = agree(seen.peculiarities(places["train"]))
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
-    place = torch.cat([places[part] for part in parts]).argsort().tolist()
+    place = torch.cat(list(places.values())).argsort().tolist()
     similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
     unreadable = tuple(sorted(map(str, seen.errors)))
     return Data(classes, *parts.values(), content, tuple(notes), unreadable, similar, reading)
+
+
+def _split(
+    images: Images, places: dict[str, Tensor], sizes: dict[str, Tensor], classes: int, seed: int
+) -> dict[str, Images]:
+    """The three parts. Completes and orders `places`, the indices of each part's images."""
+    for part in ("test", "val"):
+        if part not in places:
+            size = sizes.get(part, _fifth(images.labels[places["train"]].bincount(minlength=classes)))
+            others = 1 if part == "val" or "val" in places else 2  # parts that need a group of each class, too
+            places["train"], places[part] = _hold_out(images, places["train"], size, others, seed, last=part == "val")
+    places |= {part: places.pop(part) for part in ("train", "val", "test")}
+    return {part: images.subset(indices) for part, indices in places.items()}
 
 
 def _look(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Tensor], Survey]:
