@@ -115,7 +115,10 @@ def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Call
 
     def fits_below(prefixes: Callable, rename: Callable, how: str = "") -> Iterator[Fit]:
         for place, tensors in found:
+            matched = []
             for prefix in prefixes(tensors):
+                if how and any(map(prefix.startswith, matched)):
+                    continue  # the order fits below longer prefixes, too
                 candidate = _below(tensors, prefix)
                 with suppress(Exception):  # a conversion raises anything for a file that it was not made for
                     renamed = rename(dict(candidate))
@@ -125,8 +128,7 @@ def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Call
                     where = f"{place}.{prefix}".strip(".")
                     averaged = bool(AVERAGED.search(where)) or "n_averaged" in tensors
                     yield Fit(f"{where} {how}".strip(), candidate, left_out, averaged)
-                    if how:
-                        break  # the order fits below longer prefixes, too
+                    matched.append(prefix)
 
     def named(tensors: dict) -> list[str]:
         return _prefixes(tensors, needed)
