@@ -136,7 +136,7 @@ def _find(found: list, needed: dict[str, Tensor], heads: set[str], convert: Call
     def numbered(tensors: dict) -> list[str]:
         if any(not _compare(_below(tensors, prefix), needed, set())[0] for prefix in named(tensors)):
             return []  # all names fit: something else does not
-        return ["", *sorted({".".join(name.split(".")[:depth]) + "." for name in tensors for depth in (1, 2)})]
+        return ["", *dict.fromkeys(".".join(name.split(".")[:depth]) + "." for depth in (1, 2) for name in tensors)]
 
     convert = convert or dict
     fits = list(fits_below(named, convert)) or list(fits_below(lambda tensors: [""], convert))
