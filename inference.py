@@ -39,7 +39,7 @@ from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
-from engine.metrics import class_scores, wilson_interval
+from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import fastest_copy
 from engine.run import heat_map, predictions, run_images
 from engine.tables import TABLES, labelled_rows
@@ -156,8 +156,8 @@ def pick_ensemble(models: Sequence[TransferModel], args: Namespace) -> bool:
     return len(models) > 1 and same_classes and args.ensemble is not False
 
 
-def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item], list[tuple[str, str]], Counter[str]]:
-    """The images to classify, their paths and true labels if these are known, and counts of unused files by reason."""
+def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item], list[dict], Counter[str]]:
+    """The images to classify, their paths, true labels and groups if known, and counts of unused files by reason."""
     skipped = Counter()
     if not args.paths:
         data = data_of(model, args.cache, args.data)
@@ -172,8 +172,10 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
             print(*notes, sep="\n", file=sys.stderr)
     else:
         return expand(args.paths, args.separator, skipped), [], skipped
-    labels = [classes[label] for label in images.labels]
-    return images.items, list(zip(images.paths(), labels, strict=True)), skipped
+    known = [{"path": path, "true": classes[label]} for path, label in zip(images.paths(), images.labels, strict=True)]
+    for record, group in zip(known, images.groups or (), strict=False):
+        record["group"] = group
+    return images.items, known, skipped
 
 
 @lru_cache
@@ -226,7 +228,7 @@ def classify(args: Namespace, models: list[TransferModel], items: Iterable[Item]
         for i, (item, records) in enumerate(shared_map(work, items, batch_size_for(args.device))):
             for record in with_models(records):
                 if known:
-                    record["path"], record["true"] = known[i]
+                    record |= known[i]
                 if args.threshold and "label" in record:
                     record["unsure"] = record["probability"] < args.threshold
             yield item, records
@@ -272,8 +274,9 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
 
     name, index = records[0]["model"], {label: i for i, label in enumerate(classes)}
     predicted, labels = (torch.tensor([index[record[key]] for record in records]) for key in ("label", "true"))
-    scores, accuracy = class_scores(predicted, labels, len(classes)), (predicted == labels).float().mean().item()
-    low, high = wilson_interval(accuracy, len(records))
+    scores, right = class_scores(predicted, labels, len(classes)), (predicted == labels).float()
+    accuracy, groups = right.mean().item(), [record.get("group", i) for i, record in enumerate(records)]
+    low, high = accuracy_interval(right.tolist(), groups)
     print(f"\n{name}: {accuracy:.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
     names, images = [printable(label) for label in classes], labels.bincount(minlength=len(classes)).tolist()
     width = max(map(len, names))
