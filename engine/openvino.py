@@ -83,11 +83,16 @@ def _is_better(fast: nn.Module, plain: nn.Module) -> bool:
 
 
 def _import() -> ModuleType:
-    sys.modules.setdefault("openvino_telemetry", None)  # otherwise the import is reported to Google Analytics
-    import openvino
+    blocked = sys.modules.setdefault("openvino_telemetry", None)  # or the import is reported to Google Analytics
+    try:
+        import openvino
 
-    for name in ("Core", "convert_model", "save_model"):
-        getattr(openvino, name)
+        for name in ("Core", "convert_model", "save_model"):
+            getattr(openvino, name)
+    except Exception:
+        if blocked is None:
+            del sys.modules["openvino_telemetry"]
+        raise
     return openvino
 
 

@@ -123,7 +123,7 @@ def no_network(monkeypatch):
 def replace_everywhere(name: str, new: object, setattr: Callable = setattr) -> object:
     """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
     folders = str(ROOT), str(ROOT / "engine")
-    holders = [module for module in list(sys.modules.values()) if name in vars(module)]
+    holders = [module for module in list(sys.modules.values()) if name in getattr(module, "__dict__", ())]
     holders = [module for module in holders if os.path.dirname(getattr(module, "__file__", None) or "") in folders]
     before = vars(holders[0])[name]
     for module in holders:

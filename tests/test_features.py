@@ -1,10 +1,10 @@
 """Features are computed once, kept in files, and never stale."""
 
+import builtins
 import errno
 import re
 import shutil
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -81,15 +81,18 @@ def test_only_new_images_are_computed(run, photos, tmp_path, replace, monkeypatc
 
     command, file = ("--data", photos, *SMALL, *QUICK, "--precision", "fp32"), photos / "train" / "red" / "0.png"
     whole = replace("run_images", counted)
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: broken() if path == file else read(path))
+    whole_open = builtins.open
 
-    def broken():
-        raise OSError(errno.EIO, "Input/output error")
+    def broken_open(path, *args, **kwargs):
+        if path == file:
+            raise OSError(errno.EIO, "Input/output error")
+        return whole_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", broken_open)
 
     code, _, err = run(main_train, *command)
     assert code == 1 and "Input/output error" in err and sum(computed) == 77
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(builtins, "open", whole_open)
     assert run(main_train, *command)[0] == 0 and sum(computed) == 78
     draw(photos / "train" / "red" / "new.png", (200, 40, 40), seed=99)
     assert run(main_train, *command)[0] == 0 and sum(computed) == 79
