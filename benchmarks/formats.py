@@ -210,7 +210,7 @@ ROWS = {
     "other numbers": ("TIFF of 32 bits, with signs, of fractions: likewise; black where GDAL has no data", "Pillow"),
     "tifffile": ("TIFF of other numbers, planes or compressions: likewise", "`tifffile` (`imagecodecs`)"),
     "JPEG 2000": ("JPEG 2000 of 10 to 16 bits: likewise", "Pillow, RGB by `imagecodecs`"),
-    "FITS": ("FITS, also compressed, cubes of three colours: likewise", "`astropy`"),
+    "FITS": ("FITS, compressed, other scales and cubes of three colours by `astropy`: likewise", "Pillow, `astropy`"),
     "bands": ("TIFF, JPEG 2000 with near infrared: the first three bands", "Pillow"),
     "pages": ("TIFF with previews or several pages: the first that is no preview", "Pillow"),
     "raw": ("raw files of cameras: the sensor's picture", "`rawpy`"),

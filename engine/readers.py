@@ -9,6 +9,7 @@ import math
 import re
 import struct
 from contextlib import suppress
+from itertools import takewhile
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -196,8 +197,14 @@ def _camera_raw(content: bytes, size: int) -> Values:
 
 
 def _fits(content: bytes) -> Values:
-    """FITS: the first picture, or a cube of three colours."""
-    fits = library("astropy.io.fits", "a FITS file")
+    """FITS: the first picture, or a cube of three colours. Pillow is right of a plain picture at the start."""
+    cards = takewhile(lambda card: card[:8] != b"END     ", (content[i : i + 80] for i in range(0, len(content), 80)))
+    header = {card[:8].strip(): card[10:].partition(b"/")[0].strip() for card in cards}
+    kinds = {b"8": "uint8", b"16": "int16", b"32": "int32", b"-32": "float32", b"-64": "float32"}
+    kind = kinds.get(header.get(b"BITPIX"))
+    if kind and header.get(b"NAXIS") == b"2" and not header.keys() & {b"BZERO", b"BSCALE", b"BLANK"}:
+        return _pillow(content, kind)
+    fits = library("astropy.io.fits", "this kind of FITS file")
     with fits.open(io.BytesIO(content), memmap=False) as file:
         part = next((part for part in file if getattr(part, "is_image", False) and len(part.shape) > 1), None)
         if part is None or sum(part.fileinfo()[key] for key in ("datLoc", "datSpan")) > len(content) + 2879:
