@@ -177,7 +177,8 @@ def _views(thumbnails: Tensor) -> Tensor:
         return torch.einsum("kc,ncij->knij", torch.tensor(YCBCR), block.float())
 
     def described(grey: Tensor, colors: Tensor) -> Tensor:
-        deviation, brightness = torch.std_mean(grey.flatten(1), dim=1)
+        brightness = grey.mean(dim=(1, 2))
+        deviation = (grey - brightness[:, None, None]).square().mean(dim=(1, 2)).sqrt()  # faster than std_mean
         shape = (_frequencies(grey) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
         shape = F.normalize(shape.sign() * shape.abs().sqrt())  # the root: no single frequency decides
         angles = torch.stack([(deviation + 2).log(), brightness / 80, *(colors / 30).clamp(-1.5, 1.5)], dim=1)
