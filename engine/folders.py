@@ -127,7 +127,9 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
     _refuse_descriptions(train, class_paths)
     classes, unused = tuple(class_paths), f"; {not_used(beside)}" if beside else ""
     if not classes:
-        raise ValueError(f"no class folders in {train}; {expected}")
+        others = find_images(train)[1]  # such as DICOM files, which no class folder can consist of
+        reasons = f"; {not_used(others)}" if others else ""
+        raise ValueError(f"no class folders in {train}{reasons}; {expected}")
     if len(classes) == 1:
         raise ValueError(f"{train} has one class only, {classes[0]!r}: a classifier needs two or more{unused}")
     _refuse_nested_classes(train, list(class_paths.values()))

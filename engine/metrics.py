@@ -101,7 +101,7 @@ def accuracy_interval(correct: Sequence[float], groups: Sequence[object] | None)
 
     Of `groups`, the interval is Wilson's for the effective number of images: that of independent images which would
     give the accuracy the same variance (Korn and Graubard 1998). The variance is the jackknife's, which leaves out each
-    group in turn.
+    group in turn; of few groups, Student's t makes the number smaller.
     """
     share = sum(correct) / len(correct)
     if not groups or len({*groups}) == len(groups):

@@ -1,7 +1,7 @@
 """How does a frozen network run in OpenVINO, if that is installed (pip install openvino)?
 
-On a CPU in fp32 it is up to 1.5 times as fast as the fast copy. Converting a network takes some seconds, so the
-program is kept beside the features, and few images do without.
+On a CPU in fp32 most networks are a little faster there than in the fast copy (benchmarks/README.md). Converting a
+network takes some seconds, so the program is kept beside the features, and few images do without.
 """
 
 import io

@@ -82,7 +82,8 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
     if "parts" not in rows.used and {"train"} < {*tops.values()} <= {"train", "val", "test"}:
         found = {file: (tops[file], *rest) for file, (_, *rest) in found.items()}
         notes.append("the folders of the images say which part they belong to")
-    trained = known or _classes(table, {label for part, label, _ in found.values() if part == "train"}, notes)
+    labelled = {label for part, label, _ in found.values() if part == "train"}
+    trained = known or _classes(table, labelled, notes, skipped)
     classes, parts, images = {name: i for i, name in enumerate(trained)}, defaultdict(list), {}
     for file, (part, label, group) in sorted(found.items(), key=lambda each: str(each[0])):
         if label in classes:
@@ -92,10 +93,7 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
     for part, members in parts.items():
         items, labels, names, groups = map(list, zip(*members, strict=True))
         images[part] = Images(items, torch.tensor(labels), names, groups if "groups" in rows.used else None)
-    if skipped:
-        count = count_of(sum(map(len, skipped.values())), "row")
-        reasons = ", ".join(f"{len(values)} {why} ({_some(values)})" for why, values in skipped.items())
-        notes.append(f"{count} of {table.name} not used: {reasons}")
+    notes += _not_used(table, skipped)
     if unnamed := len(rows.files.images - found.keys()):
         notes.append(f"{count_of(unnamed, 'other image')} below {root} not used")
     return tuple(classes), images, notes
@@ -139,11 +137,19 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
     return found, skipped
 
 
-def _classes(table: Path, names: set[str], notes: list[str]) -> list[str]:
+def _not_used(table: Path, skipped: dict[str, list[str]]) -> list[str]:
+    """A note on the rows that are not used, by reason, if there are any."""
+    count = count_of(sum(map(len, skipped.values())), "row")
+    reasons = ", ".join(f"{len(values)} {why} ({_some(values)})" for why, values in skipped.items())
+    return [f"{count} of {table.name} not used: {reasons}"] if skipped else []
+
+
+def _classes(table: Path, names: set[str], notes: list[str], skipped: dict[str, list[str]]) -> list[str]:
     """The labels as classes: numbers in their order, other names in that of the alphabet. Notes what looks odd."""
     if len(names) < 2:
         given = f"one class only, {next(iter(names))!r}" if names else "no labelled training image"
-        raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *notes]))
+        reasons = [*notes, *_not_used(table, skipped)]
+        raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *reasons]))
     spellings = defaultdict(list)
     for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]

@@ -250,3 +250,11 @@ def test_extensions_are_known_in_a_fresh_process(tmp_path):
     (tmp_path / "0.jpg").touch()
     found = f"from engine.folders import find_images, Path; print(*find_images(Path({str(tmp_path)!r}))[0])"
     assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
+
+
+def test_a_folder_of_files_of_another_kind_names_it(run, tmp_path):
+    (tmp_path / "scans").mkdir()
+    for i in range(3):
+        (tmp_path / "scans" / f"{i}.dcm").write_bytes(bytes(128) + b"DICM" + bytes(300))
+    code, _, err = run(main_train, "--data", tmp_path / "scans", *SMALL, *QUICK)
+    assert code == 2 and "3 .dcm (a DICOM file" in err

@@ -251,3 +251,13 @@ def test_lists_beside_masks(tmp_path):
         load_data(str(table))
     data = load_data(str(table), columns=("1", "2"))
     assert data.classes == ("1", "2", "3") and all(name.startswith("images/") for name in data.train.names)
+
+
+def test_a_table_without_a_usable_row_says_why(run, tmp_path):
+    rows = []
+    for i in range(4):
+        draw(tmp_path / "images" / f"{i}.png", (9, 9, 9), seed=i)
+        rows += [f"{i}.png,cat", f"{i}.png,dog"]
+    (tmp_path / "two.csv").write_text("\n".join(["image,label", *rows]))
+    code, _, err = run(main_train, "--data", tmp_path / "two.csv", *SMALL, *QUICK)
+    assert code == 2 and "8 rows of two.csv not used" in err and err.count("\n") == 1
