@@ -65,8 +65,9 @@ def extract_features(
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:
     """The features that `folder` has, and the indices (M,) of their images."""
     records, _ = _records(model, ids, folder, device, everywhere=False)
-    tables, places, _ = records.read([image.encode() for image in ids])
-    found = {i: places[image.encode()] for i, image in enumerate(ids) if image.encode() in places}
+    encoded = [image.encode() for image in ids]
+    tables, places, _ = records.read(encoded)
+    found = {i: places[image] for i, image in enumerate(encoded) if image in places}
     return records.located(tables, found)[:2]
 
 

@@ -125,13 +125,12 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
     train = part_folders["train"]
     class_paths, beside = class_folders(train)
     _refuse_descriptions(train, class_paths)
-    classes, unused = tuple(class_paths), f"; {not_used(beside)}" if beside else ""
-    if not classes:
-        others = find_images(train)[1]  # such as DICOM files, which no class folder can consist of
-        reasons = f"; {not_used(others)}" if others else ""
-        raise ValueError(f"no class folders in {train}{reasons}; {expected}")
+    classes = tuple(class_paths)
+    if not classes:  # perhaps of files that no class folder can consist of, such as DICOM's
+        raise ValueError(f"no class folders in {train}{_unused(find_images(train)[1])}; {expected}")
     if len(classes) == 1:
-        raise ValueError(f"{train} has one class only, {classes[0]!r}: a classifier needs two or more{unused}")
+        given = f"one class only, {classes[0]!r}"
+        raise ValueError(f"{train} has {given}: a classifier needs two or more{_unused(beside)}")
     _refuse_nested_classes(train, list(class_paths.values()))
     parts, notes = {}, []
     for part, folder in part_folders.items():
@@ -145,6 +144,11 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
             parts[part], more = labelled_images(folder, classes, source)
             skipped += more
     return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
+
+
+def _unused(skipped: Counter[str]) -> str:
+    """The end of an error's message, if there are files that are not used."""
+    return f"; {not_used(skipped)}" if skipped else ""
 
 
 def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
