@@ -1,6 +1,7 @@
 """What files of all kinds hold is what is read: depths, bands, pages, damage. The files are written here."""
 
 import builtins
+import importlib
 import io
 import struct
 import zlib
@@ -208,7 +209,7 @@ def test_what_pillow_cannot_read_names_the_package_that_can(monkeypatch):
             raise ImportError(name)
         return importing(name, *args)
 
-    monkeypatch.setattr("importlib.import_module", lambda name: missing(name))
+    monkeypatch.setattr(importlib, "import_module", lambda name: missing(name))
     monkeypatch.setattr(builtins, "__import__", missing)
     fits = b"".join(card.ljust(80) for card in (b"SIMPLE  =                    T", b"BITPIX  =                   16",
         b"NAXIS   =                    2", b"NAXIS1  =                    2", b"NAXIS2  =                    2",

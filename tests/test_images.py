@@ -1,5 +1,7 @@
 """How files become pixels, and pixels batches."""
 
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -147,7 +149,7 @@ def test_damaged_files_raise_image_error(tmp_path, content):
 
 
 def test_no_image_starts_a_program(tmp_path, monkeypatch):
-    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     for name in ("x.jpg", "x.eps"):
         (tmp_path / name).write_bytes(content)
