@@ -65,8 +65,7 @@ def test_a_full_disk_and_a_read_only_folder(photos, weights, tmp_path, monkeypat
         return done.returncode, without_progress(done.stderr)
 
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    for folder in ("out", "data"):
-        (tmp_path / folder).mkdir()
+    (tmp_path / "out").mkdir()
     # the first checkpoint finds room, the second doesn't
     two = ("mobilenet_v3_small", "mobilenet_v2", "--output", "out")
     script = """
@@ -78,9 +77,6 @@ def test_a_full_disk_and_a_read_only_folder(photos, weights, tmp_path, monkeypat
     code, err = namespace(script, *two)
     assert code == 1 and "out/checkpoints/mobilenet_v2.pt" in err and "MB are free" in err
     assert [row["model"] for row in json.loads((tmp_path / "seen").read_text())["runs"]] == ["mobilenet_v3_small"]
-    shutil.rmtree(tmp_path / "data" / "features")
-    code, err = namespace('mount -t tmpfs -o size=64k x data; "$@"', *two[:1])
-    assert code == 2 and "data/features/" in err and "No space left" in err
     code, err = namespace('mount --bind . .; mount -o remount,ro,bind .; cd .; cd "$PWD"; "$@"', *two[:1])
     assert code == 2 and "Read-only file system" in err and err.count("error") == 1
 

@@ -113,35 +113,24 @@ def test_a_failing_plot_costs_no_result(run, photos, tmp_path):
     for name in ("mobilenet_small.png", "comparison.png"):  # there are folders in their places
         (tmp_path / "plots" / name / "x").mkdir(parents=True)
     code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 1 and err.count("error:") == err.count("\n") == 2
-    assert "mobilenet_small.png" in err and "comparison.png" in err and "mobilenet_v3_small" in out
+    assert code == 1 and err.count("error:") == err.count("\n") and "mobilenet_v3_small" in out
+    assert "mobilenet_small.png" in err and "comparison.png" in err
     assert load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
-    assert results(tmp_path)[0]["test_accuracy"] >= 0 and (tmp_path / "plots" / "report.html").exists()
+    assert results(tmp_path)[0]["test_accuracy"] >= 0
 
 
-def break_tree(photos, how):
-    if how == "no folder":
-        return photos / "nowhere", "nowhere"
-    if how == "no train":
-        shutil.rmtree(photos / "train")
-        return photos, "train/<class>/"
-    if how == "one class":
-        shutil.rmtree(photos / "train" / "red")
-        shutil.rmtree(photos / "train" / "blue")
-        return photos, "one class"
-    if how == "misspelt class":
-        (photos / "test" / "blue").rename(photos / "test" / "bleu")
-        return photos, "bleu"
-    if how == "too few":
-        for image in photos.glob("train/*/*.png"):
-            if image.stem != "0":
-                image.unlink()
-        return photos, "too few"
+BROKEN = {  # what the error speaks of, and what has happened
+    "nowhere": lambda photos: photos.rename(photos.with_name("elsewhere")),
+    "train/<class>/": lambda photos: shutil.rmtree(photos / "train"),
+    "one class": lambda photos: [shutil.rmtree(photos / "train" / name) for name in ("blue", "red")],
+    "bleu": lambda photos: (photos / "test" / "blue").rename(photos / "test" / "bleu"),
+    "too few": lambda photos: [image.unlink() for image in photos.glob("train/*/*.png") if image.stem != "0"],
+}
 
 
-@pytest.mark.parametrize("how", ["no folder", "no train", "one class", "misspelt class", "too few"])
-def test_a_folder_that_is_no_data_set(run, photos, how):
-    folder, expected = break_tree(photos, how)
+@pytest.mark.parametrize("expected", BROKEN)
+def test_a_folder_that_is_no_data_set(run, photos, expected):
+    BROKEN[expected](folder := photos.rename(photos.with_name("nowhere")))
     code, _, err = run(main_train, "--data", folder, *SMALL)
     assert code == 2 and err.startswith("error: ") and expected in err
 
