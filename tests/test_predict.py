@@ -44,14 +44,8 @@ def test_what_other_programs_pass(tmp_path):
     expected = [pytest.approx(record["probability"]) for record in model.predict(files)]
     content = files[0].read_bytes()
     with open(files[0], "rb") as opened, open(files[0], errors="replace") as text:
-        for one in (
-            names[0],
-            np.array(names)[0],
-            content,
-            bytearray(content),
-            memoryview(content),
-            io.BytesIO(content),
-        ):
+        forms = content, bytearray(content), memoryview(content), io.BytesIO(content)
+        for one in (names[0], np.array(names)[0], *forms):
             assert model.predict(one)["probability"] == expected[0], type(one)
         assert all(model.predict(opened)["probability"] == expected[0] for _ in range(2))  # read again
         assert all(record["probability"] == expected[0] for record in model.predict([opened] * 70))

@@ -104,10 +104,8 @@ def test_groups_stay_together_and_classes_keep_their_shares(tmp_path, seed):
     def deviation(tested: set[str]) -> float:
         return max(abs(sum(n[0] == c for n in tested) / labels.count(c) - 0.2) for c in "abc")
 
-    theirs = [
-        deviation({names[i] for i in test})
-        for _, test in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, groups)
-    ]
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, groups)
+    theirs = [deviation({names[i] for i in test}) for _, test in folds]
     assert deviation(split["test"]) <= max(np.median(theirs), 0.05)
 
 
