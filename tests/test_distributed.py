@@ -64,7 +64,7 @@ def test_two_processes_give_the_results_of_one(run, known, photos, weights, tmp_
     features, rows, state = [], [], []
     for folder, cache, ranks in ((one, known / "data", [".0"]), (two, two, [".0", ".1"])):
         files = sorted((cache / "features").glob("mobilenet_v3_small*.features"))
-        assert [file.suffixes[-2] for file in files] == ranks
+        assert [file.suffixes[-2] for file in files if file.stat().st_size] == ranks
         content = b"".join(file.read_bytes() for file in files)
         size = len(content) // 78
         records = [content[i * size : (i + 1) * size] for i in range(78)]

@@ -15,7 +15,7 @@ import main_train
 from models import load_checkpoint
 
 
-def test_one_training_is_enough_for_all_that_it_shows(training):
+def test_three_models_are_trained_and_compared(training):
     """Rows, plots and files of the run that the other tests copy."""
     assert (training / "code").read_text() == "0" and (training / "err").read_text() == ""
     output, rows = training / "my runs [v2]", repeatable(training / "my runs [v2]")
