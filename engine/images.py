@@ -254,10 +254,26 @@ def preprocess(
         x = batch.to(device, non_blocking=batch.is_pinned())  # (b, 3, H, W)
         x = (x / 255 - mean) / std
         if x.shape[2:] != (S, S):
-            # in fp32: not implemented for bf16 on CPUs
-            x = F.interpolate(x, (S, S), mode=preprocessing["interpolation"], antialias=True)
+            x = _resize(x, S, preprocessing["interpolation"])
         resized.append(x.to(dtype))
     return torch.cat(resized).contiguous(memory_format=torch.channels_last)
+
+
+def _resize(images: Tensor, size: int, mode: str) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size), channels_last. As F.interpolate with antialias=True, in half of the time.
+
+    Resizing is linear: each row of the output is the same weighted sum of rows of the input, and so are the columns.
+    """
+    rows, columns = (_resizing_weights(length, size, mode, images.device) for length in images.shape[2:])
+    x = (images @ columns.T).permute(0, 2, 3, 1)  # (B, H, size, 3)
+    return (rows @ x.flatten(2)).view(len(images), size, size, 3).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def _resizing_weights(length: int, size: int, mode: str, device: torch.device) -> Tensor:
+    """(size, length): what the rows of the identity matrix become."""
+    identity = torch.eye(length, device=device)[None, None]
+    return F.interpolate(identity, (size, length), mode=mode, antialias=True)[0, 0]
 
 
 def stack(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
