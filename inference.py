@@ -31,10 +31,9 @@ import torch
 
 from data import Data, load_data, load_split
 from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
-from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
+from engine.device import PRECISIONS, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, spmd
 from engine.export import advice, export
-from engine.fast import fast_copy
 from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
@@ -76,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *DTYPES), help="of the features (default: that of the model's training)")
+    add("--precision", choices=("auto", *PRECISIONS), help="of the features (default: that of the model's training)")
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
@@ -360,7 +359,7 @@ def similar_training_images(model: TransferModel, images: list[Item], args: Name
     features, known = known_features(model, data.train.ids, cache, args.device)
     if not len(known):
         raise FileNotFoundError(f"their features are not in {cache}")
-    train, fast = data.train.subset(known), fast_copy(model, args.device)
+    train, fast = data.train.subset(known), fastest_copy(model, args.device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")
     for found in most_similar(model.cpu(), rows, features, SIMILAR):

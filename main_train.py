@@ -43,12 +43,12 @@ from engine.console import (
     printable,
     run_script,
 )
-from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
+from engine.device import PRECISIONS, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, spmd, world_size
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
-from engine.openvino import fastest_copy
+from engine.openvino import check_int8, fastest_copy, quantize
 from engine.run import outputs_of
 from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -86,9 +86,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *DTYPES), default="fp32",
+    add("--precision", choices=("auto", *PRECISIONS), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
-        "supports it, but answers depend a little on the machine; auto: bf16 if supported")  # fmt: skip
+        "supports it, but answers depend a little on the machine; auto: bf16 if supported; int8: on CPUs, with "
+        "pip install openvino nncf")  # fmt: skip
     add("--seed", type=number(int, -1, 2**32), default=0, help="random seed of the classifier and the batches' order")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
@@ -128,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     device = pick_device(args.device)
     args.precision = gather(pick_precision(args.precision, device))[0]
+    if args.precision == "int8":
+        check_int8(device)
     if args.precision == "bf16" and not computes_in_bf16(device):
         print("no bf16 instructions are known here: expect up to 40 times the time of fp32", file=sys.stderr)
     provenance = results.provenance(sys.argv[1:] if argv is None else argv, device)
@@ -215,10 +218,11 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
     print(f"{model.name}: weights {model.weights}")
-    features = {
-        part: extract_features(model, images.items, images.ids, args.cache / "features", device)
-        for part, images in data.parts.items()
-    }
+    folder, preparing = args.cache / "features", 0.0
+    if model.precision == "int8":
+        made = quantize(model, data.train.items, data.train.ids, folder) if is_first() else None
+        model.program, preparing = gather(made)[0]
+    features = extract_features(model, data.parts, folder, device)
     recipe = replace(
         RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
     )
@@ -240,7 +244,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace, device: to
 
     logits, histories, seconds = zip(*map(train, range(args.seed, args.seed + args.seeds)), strict=True)
     computed = features["train"].computed + features["val"].computed  # test images do not count
-    extraction = sum(features[part].seconds for part in ("train", "val"))
+    extraction = preparing + sum(features[part].seconds for part in ("train", "val"))
     training = {
         "weights": model.weights,
         "weights_sha256": content_hash(model.features.state_dict()),

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from engine.backbones import build, check_name
 from engine.console import first_line
-from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
+from engine.openvino import fastest_copy
 from engine.results import versions
 from engine.run import predictions
 from engine.unfamiliar import Unfamiliarity
@@ -118,6 +118,7 @@ class TransferModel(nn.Module):
         # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
         # loses up to 1.4 points of accuracy on fp32 features.
         self.precision = "fp32"
+        self.program: dict[str, Tensor] = {}  # in int8: OpenVINO's, instead of `features`
         self.temperature = 1.0  # divides the logits, which calibrates the probabilities (Guo et al. 2017)
         self.fine_tuned = False
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
@@ -163,7 +164,7 @@ class TransferModel(nn.Module):
         """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
         self.features.requires_grad_(True)
         self.fine_tuned = True
-        self.unfamiliarity, self.precision = None, "fp32"  # the features will change
+        self.unfamiliarity, self.precision, self.program = None, "fp32", {}  # the features will change
 
     def train(self, mode: bool = True) -> "TransferModel":
         """Keeps `features` in eval mode, or BatchNorm's statistics would drift."""
@@ -220,7 +221,7 @@ class TransferModel(nn.Module):
         version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
         with _making_fast_copy:
             if _fast_copies.get(self, [None])[0] != version:
-                _fast_copies[self] = version, fast_copy(self, tensors[0].device)
+                _fast_copies[self] = version, fastest_copy(self, tensors[0].device)
             return _fast_copies[self][1]
 
     def example(self) -> Tensor:
@@ -309,9 +310,13 @@ def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
     values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "origin": origin}
     values |= {name: getattr(model, name) for name in SAVED} | {"versions": versions()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = {**values, "sha256": content_hash(tensors, values)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("unfamiliarity.")}
-    save_tensors(path, {**content, "state_dict": tensors, "unfamiliarity": extra})  # others can load state_dict alone
+    parts = {
+        "state_dict": tensors,
+        "unfamiliarity": extra,
+        "program": model.program,
+    }  # others can load state_dict alone
+    save_tensors(path, {**values, **parts, "sha256": content_hash({**tensors, **extra, **model.program}, values)})
 
 
 def load_checkpoint(path: str | Path) -> TransferModel:
@@ -328,13 +333,15 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
         if values.get("schema") not in (SCHEMA, 4):  # 4 had the whole row, as "metrics"
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
-        tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
-        if content_hash(tensors, values) != written:
+        tensors, program = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("program", {})
+        written = values.pop("sha256")
+        if content_hash(tensors | program, values) != written:
             raise ValueError("checksum mismatch")
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     try:
         model = _rebuild(values, tensors)
+        model.program = program
     except Exception as error:  # the file is whole, so a package is missing, or its version builds another network
         written = f"; it was written with {used}" * bool(used)
         raise ValueError(f"{path} cannot be rebuilt here: {first_line(error)}{written}") from error

@@ -79,12 +79,14 @@ def new_model(
 
 def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/features")) -> list[Part]:
     """The features and the labels of each part of a data set."""
-    return [(extract_features(model, part.items, part.ids, folder, DEVICE).features, part.labels) for part in parts]
+    found = extract_features(model, dict(enumerate(parts)), folder, DEVICE)
+    return [(found[i].features, part.labels) for i, part in enumerate(parts)]
 
 
 def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return extract_features(model, files, [str(i) for i in range(len(files))], Path(folder), DEVICE).seconds
+        images = Images(list(files), torch.zeros(len(files), dtype=torch.int64), [str(file) for file in files])
+        return extract_features(model, {"all": images}, Path(folder), DEVICE)["all"].seconds
 
 
 def batches(part: Part, seed: int | None = None, recipe: Recipe = RECIPE) -> Batches:

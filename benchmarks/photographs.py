@@ -67,9 +67,7 @@ def main() -> int:
     print_header("backbone", "ours", "s", "logistic regression", "s", "tutorial", "s")
     for name in args.models:
         model, cells = new_model(name, data.classes, args.seed, args.image_size), []
-        found = [
-            extract_features(model, part.items, part.ids, Path("data/features"), DEVICE) for part in data.parts.values()
-        ]
+        found = [*extract_features(model, data.parts, Path("data/features"), DEVICE).values()]
         rows = [(each.features, part.labels) for each, part in zip(found, data.parts.values(), strict=True)]
         extraction, passes = found[0].seconds + found[1].seconds, EPOCHS * pass_seconds(model, data)
         for method, before in ((ours, extraction), (regression, extraction), (tutorial, passes)):

@@ -47,6 +47,8 @@ def export(model: nn.Module, path: Path) -> None:
     try:
         if suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
+        if model.precision == "int8":
+            raise ValueError("a model in int8 has OpenVINO's program, which only this project runs: train in fp32")
         if suffix == ".onnx" and model.precision != "fp32":
             raise ValueError(f"ONNX keeps fp32 only, and the model was trained in {model.precision}: export to .pt2")
         content, exported = exporters[suffix](program, images, {key: json.dumps(note) for key, note in notes.items()})

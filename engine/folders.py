@@ -31,7 +31,7 @@ or
     {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 # what main_train.py and inference.py leave in a folder
-OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
+OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.*", "*_wrong.csv")
 # folders that describe images for detection or segmentation, and folders of such images
 DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
