@@ -37,6 +37,8 @@ def export(model: nn.Module, path: Path) -> None:
     answers for 16 images of noise are compared with those of `model.fast()`; for ONNX only if onnxruntime is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
+    if model.precision == "int8":
+        raise ValueError(f"{path} is not written: {model.name} was trained in int8, and exports are in fp32 or bf16")
     size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
     program = _Probabilities(fast_copy(model, torch.device("cpu"), packed=False)).eval()
@@ -47,8 +49,6 @@ def export(model: nn.Module, path: Path) -> None:
     try:
         if suffix not in exporters:
             raise ValueError("its name must end in .pt2 or .onnx")
-        if model.precision == "int8":
-            raise ValueError("a model in int8 has OpenVINO's program, which only this project runs: train in fp32")
         if suffix == ".onnx" and model.precision != "fp32":
             raise ValueError(f"ONNX keeps fp32 only, and the model was trained in {model.precision}: export to .pt2")
         content, exported = exporters[suffix](program, images, {key: json.dumps(note) for key, note in notes.items()})
