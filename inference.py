@@ -28,6 +28,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data import Data, load_data, load_split
 from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
@@ -39,11 +40,12 @@ from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
+from engine.layers import averages, run_layers
 from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import fastest_copy
-from engine.run import heat_map, predictions, run_images
+from engine.run import run_images
 from engine.tables import TABLES, labelled_rows
-from models import TransferModel, load_checkpoint
+from models import TransferModel, load_checkpoint, predictions
 
 COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # of --format csv
 SAMPLE = 12  # images in plots/predictions.png and of --explain
@@ -352,6 +354,20 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
     visualization.save(visualization.plot_images(rows, 1.9, 1.9, fontsize=11), args.explain)
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
+
+
+def heat_map(model: TransferModel, images: Tensor) -> Tensor:
+    """How much each place of the last maps supports the label, from 0 to 1: (B, 3, H, W) -> (B, h * w)
+
+    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        maps, levels = run_layers(model.features, model.levels, images.clone())
+        maps.requires_grad_()
+        logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
+        [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
+        heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
+        return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()
 
 
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:

@@ -11,11 +11,9 @@ the README.
 """
 
 import re
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +21,13 @@ from torch import Tensor, nn
 
 from engine.backbones import build, check_name
 from engine.console import first_line
-from engine.fast import fast_copy
+from engine.fast import cached_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
+from engine.metrics import average_models
 from engine.results import versions
-from engine.run import predictions
+from engine.run import run_images
 from engine.unfamiliar import Unfamiliarity
 from engine.weights import is_file
 
@@ -85,10 +84,6 @@ def file_name(name: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- the model
-
-
-_making_fast_copy = threading.Lock()
-_fast_copies: WeakKeyDictionary["TransferModel", tuple[list, "TransferModel"]] = WeakKeyDictionary()
 
 
 class TransferModel(nn.Module):
@@ -208,25 +203,52 @@ class TransferModel(nn.Module):
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
         single, items = is_image(images), images_of(images)
-        records = [record for _, [record] in predictions([self.fast()], items, top_k)]
+        records = [record for _, [record] in predictions([cached_copy(self)], items, top_k)]
         return records[0] if single else records
-
-    def fast(self) -> "TransferModel":
-        """The fast copy that `predict` uses. It is made again when the model has changed."""
-        tensors = [*self.parameters(), *self.buffers()]
-        if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} != {torch.float32}:
-            raise TypeError("the model's weights must be float32: use model.float(), and model.precision for speed")
-        version = [self.classes, self.precision, self.temperature, self.views, {**self.preprocessing}]
-        version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
-        with _making_fast_copy:
-            if _fast_copies.get(self, [None])[0] != version:
-                _fast_copies[self] = version, fast_copy(self, tensors[0].device)
-            return _fast_copies[self][1]
 
     def example(self) -> Tensor:
         """An image of the mean colour, preprocessed: (1, 3, S, S)."""
         size = self.preprocessing["image_size"]
         return next(self.features.parameters()).new_zeros(1, 3, size, size)
+
+
+def predictions(
+    models: list[TransferModel], items: Iterable[Item], top_k: int, ensemble: bool = False
+) -> Iterator[tuple[Item, list[dict]]]:
+    """Yields each item with one record for each model, as in `TransferModel.predict`, or with one error record.
+
+    With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
+    softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
+    """
+    temperatures = [model.temperature for model in models]
+    for batch, outputs, errors in run_images(models, items, TransferModel.answer):
+        answers = [rows[:, :-1] / temperature for rows, temperature in zip(outputs, temperatures, strict=True)]
+        together = average_models(answers) if ensemble else None
+        for i, item in enumerate(batch):
+            path = {"path": str(item) if isinstance(item, Path | str) else None}
+            if i in errors:
+                yield item, [{**path, "error": str(errors[i])}]
+                continue
+            records = []
+            for model, answer, rows in zip(models, answers, outputs, strict=True):
+                records.append({**path, "model": model.name, **_best(answer[i], model.classes, top_k)})
+                if model.unfamiliarity is not None:
+                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 0)
+            if ensemble:
+                best = _best(together[i], models[0].classes, top_k)
+                votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
+                if votes:
+                    best["unfamiliar"] = sum(votes) > len(votes) / 2
+                records = [{**path, "model": "ensemble", **best, "models": records}]
+            yield item, records
+
+
+def _best(logits: Tensor, classes: Sequence[str], top_k: int) -> dict:
+    """The label of one image's logits (classes), its probability, and the `top_k` best."""
+    best = logits.softmax(dim=0).topk(min(top_k, len(classes)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = [{"label": classes[label], "probability": probability} for label, probability in pairs]
+    return {**top[0], "top": top}
 
 
 def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
