@@ -275,7 +275,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
-    settings += frozen.training["recipe"], frozen.training["precision"]
+    settings += frozen.training["recipe"], frozen.training["precision"], models.SCHEMA
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:

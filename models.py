@@ -267,24 +267,24 @@ def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
 
 
 class Classifier(nn.Module):
-    """A linear layer plus a network with one hidden layer, on standardised features: (B, width) -> logits (B, classes).
+    """Ridge regression plus an MLP with one hidden layer, on standardised features: (B, width) -> logits (B, classes).
 
-    `train_utils.fit_classifier` trains it: the linear layer is good with few images, the network with many.
+    `train_utils.fit_classifier` trains it: ridge regression is good with few images, the MLP with many.
     """
 
     def __init__(self, width: int, classes: int, hidden: int):
         super().__init__()
         self.standardize = Standardize(width)
-        self.linear = nn.Linear(width, classes)
-        self.network = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        self.ridge = nn.Linear(width, classes)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.standardize(features)
-        return self.linear(features) + self.network(features)
+        return self.ridge(features) + self.mlp(features)
 
     @torch.no_grad()
     def fit_ridge(self, features: Tensor, labels: Tensor, class_weights: bool = False) -> Tensor:
-        """Sets the standardisation and the linear layer from features (N, width) of images of every class.
+        """Sets the standardisation and the ridge layer from features (N, width) of images of every class.
 
         Ridge regression (Hoerl and Kennard 1970) on one-hot labels (N,), in its dual form. Its strength is the number
         of features. The same matrix gives leave-one-out scores: each image's scores without that image in the fit
@@ -293,7 +293,7 @@ class Classifier(nn.Module):
         """
         count, width = features.shape
         weights = balanced_weights(labels)[labels] if class_weights else torch.ones(count, device=features.device)
-        root, targets = weights.sqrt()[:, None], F.one_hot(labels, self.linear.out_features).float()
+        root, targets = weights.sqrt()[:, None], F.one_hot(labels, self.ridge.out_features).float()
         self.standardize.fit(features)
         x = self.standardize(features)
         mean, mean_target = (weights[:, None] * x).mean(dim=0), (weights[:, None] * targets).mean(dim=0)
@@ -307,8 +307,8 @@ class Classifier(nn.Module):
         smoothing = 1 / (count + 2)  # keeps the loss finite when every prediction is right
         losses = [F.cross_entropy(factor * loo_scores, labels, label_smoothing=smoothing) for factor in factors]
         factor = factors[int(torch.stack(losses).argmin())]
-        self.linear.weight.copy_(factor * (residuals.T @ x) / width)
-        self.linear.bias.copy_(factor * mean_target - self.linear.weight @ mean)
+        self.ridge.weight.copy_(factor * (residuals.T @ x) / width)
+        self.ridge.bias.copy_(factor * mean_target - self.ridge.weight @ mean)
         return factor * loo_scores
 
 
@@ -320,7 +320,8 @@ def balanced_weights(labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-SCHEMA = 5
+SCHEMA = 6
+RENAMED = {"classifier.linear.": "classifier.ridge.", "classifier.network.": "classifier.mlp."}  # up to schema 5
 SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")  # of the model
 ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")  # of its row
 
@@ -348,7 +349,7 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     try:
         values = load_tensors(path)
         used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
-        if values.get("schema") not in (SCHEMA, 4):  # 4 had the whole row, as "metrics"
+        if values.get("schema") not in (4, 5, SCHEMA):  # 4 had the whole row, as "metrics"
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
         tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
         if content_hash(tensors, values) != written:
@@ -372,7 +373,10 @@ def _rebuild(values: dict, tensors: dict[str, Tensor]) -> TransferModel:
         model.unfamiliarity = Unfamiliarity(model.width, len(model.classes))
     state = model.state_dict()  # keeps the versions of modules: MNASNet refuses tensors without
     state.clear()
-    state.update(tensors)
+    for name, tensor in tensors.items():
+        for old, new in RENAMED.items():
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        state[name] = tensor
     model.load_state_dict(state, assign=True)
     for name in SAVED:
         setattr(model, name, values.get(name, getattr(model, name)))  # schema 4 may lack `weights`
