@@ -125,19 +125,6 @@ def pattern(text: str) -> str:
     return text
 
 
-@contextmanager
-def without_user_settings() -> Iterator[None]:
-    """Hides the user's settings while matplotlib is imported: the backend of a notebook may not be installed here."""
-    hidden = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
-    before = {name: os.environ.get(name) for name in hidden}
-    os.environ.update(hidden)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type if it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
