@@ -24,8 +24,9 @@ from torch import Tensor
 from engine.console import count_of, first_line
 from engine.depth import agree
 from engine.files import atomic_write, locked
-from engine.folders import SPLITS, Images
+from engine.folders import SPLITS
 from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
+from engine.images import Images
 from engine.survey import Survey, survey
 from engine.tables import Source, read_source
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Images
 from engine.batches import Batches, ImageLoader
 from engine.console import Progress
 from engine.device import full_precision, keep_freed_memory, synchronized_time, threads
 from engine.fast import InParts, to_channels_last
 from engine.features import Features
 from engine.files import load_tensors
+from engine.images import Images
 from models import Classifier, TransferModel, balanced_weights
 
 

@@ -26,8 +26,7 @@ from torch import Tensor
 from engine.audit import summary
 from engine.console import printable
 from engine.files import atomic_write
-from engine.folders import Images
-from engine.images import Item, read_for_plot
+from engine.images import Images, Item, read_for_plot
 from engine.results import comparison_table, headline
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from torch import Tensor
 from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
-from engine.folders import Images
-from engine.images import augment, preprocess, read_image, reading_arguments
+from engine.images import Images, augment, preprocess, read_image, reading_arguments
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device.

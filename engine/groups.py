@@ -24,7 +24,7 @@ from torch import Tensor
 from engine.console import Progress, count_of
 from engine.distributed import gather, is_first
 from engine.files import atomic_write
-from engine.folders import Images
+from engine.images import Images
 
 LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
 COMPARED = 100_000  # more images than this would take minutes

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, keep_freed_memory, threads
 from engine.distributed import shared_map, world_size
-from engine.images import ImageError, Item, preprocess, read_image, reading_arguments, stack
+from engine.images import ImageError, Item, preprocess, read_image, reading_arguments
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images (B, 3, S, S) -> (B, D)
 
@@ -81,7 +81,7 @@ class _Runner:
                     pixels[i] = read_image(item, *form)
                 except ImageError as error:
                     errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
-            images.append(stack(pixels, self.device))
+            images.append(pinned(pixels, self.device))
         with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
@@ -101,6 +101,13 @@ class _Runner:
                     raise
             self.limit = limit // 2  # outside the handler, which keeps the memory of the failed attempt alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
+
+
+def pinned(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """For CUDA and images of one size, a batch (B, 3, H, W) in pinned memory. Otherwise the images as they are."""
+    if device.type == "cuda" and len({image.shape for image in images}) == 1:
+        return torch.stack(images).pin_memory()
+    return images
 
 
 def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> Tensor:

@@ -19,7 +19,6 @@ from engine.console import count_of, printable
 from engine.folders import (
     DESCRIPTIONS,
     PICTURES,
-    Images,
     class_folders,
     find_images,
     name_below,
@@ -27,7 +26,7 @@ from engine.folders import (
     read_folder,
     words_of,
 )
-from engine.images import is_image_extension, is_image_file
+from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
 # words in the names of columns
