@@ -40,7 +40,7 @@ class Backbone:
 
     label: str  # in plots and tables
     plot: str  # how the names of its plots begin
-    name: str  # of the model and its weights, see engine/backbones.py
+    name: str  # which model, with which weights, see engine/backbones.py
     # The classifier reads the last maps, averaged over the image. With every_level it also reads those of each earlier
     # stage, averaged over each quarter of the image. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
@@ -117,29 +117,34 @@ class TransferModel(nn.Module):
         self.fine_tuned = False
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
         self.views = 2
-        self.unfamiliarity: Unfamiliarity | None = None  # of a frozen backbone's features
-        self.origin: dict = {}  # of a loaded checkpoint: which data it was trained on, its validation accuracy
-        self.path: Path | None = None  # of a loaded checkpoint
+        self.unfamiliarity: Unfamiliarity | None = None  # scores the features of a frozen backbone
+        self.origin: dict = {}  # if loaded from a checkpoint: the data it was trained on, its validation accuracy
+        self.path: Path | None = None  # the checkpoint from which it was loaded
 
         self.features = built.features.requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
-        twin = f"; try {backbone.removesuffix('_enc')}" * backbone.endswith("_enc")  # of timm, which has the head
-        try:
-            with torch.inference_mode():
-                shape = self.forward_features(self.example()).shape
-        except Exception as error:  # whatever a network raises for images that it was not built for
-            raise ValueError(
-                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
-            ) from error
-        if len(shape) != 2:
-            raise ValueError(f"{backbone} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
-        self.width = shape[1]
+        self.width = self._measured_width(own_size)
         if row.keep_classifier:
             *kept, last = built.network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
         else:
             self.classifier = Classifier(self.width, len(classes), hidden)
         self.eval()
+
+    def _measured_width(self, own_size: int) -> int:
+        """The number of features. Raises ValueError if the backbone does not give them for images of this size."""
+        name, size = self.backbone, self.preprocessing["image_size"]
+        twin = f"; try {name.removesuffix('_enc')}" * name.endswith("_enc")  # timm has some models without the head
+        try:
+            with torch.inference_mode():
+                shape = self.forward_features(self.example()).shape
+        except Exception as error:  # whatever a network raises for images that it was not built for
+            raise ValueError(
+                f"{name} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
+            ) from error
+        if len(shape) != 2:
+            raise ValueError(f"{name} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
+        return shape[1]
 
     @property
     def name(self) -> str:
@@ -322,8 +327,9 @@ def balanced_weights(labels: Tensor) -> Tensor:
 
 SCHEMA = 6
 RENAMED = {"classifier.linear.": "classifier.ridge.", "classifier.network.": "classifier.mlp."}  # up to schema 5
-SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")  # of the model
-ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")  # of its row
+# what a checkpoint keeps of the model's attributes, and of its row
+SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")
+ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")
 
 
 def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:

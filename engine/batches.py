@@ -72,7 +72,7 @@ class Batches:
         self.process, self.processes = (rank(), world_size()) if shared else (0, 1)
         size = max(2, self.processes, min(batch_size, max(8, len(labels) // 16)))
         self.steps = max(1, len(labels) // size)
-        self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
+        self.mean_size = len(labels) / self.steps / self.processes  # in this process
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def start_epoch(self, epoch: int) -> None:

@@ -28,7 +28,7 @@ class Values:
     missing: float | None = None  # the value of pixels without data
     inverted: bool = False  # the smallest value is white
     orientation: int = 1  # as in EXIF
-    info: dict = field(default_factory=dict)  # of Pillow's image: its colour profile
+    info: dict = field(default_factory=dict)  # what Pillow knows besides pixels: the colour profile
     notes: dict[str, str] = field(default_factory=dict)  # what was left out: "pages" or "bands", and in words
 
     @property

@@ -18,7 +18,7 @@ from engine.console import with_place
 WAIT = timedelta(hours=6)  # for another process, which may wait for another run to finish the same features
 
 
-def spmd(main: Callable[[], int]) -> Callable[[], int]:
+def with_process_group(main: Callable[[], int]) -> Callable[[], int]:
     """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints,
     apart from errors.
 

@@ -26,9 +26,9 @@ from engine.distributed import gather, is_first
 from engine.files import atomic_write
 from engine.images import Images
 
-LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
+LARGEST = 0.2  # groups of near-duplicates with a larger share of a class could not be held out
 COMPARED = 100_000  # more images than this would take minutes
-SIZE = 24  # of a thumbnail
+SIZE = 24  # pixels on each side of a thumbnail
 # brightness and two differences of color from red, green and blue (ITU-R BT.601)
 YCBCR = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 FREQUENCIES = 8  # in each direction
@@ -36,7 +36,7 @@ MARGINS = (0.025, 0.05, 0.075, 0.1)  # cut off at each side: crops of 95, 90, 85
 LEVELS = (0.1, 0.1, 0.05, 0.05)  # the weights of contrast, brightness and both differences of color in a similarity
 RIDGE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
 ALIKE, IDENTICAL = 0.925, 0.99999  # the least and the largest bound
-SAMPLE = 2000  # images whose pairs tell what chance does
+CHANCE_IMAGES = 2000  # the pairs of so many random images tell what chance does
 NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
@@ -223,7 +223,7 @@ def _similar_pairs(views: Tensor) -> Pairs:
 def _bound(descriptions: Tensor, pairs: Pairs) -> float:
     """The similarity that near-duplicates exceed, from descriptions (N, D) and a spanning forest of similar pairs."""
     count, bound = len(descriptions), ALIKE
-    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:CHANCE_IMAGES]
     one, other = torch.triu_indices(len(sample), len(sample), 1)
     closeness = -(1 - (descriptions[sample] @ descriptions[sample].T)[one, other]).clamp(min=1e-7).log()
     comparisons = (8 + 2 * len(MARGINS)) * count * (count - 1) / 2

@@ -57,11 +57,8 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
         return
     try:
         old = load_tensors(checkpoint)
-        size, row, classes = (
-            old["preprocessing"]["image_size"],
-            old["origin"] if "origin" in old else old["metrics"],
-            tuple(old["classes"]),
-        )
+        size, classes = old["preprocessing"]["image_size"], tuple(old["classes"])
+        row = old["origin"] if "origin" in old else old["metrics"]
     except Exception as error:  # whatever a damaged file makes torch raise
         print(f"{checkpoint} cannot be read ({first_line(error)}) and will be replaced")
         return

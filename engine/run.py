@@ -99,7 +99,7 @@ class _Runner:
             except torch.OutOfMemoryError:
                 if limit == 1:
                     raise
-            self.limit = limit // 2  # outside the handler, which keeps the memory of the failed attempt alive
+            self.limit = limit // 2  # outside the handler, which keeps the memory of the failed call alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
 
 
