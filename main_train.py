@@ -211,7 +211,8 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
 def train_classifier(name: str, data: Data, args: argparse.Namespace) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model, device = new_model(name, data, args, args.seed), args.device
-    check_replacement(model, data, args)
+    for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
+        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
     print(f"{model.name}: weights {model.weights}")
     features = {
         part: extract_features(model, images.items, images.ids, args.cache / "features", device)
@@ -252,12 +253,6 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace) -> Trained
         )
     model.temperature = fit_temperature(logits[0]["val"], data.val.labels)
     return trained
-
-
-def check_replacement(model: models.TransferModel, data: Data, args: argparse.Namespace) -> None:
-    """Raises ValueError if a checkpoint that this run would replace was trained on other images, or on more."""
-    for name in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
-        results.check_replacement(args.output / "checkpoints" / f"{name}.pt", model, data, args.data, args.limit)
 
 
 def describe(recipe: Recipe, of_features: str, of_training: str, history: list[dict], data: Data) -> dict:
@@ -344,7 +339,6 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     """
     new, plots = [each.row for each in trained], output / "plots"
     compared = results.comparable(rows, new[0])
-
     best, report, failed = trained[new.index(results.best_model(new))], None, []
     if len(trained) > 1:
         with optional_step("ensemble", failed):

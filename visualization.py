@@ -208,9 +208,8 @@ def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fo
 
 def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None) -> "Figure | None":
     """The first PLOTTED_IMAGES images that can be read, four in a row. None if no image can be read."""
-    pictures = [
-        (image, caption, None) for image, caption in itertools.islice(read_for_plot(captioned, reading), PLOTTED_IMAGES)
-    ]
+    readable = itertools.islice(read_for_plot(captioned, reading), PLOTTED_IMAGES)
+    pictures = [(image, caption, None) for image, caption in readable]
     if not pictures:
         return None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
@@ -232,13 +231,7 @@ def colors(rows: dict[str, dict]) -> dict[str, str]:
 
 
 def draw_model(
-    row: dict,
-    items: Sequence[Item],
-    labels: Tensor,
-    logits: Tensor,
-    color: str,
-    folder: Path,
-    reading: dict | None = None,
+    row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor, color: str, folder: Path, reading: dict | None
 ) -> None:
     """Draws a model's plots from its row of results.json, the test images, their labels and its logits (N, classes)."""
     for kind in CAPTIONS:
@@ -294,7 +287,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
     save(figure, folder / "comparison.png")
 
 
-def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict | None = None) -> None:
+def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict | None) -> None:
     """Draws the clearest near-duplicates and label errors of an audit. `parts` are the images, by part."""
     items = {path: item for images in parts.values() for path, item in zip(images.paths(), images.items, strict=True)}
     pairs = sorted(report["near_duplicates"] or [], key=lambda pair: len({i["label"] for i in pair["images"]}) == 1)
