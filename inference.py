@@ -44,6 +44,7 @@ from engine.images import Item, read_for_plot
 from engine.layers import averages, run_layers
 from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import fastest_copy
+from engine.results import print_table
 from engine.run import run_images
 from engine.tables import TABLES, labelled_rows
 from models import TransferModel, load_checkpoint, predictions
@@ -284,7 +285,11 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
     groups = [record.get("group", i) for i, record in enumerate(records)]
     low, high = accuracy_interval(right.tolist(), groups)
     print(f"\n{name}: {right.mean():.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
-    print_scores(names, labels.bincount(minlength=len(classes)).tolist(), scores["per_class"])
+    table, images = [["class", "images", "precision", "recall", "f1"]], labels.bincount(minlength=len(classes)).tolist()
+    for label, count, precision, recall, f1 in zip(names, images, *scores["per_class"].values(), strict=True):
+        figures = [f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}"] if count else [""] * 3
+        table.append([label, f"{count:,}", *figures])
+    print_table(table)
     wrong = [record for record in records if record["label"] != record["true"]]
     wrong.sort(key=lambda record: -record["probability"])
     table = io.StringIO(newline="")
@@ -298,15 +303,6 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
     mistakes = ((Path(r["path"]), printable(r["true"]), printable(r["label"]), r["probability"]) for r in wrong)
     if figure := visualization.plot_mistakes(mistakes, reading):
         visualization.save(figure, output / f"{name}_mistakes.png")
-
-
-def print_scores(names: list[str], images: list[int], scores: dict[str, list]) -> None:
-    """Prints a line for each class: how many images it has and, if it has any, its precision, recall and F1."""
-    width = max(map(len, names))
-    print(f"{'':{width}}  images  precision  recall     f1")
-    for name, count, precision, recall, f1 in zip(names, images, *scores.values(), strict=True):
-        figures = f" {precision:10.1%} {recall:7.1%} {f1:6.3f}" if count else ""
-        print(f"{name:{width}} {count:7,}{figures}")
 
 
 def report(args: Namespace, models: list[TransferModel], ensemble: bool, answers: list[Answer]) -> None:

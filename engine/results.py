@@ -213,7 +213,7 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
 
 
 def print_table(table: Sequence[Sequence[str]]) -> None:
-    """Prints a comparison_table, its first column to the left and the others to the right."""
+    """Prints a header and lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))

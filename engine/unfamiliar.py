@@ -67,9 +67,8 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
     found = torch.cat([score.distance_and_doubt(features, rows) for features, rows in blocks])
     weights = torch.tensor([1, len(train) / (len(train) + train.width)]) / (found.std(dim=0, correction=0) + 1e-6)
     if len(found) < MIN_SCORES:  # their standard deviations say little
-        weights = torch.stack(
-            [1 / ((projected @ score.whitening).norm(dim=1).std(correction=0) + 1e-6), torch.zeros(())]
-        )
+        spread = (projected @ score.whitening).norm(dim=1).std(correction=0)
+        weights = torch.stack([1 / (spread + 1e-6), torch.zeros(())])
     score.weights.copy_(torch.cat([weights, -_threshold(found @ weights)[None]]))
     return score
 
