@@ -31,7 +31,7 @@ from engine.survey import Survey, survey
 from engine.tables import Source, read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ORDERS = 50  # in which groups may be held out, see _hold_out
+MAX_ORDERS = 50  # so many orders of the groups are tried at most, see _hold_out
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
 
@@ -209,7 +209,7 @@ def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: in
     images_of, best = images.labels[pool].bincount(minlength=len(sizes)).clamp(min=1), math.inf
     groups_of = Counter(label for each in members.values() for label in each)
     sizes = torch.tensor([size if groups_of[c] > others else 0 for c, size in enumerate(sizes.tolist())])
-    for number in range(min(ORDERS, 1 + 2000 * ORDERS // max(1, len(members)))):
+    for number in range(min(MAX_ORDERS, 1 + 2000 * MAX_ORDERS // max(1, len(members)))):
         order = sorted(members, key=lambda group: draw(f"{seed} {number}", group), reverse=last)
         groups, missing = _fitting_groups({group: members[group] for group in order}, sizes.tolist(), others)
         deviation = float((torch.tensor(missing) / images_of).abs().max())

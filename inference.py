@@ -52,7 +52,7 @@ from visualization import PLOTTED_IMAGES
 
 COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # what --format csv prints
 WRONG_COLUMNS = ("path", "true", "label", "probability")  # what --evaluate writes of each mistake
-SIMILAR = 5  # training images beside each image of --explain
+SIMILAR_IMAGES = 5  # training images beside each image of --explain
 Answer = tuple[Item, list[dict]]  # an image and its records, one for each model or for the ensemble
 
 
@@ -114,21 +114,21 @@ def main(argv: list[str] | None = None) -> int:
     items, known, unused = choose_images(args, models[0])
     if args.format == "csv":
         print_csv(COLUMNS)
-    answers, unread = [], 0
+    answers, unreadable = [], 0
     for item, records in classify(args, models, ensemble, items, known):
         failed = "error" in records[0]
-        unread += failed
+        unreadable += failed
         if failed or not args.evaluate:
             print_records(records, args.format)
         if not failed and (args.evaluate or len(answers) < PLOTTED_IMAGES):
             answers.append((item, records))
     if unused.total():
         print(not_used(unused), file=sys.stderr)
-    if not answers and not unread:
+    if not answers and not unreadable:
         raise FileNotFoundError(f"no images in {', '.join(args.paths)}")
     if answers and is_first():
         report(args, models, ensemble, answers)
-    return 0 if not unread + skipped else 1 if answers else 2
+    return 0 if not unreadable + skipped else 1 if answers else 2
 
 
 def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
@@ -381,7 +381,7 @@ def similar_training_images(model: TransferModel, images: list[Item], args: Name
     train, fast = data.train.subset(known), fast_copy(model, args.device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")
-    for found in most_similar(model.cpu(), rows, features, SIMILAR):
+    for found in most_similar(model.cpu(), rows, features, SIMILAR_IMAGES):
         captioned = [(train.items[i], f"{labels[i]}, {cosine:.2f}") for i, cosine in found]
         yield [(image, caption, None) for image, caption in read_for_plot(captioned, reading)]
 

@@ -225,17 +225,17 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace) -> Trained
         load = feature_loader(features[part].features, device)
         return Batches(load, data.parts[part].labels, recipe.batch_size, device, seed)
 
-    def train(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
+    def train_one(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
         classifier = (model if seed == args.seed else new_model(name, data, args, seed)).classifier.to(device)
         torch.manual_seed(seed)
         start, title = synchronized_time(device), f"{name} classifier"
-        parts = batches("train", seed), batches("val")
+        train, val = batches("train", seed), batches("val")
         with threads(1):  # these matrices are too small to gain from more
-            history, val_logits = train_utils.fit_classifier(classifier, *parts, recipe, precision, title)
+            history, val_logits = train_utils.fit_classifier(classifier, train, val, recipe, precision, title)
             logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
         return logits, history, synchronized_time(device) - start
 
-    logits, histories, seconds = zip(*map(train, range(args.seed, args.seed + args.seeds)), strict=True)
+    logits, histories, seconds = zip(*map(train_one, range(args.seed, args.seed + args.seeds)), strict=True)
     extracted = features["train"], features["val"]  # test images do not count
     computed, extraction = sum(part.computed for part in extracted), sum(part.seconds for part in extracted)
     training = {

@@ -104,8 +104,8 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 class Training:
     """A model in training: its batches, optimizer, schedule, a row per finished epoch, and the best weights so far.
 
-    `groups` are the optimizer's parameter groups, if not all parameters train at the recipe's rate. `network`: the
-    module used for forward and backward; it shares the model's parameters.
+    `parameter_groups` are the optimizer's, if not all parameters train at the recipe's rate. `network`: the module
+    used for forward and backward; it shares the model's parameters.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Training:
         val: Batches,
         recipe: Recipe,
         precision: str = "fp32",
-        groups: list[dict] | None = None,
+        parameter_groups: list[dict] | None = None,
         network: nn.Module | None = None,
     ):
         self.model, self.train, self.val, self.recipe = model, train, val, recipe
@@ -123,7 +123,7 @@ class Training:
         if train.processes > 1:  # every process has a copy of the network; their gradients are averaged
             self.network = nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
-            groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            parameter_groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -143,12 +143,12 @@ class Training:
 
     def state_dict(self) -> dict:
         """All that changes from epoch to epoch."""
-        parts = {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler")}
-        return {**parts, "history": self.history, "best": self.best, "best_loss": self.best_loss}
+        states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        return {**states, "history": self.history, "best": self.best, "best_loss": self.best_loss}
 
     def load_state_dict(self, state: dict) -> None:
-        for part in ("model", "optimizer", "scheduler"):
-            getattr(self, part).load_state_dict(state[part])
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
         self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
 
 
@@ -296,7 +296,7 @@ def fine_tune(
         return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
 
     to_channels_last(model.to(device))
-    groups = [
+    parameter_groups = [
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
     ]
@@ -305,7 +305,7 @@ def fine_tune(
     keep_freed_memory()
     if features:
         refit_ridge(model.classifier, features, train.labels, len(val), recipe.class_weights)
-    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
+    training = Training(model, batches(train, seed), batches(val), recipe, precision, parameter_groups, network)
     if progress:
         training.load_state_dict(progress)
     try:

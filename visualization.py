@@ -331,7 +331,7 @@ $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
 """)
-LISTED = 50  # near-duplicates and label errors on the page
+LISTED_FINDINGS = 50  # near-duplicates and label errors on the page
 
 
 def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Path) -> None:
@@ -383,8 +383,8 @@ def _listed(report: dict) -> str:
     errors = [f"{name(e)}: more likely {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
     text = ""
     for title, lines in (("near-duplicates", pairs), ("label errors", errors)):
-        if len(lines) > LISTED:
-            lines = [*lines[:LISTED], f"and {len(lines) - LISTED:,} more in data.json"]
+        if len(lines) > LISTED_FINDINGS:
+            lines = [*lines[:LISTED_FINDINGS], f"and {len(lines) - LISTED_FINDINGS:,} more in data.json"]
         items = "".join(f"<li>{escape(printable(line))}</li>" for line in lines)
         text += f"<details><summary>All {title}</summary><ul>{items}</ul></details>" if lines else ""
     return text

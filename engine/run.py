@@ -85,15 +85,15 @@ class _Runner:
         with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
-        unread = torch.tensor(list(errors), dtype=torch.int64)
-        return Batch(batch, [rows.float().cpu().index_fill(0, unread, math.nan) for rows in outputs], errors)
+        unreadable = torch.tensor(list(errors), dtype=torch.int64)
+        return Batch(batch, [rows.float().cpu().index_fill(0, unreadable, math.nan) for rows in outputs], errors)
 
     def forward(self, model: nn.Module, images: Tensor | list[Tensor]) -> Tensor:
         dtype = next(model.parameters()).dtype  # the classifier's may differ
         while True:
             limit = self.limit
-            parts = (images[i : i + limit] for i in range(0, len(images), limit))
-            batches = (preprocess(part, model.preprocessing, self.device, dtype) for part in parts)
+            some = (images[i : i + limit] for i in range(0, len(images), limit))
+            batches = (preprocess(each, model.preprocessing, self.device, dtype) for each in some)
             try:
                 return torch.cat([self.output(model, batch) for batch in batches])
             except torch.OutOfMemoryError:
