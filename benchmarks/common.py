@@ -20,7 +20,7 @@ from data import CIFAR10_SIZE
 from engine.batches import Batches, feature_loader
 from engine.device import pick_device, pick_precision, threads
 from engine.features import Features, extract_features
-from engine.folders import Images
+from engine.images import Images
 from models import TransferModel
 from train_utils import RECIPE, Recipe, fit_classifier
 

@@ -58,11 +58,11 @@ def accuracies(model: TransferModel, pool: list[Part], test: Part, count: int, s
     torch.manual_seed(seed)
     classifier = Classifier(model.width, len(model.classes), model.hidden)
     fit(classifier, *parts, seed)
-    # the network's last layer is scaled, which changes no label
-    found = [accuracy(classifier), accuracy(classifier.standardize, classifier.network)]
+    # the MLP's last layer is scaled, which changes no label
+    found = [accuracy(classifier), accuracy(classifier.standardize, classifier.mlp)]
     features, labels = (torch.cat(both) for both in zip(*parts, strict=True))
     classifier.fit_ridge(features.to(DEVICE), labels.to(DEVICE))
-    found.append(accuracy(classifier.standardize, classifier.linear))
+    found.append(accuracy(classifier.standardize, classifier.ridge))
     if count > LOGISTIC:
         return [*found, np.nan]
     logistic = logistic_regression(0.01).fit(last_block(model, Features.in_memory(features)), labels.numpy())

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import matplotlib.figure
 from conftest import inference, main_train, replace_everywhere, run_script, save_blank
-from engine.distributed import spmd
+from engine.distributed import with_process_group
 
 def main():
     print("TRAINED", main_train.main({train} + ["--output", "two", "--cache", "two"]))
@@ -37,7 +37,7 @@ def interrupted(*args):
 epochs = []
 matplotlib.figure.Figure.savefig = save_blank
 replace_everywhere("draw_model", lambda *args: None)
-run_script(spmd(main))
+run_script(with_process_group(main))
 """
 
 

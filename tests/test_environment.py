@@ -45,7 +45,7 @@ def test_bf16_without_the_hardware_is_named(run, photos, replace):
 
 
 def test_two_processes_on_one_gpu_are_refused(monkeypatch, capsys):
-    from engine.distributed import spmd
+    from engine.distributed import with_process_group
 
     for name, value in {
         "TORCHELASTIC_RUN_ID": "x",
@@ -57,7 +57,7 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     try:
-        spmd(lambda: 0)()
+        with_process_group(lambda: 0)()
     except ValueError as error:
         assert "--nproc_per_node=1" in str(error)
     else:
