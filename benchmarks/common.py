@@ -82,6 +82,12 @@ def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/feat
     return [(extract_features(model, part.items, part.ids, folder, DEVICE).features, part.labels) for part in parts]
 
 
+def last_block(model: TransferModel, features: Features) -> Tensor:
+    """The features of the last block alone, which are the last columns."""
+    width = model.features(model.example()).shape[1]
+    return torch.cat([block[:, -width:] for block in features.blocks()])
+
+
 def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         return extract_features(model, files, [str(i) for i in range(len(files))], Path(folder), DEVICE).seconds
