@@ -83,6 +83,12 @@ def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/feat
     return [(found[i].features, part.labels) for i, part in enumerate(parts)]
 
 
+def last_block(model: TransferModel, features: Features) -> Tensor:
+    """The features of the last block alone, which are the last columns."""
+    width = model.features(model.example()).shape[1]
+    return torch.cat([block[:, -width:] for block in features.blocks()])
+
+
 def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         images = Images(list(files), torch.zeros(len(files), dtype=torch.int64), [str(file) for file in files])
