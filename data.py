@@ -24,13 +24,14 @@ from torch import Tensor
 from engine.console import count_of, first_line
 from engine.depth import agree
 from engine.files import atomic_write, locked
-from engine.folders import SPLITS, Images
+from engine.folders import SPLITS
 from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
+from engine.images import Images
 from engine.survey import Survey, survey
 from engine.tables import Source, read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-ORDERS = 50  # in which groups may be held out, see _hold_out
+MAX_ORDERS = 50  # so many orders of the groups are tried at most, see _hold_out
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
 
@@ -100,7 +101,7 @@ def load_data(
         if "val" not in parts or "test" in parts:
             raise ValueError(f"--test-split val is for data with validation images and without test images: {source}")
         parts["test"] = parts.pop("val")
-    sizes = {}  # of the parts to hold out, in images of each class, if not a fifth
+    sizes = {}  # how many images of each class a part gets that is held out, if not a fifth
     if limit is not None:
         parts, sizes = _limited(parts, limit, len(classes))
     images, places, seen = _look(parts, root / "features")
@@ -117,10 +118,14 @@ def load_data(
     reading, lines = agree(seen.peculiarities(places["train"]))
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
-    place = torch.cat(list(places.values())).argsort().tolist()
-    similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
     unreadable = tuple(sorted(map(str, seen.errors)))
-    return Data(classes, *parts.values(), content, tuple(notes), unreadable, similar, reading)
+    return Data(classes, *parts.values(), content, tuple(notes), unreadable, _renumbered(similar, places), reading)
+
+
+def _renumbered(similar: tuple[Pairs, Pairs] | None, places: dict[str, Tensor]) -> tuple[Pairs, Pairs] | None:
+    """The pairs, with their images numbered in the order of the parts."""
+    place = torch.cat(list(places.values())).argsort().tolist()
+    return similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
 
 
 def _split(
@@ -204,8 +209,8 @@ def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: in
     images_of, best = images.labels[pool].bincount(minlength=len(sizes)).clamp(min=1), math.inf
     groups_of = Counter(label for each in members.values() for label in each)
     sizes = torch.tensor([size if groups_of[c] > others else 0 for c, size in enumerate(sizes.tolist())])
-    for attempt in range(min(ORDERS, 1 + 2000 * ORDERS // max(1, len(members)))):
-        order = sorted(members, key=lambda group: draw(f"{seed} {attempt}", group), reverse=last)
+    for number in range(min(MAX_ORDERS, 1 + 2000 * MAX_ORDERS // max(1, len(members)))):
+        order = sorted(members, key=lambda group: draw(f"{seed} {number}", group), reverse=last)
         groups, missing = _fitting_groups({group: members[group] for group in order}, sizes.tolist(), others)
         deviation = float((torch.tensor(missing) / images_of).abs().max())
         if deviation < best:

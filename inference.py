@@ -28,26 +28,30 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import visualization
 from data import Data, load_data, load_split
 from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
-from engine.device import DTYPES, batch_size_for, pick_device, pick_precision
-from engine.distributed import is_first, shared_map, spmd
+from engine.device import PRECISIONS, batch_size_for, pick_device, pick_precision
+from engine.distributed import is_first, shared_map, with_process_group
 from engine.export import advice, export
-from engine.fast import fast_copy
 from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
 from engine.images import Item, read_for_plot
+from engine.layers import averages, run_layers
 from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import fastest_copy
-from engine.run import heat_map, predictions, run_images
+from engine.results import print_table
+from engine.run import run_images
 from engine.tables import TABLES, labelled_rows
-from models import TransferModel, load_checkpoint
+from models import TransferModel, load_checkpoint, predictions
+from visualization import PLOTTED_IMAGES
 
-COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # of --format csv
-SAMPLE = 12  # images in plots/predictions.png and of --explain
-SIMILAR = 5  # training images beside each image of --explain
+COLUMNS = ("path", "model", "label", "probability", "unfamiliar", "unsure", "error")  # what --format csv prints
+WRONG_COLUMNS = ("path", "true", "label", "probability")  # what --evaluate writes of each mistake
+SIMILAR_IMAGES = 5  # training images beside each image of --explain
 Answer = tuple[Item, list[dict]]  # an image and its records, one for each model or for the ensemble
 
 
@@ -69,14 +73,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help=f"json: one object a line; csv: {', '.join(COLUMNS)}")  # fmt: skip
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
-    add("--plot", type=Path, metavar="FILE", help=f"draw the first {SAMPLE} images with their labels")
+    add("--plot", type=Path, metavar="FILE", help=f"draw the first {PLOTTED_IMAGES} images with their labels")
     add("--explain", type=Path, metavar="FILE",
-        help=f"draw the first {SAMPLE} images with heat maps and the most similar training images")  # fmt: skip
+        help=f"draw the first {PLOTTED_IMAGES} images with heat maps and the most similar training images")  # fmt: skip
     add("--data", metavar="PATH", help="where the folder or table that was used for training is now, if it has moved")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *DTYPES), help="of the features (default: that of the model's training)")
+    add("--precision", choices=("auto", *PRECISIONS), help="of the features (default: that of the model's training)")
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]
@@ -91,14 +95,14 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--evaluate takes one folder, which holds a folder of images for each class, or one table")
     if args.evaluate and args.format != "text":
         parser.error(f"--evaluate prints text; it writes the wrong answers to {args.output}/MODEL_wrong.csv")
+    args.device = pick_device(args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    args.device = pick_device(args.device)
     models, skipped = load_models(args.checkpoint)
-    args.ensemble = pick_ensemble(models, args)
+    ensemble = pick_ensemble(models, args)
     if args.export:
         if is_first():
             export(models[0], args.export)
@@ -109,21 +113,21 @@ def main(argv: list[str] | None = None) -> int:
     items, known, unused = choose_images(args, models[0])
     if args.format == "csv":
         print_csv(COLUMNS)
-    answers, unread = [], 0
-    for item, records in classify(args, models, items, known):
+    answers, unreadable = [], 0
+    for item, records in classify(args, models, ensemble, items, known):
         failed = "error" in records[0]
-        unread += failed
+        unreadable += failed
         if failed or not args.evaluate:
             print_records(records, args.format)
-        if not failed and (args.evaluate or len(answers) < SAMPLE):
+        if not failed and (args.evaluate or len(answers) < PLOTTED_IMAGES):
             answers.append((item, records))
     if unused.total():
         print(not_used(unused), file=sys.stderr)
-    if not answers and not unread:
+    if not answers and not unreadable:
         raise FileNotFoundError(f"no images in {', '.join(args.paths)}")
     if answers and is_first():
-        report(args, models, answers)
-    return 0 if not unread + skipped else 1 if answers else 2
+        report(args, models, ensemble, answers)
+    return 0 if not unreadable + skipped else 1 if answers else 2
 
 
 def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
@@ -161,7 +165,7 @@ def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item]
     skipped = Counter()
     if not args.paths:
         data = data_of(model, args.cache, args.data)
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:PLOTTED_IMAGES]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
         source, classes = Path(args.paths[0]), model.classes
@@ -219,11 +223,13 @@ def matches(pattern: str) -> list[str]:
     return sorted(glob.glob(glob.escape(prefix) + pattern[len(prefix) :], recursive=True)) or [pattern]
 
 
-def classify(args: Namespace, models: list[TransferModel], items: Iterable[Item], known: list) -> Iterator[Answer]:
+def classify(
+    args: Namespace, models: list[TransferModel], ensemble: bool, items: Iterable[Item], known: list[dict]
+) -> Iterator[Answer]:
     """Yields each image with its records, completed by its path and true label, if these are known, and "unsure"."""
     precision = args.precision and pick_precision(args.precision, args.device)
     fast = [fastest_copy(model, args.device, len(known), precision) for model in models]
-    work = partial(predictions, fast, top_k=args.top_k, ensemble=args.ensemble)
+    work = partial(predictions, fast, top_k=args.top_k, ensemble=ensemble)
     with Progress(len(known) or None, "inference", disable=sys.stdout.isatty() and not args.evaluate) as bar:
         for i, (item, records) in enumerate(shared_map(work, items, batch_size_for(args.device))):
             for record in with_models(records):
@@ -270,25 +276,26 @@ def answer_text(record: dict) -> str:
 
 def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, reading: dict | None) -> None:
     """Prints the metrics of one model's records. Writes its confusion matrix, its mistakes and a list of them."""
-    import visualization
-
-    name, index = records[0]["model"], {label: i for i, label in enumerate(classes)}
-    predicted, labels = (torch.tensor([index[record[key]] for record in records]) for key in ("label", "true"))
+    name, names = records[0]["model"], [printable(label) for label in classes]
+    index = {label: i for i, label in enumerate(classes)}
+    predicted = torch.tensor([index[record["label"]] for record in records])
+    labels = torch.tensor([index[record["true"]] for record in records])
     scores, right = class_scores(predicted, labels, len(classes)), (predicted == labels).float()
-    accuracy, groups = right.mean().item(), [record.get("group", i) for i, record in enumerate(records)]
+    groups = [record.get("group", i) for i, record in enumerate(records)]
     low, high = accuracy_interval(right.tolist(), groups)
-    print(f"\n{name}: {accuracy:.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
-    names, images = [printable(label) for label in classes], labels.bincount(minlength=len(classes)).tolist()
-    width = max(map(len, names))
-    print(f"{'':{width}}  images  precision  recall     f1")
+    print(f"\n{name}: {right.mean():.2%} of {len(records):,} images right, 95% interval {low:.1%}-{high:.1%}")
+    table, images = [["class", "images", "precision", "recall", "f1"]], labels.bincount(minlength=len(classes)).tolist()
     for label, count, precision, recall, f1 in zip(names, images, *scores["per_class"].values(), strict=True):
-        figures = f" {precision:10.1%} {recall:7.1%} {f1:6.3f}" if count else ""
-        print(f"{label:{width}} {count:7,}{figures}")
-    wrong = sorted((r for r in records if r["label"] != r["true"]), key=lambda r: -r["probability"])
+        figures = [f"{precision:.1%}", f"{recall:.1%}", f"{f1:.3f}"] if count else [""] * 3
+        table.append([label, f"{count:,}", *figures])
+    print_table(table)
+    wrong = [record for record in records if record["label"] != record["true"]]
+    wrong.sort(key=lambda record: -record["probability"])
     table = io.StringIO(newline="")
-    lines = csv.DictWriter(table, ("path", "true", "label", "probability"), extrasaction="ignore")
-    lines.writeheader()
-    lines.writerows(wrong)
+    writer = csv.writer(table)
+    writer.writerow(WRONG_COLUMNS)
+    for record in wrong:
+        writer.writerow([record[column] for column in WRONG_COLUMNS])
     with atomic_write(output / f"{name}_wrong.csv") as file:
         file.write(table.getvalue().encode(errors="surrogateescape"))
     visualization.save(visualization.plot_confusion(name, scores["confusion"], names), output / f"{name}_confusion.png")
@@ -297,7 +304,7 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
         visualization.save(figure, output / f"{name}_mistakes.png")
 
 
-def report(args: Namespace, models: list[TransferModel], answers: list[Answer]) -> None:
+def report(args: Namespace, models: list[TransferModel], ensemble: bool, answers: list[Answer]) -> None:
     """Evaluates, draws and explains the answers, as the arguments ask for."""
     reading = models[0].preprocessing.get("reading")
     if args.evaluate:
@@ -306,16 +313,14 @@ def report(args: Namespace, models: list[TransferModel], answers: list[Answer]) 
         print(f"\nconfusion matrices, mistakes and lists of the wrong ones are in {args.output}/")
     elif not args.paths and args.format == "text":
         correct = sum(records[0]["label"] == records[0]["true"] for _, records in answers)
-        name = f" ({models[0].name})" if len(models) > 1 and not args.ensemble else ""
+        name = f" ({models[0].name})" if len(models) > 1 and not ensemble else ""
         print(f"{correct} of {len(answers)} right{name}")
-    shown = [(item, records[0], records[0].get("models", records)) for item, records in answers[:SAMPLE]]
+    shown = [(item, records[0], records[0].get("models", records)) for item, records in answers[:PLOTTED_IMAGES]]
     if args.explain:
         best = max(range(len(models)), key=lambda i: models[i].origin.get("val_accuracy", 0))
         captioned = [(item, caption(by_model[best], [("", by_model[best])])) for item, _, by_model in shown]
         explain(args, models[best], captioned)
     if plot := args.plot or (None if args.paths else Path("plots/predictions.png")):
-        import visualization  # here, because importing matplotlib takes longer than classifying an image
-
         names = [f"{model.label}: " for model in models]
         captioned = [(item, caption(first, zip(names, by_model, strict=True))) for item, first, by_model in shown]
         if figure := visualization.plot_predictions(captioned, reading):
@@ -334,10 +339,8 @@ def caption(record: dict, answers: Iterable[tuple[str, dict]]) -> str:
 
 def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, str]]) -> None:
     """Draws a heat map of each image's label, and the training images with the most similar features."""
-    import visualization
-
     reading, size = model.preprocessing.get("reading"), model.preprocessing["image_size"]
-    shown = islice(read_for_plot(captioned, reading, size), SAMPLE)
+    shown = islice(read_for_plot(captioned, reading, size), PLOTTED_IMAGES)
     images, captions = zip(*shown, strict=True)
     rows = [[(image, caption, None)] for image, caption in zip(images, captions, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
@@ -354,19 +357,33 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 
+def heat_map(model: TransferModel, images: Tensor) -> Tensor:
+    """How much each place of the last maps supports the label, from 0 to 1: (B, 3, H, W) -> (B, h * w)
+
+    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        maps, levels = run_layers(model.features, model.levels, images.clone())
+        maps.requires_grad_()
+        logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
+        [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
+        heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
+        return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()
+
+
 def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
     data, cache = data_of(model, args.cache, args.data), args.cache / "features"
     features, known = known_features(model, data.train.ids, cache, args.device)
     if not len(known):
         raise FileNotFoundError(f"their features are not in {cache}")
-    train, fast = data.train.subset(known), fast_copy(model, args.device)
+    train, fast = data.train.subset(known), fastest_copy(model, args.device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")
-    for found in most_similar(model.cpu(), rows, features, SIMILAR):
+    for found in most_similar(model.cpu(), rows, features, SIMILAR_IMAGES):
         captioned = [(train.items[i], f"{labels[i]}, {cosine:.2f}") for i, cosine in found]
         yield [(image, caption, None) for image, caption in read_for_plot(captioned, reading)]
 
 
 if __name__ == "__main__":
-    run_script(spmd(main))
+    run_script(with_process_group(main))

@@ -34,21 +34,21 @@ from engine.audit import audit, summary
 from engine.batches import Batches, feature_loader
 from engine.console import (
     HelpFormatter,
-    attempt,
     count_of,
     first_line,
     number,
+    optional_step,
     pattern,
     print_failure,
     printable,
     run_script,
 )
-from engine.device import DTYPES, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
-from engine.distributed import gather, is_first, spmd, world_size
+from engine.device import PRECISIONS, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
+from engine.distributed import gather, is_first, with_process_group, world_size
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
-from engine.openvino import fastest_copy
+from engine.openvino import check_int8, fastest_copy, quantize
 from engine.run import outputs_of
 from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -86,9 +86,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *DTYPES), default="fp32",
+    add("--precision", choices=("auto", *PRECISIONS), default="fp32",
         help="precision of the features, in training and inference; bf16 is up to twice as fast on hardware that "
-        "supports it, but answers depend a little on the machine; auto: bf16 if supported")  # fmt: skip
+        "supports it, but answers depend a little on the machine; auto: bf16 if supported; int8: on CPUs, with "
+        "pip install openvino nncf")  # fmt: skip
     add("--seed", type=number(int, -1, 2**32), default=0, help="random seed of the classifier and the batches' order")
     add("--output", type=Path, metavar="DIR",
         help="receives checkpoints/ and plots/ (default: here, or runs/NAME for a folder NAME)")  # fmt: skip
@@ -109,6 +110,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.data = os.path.abspath(os.path.expanduser(args.data))  # also without a trailing slash
         folder = os.path.dirname(args.data) if os.path.isfile(args.data) else args.data
         args.output = args.output or Path("runs", os.path.basename(folder))
+    args.device = pick_device(args.device)
+    args.precision = gather(pick_precision(args.precision, args.device))[0]
     return args
 
 
@@ -118,19 +121,20 @@ class TrainedModel:
 
     model: models.TransferModel
     training: dict  # what results.json says of the training
-    logits: list[dict[str, Tensor]]  # of each seed's classifier for "val" and "test" images, (N, classes); first: saved
-    features: dict[str, Extraction]  # of the frozen backbone, for "train", "val" and "test"
-    row: dict = field(default_factory=dict)  # of results.json, once it is saved
+    # (N, classes) for "val" and "test" images, from the classifier of each seed; the first one is the model's
+    logits: list[dict[str, Tensor]]
+    features: dict[str, Extraction]  # what the frozen backbone makes of "train", "val" and "test" images
+    row: dict = field(default_factory=dict)  # its row of results.json, once it is saved
     failed: list = field(default_factory=list)  # the optional steps that did not work
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    device = pick_device(args.device)
-    args.precision = gather(pick_precision(args.precision, device))[0]
-    if args.precision == "bf16" and not computes_in_bf16(device):
+    if args.precision == "int8":
+        check_int8(args.device)
+    if args.precision == "bf16" and not computes_in_bf16(args.device):
         print("no bf16 instructions are known here: expect up to 40 times the time of fp32", file=sys.stderr)
-    provenance = results.provenance(sys.argv[1:] if argv is None else argv, device)
+    provenance = results.provenance(sys.argv[1:] if argv is None else argv, args.device)
     provenance |= {"data": args.data, "columns": args.columns}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
         if is_first():
             data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
         rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
-        trained = train_models(args, data, device, provenance, rows)
+        trained = train_models(args, data, provenance, rows)
         if not trained:
             return 2
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
@@ -169,20 +173,18 @@ def output_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def train_models(
-    args: argparse.Namespace, data: Data, device: torch.device, provenance: dict, rows: dict[str, dict]
-) -> list[TrainedModel]:
+def train_models(args: argparse.Namespace, data: Data, provenance: dict, rows: dict[str, dict]) -> list[TrainedModel]:
     """Trains every model, and fine-tunes it if asked to. Each is saved as soon as it is trained."""
     trained = []
     for name in args.models:
         what = f"training {name}"
         try:
-            frozen = train_classifier(name, data, args, device)
+            frozen = train_classifier(name, data, args)
             save(frozen, data, provenance, rows, args.output)
             trained.append(frozen)
             if args.fine_tune:
                 what = f"fine-tuning {name}"
-                tuned = fine_tune(frozen, data, args, device)
+                tuned = fine_tune(frozen, data, args)
                 save(tuned, data, provenance, rows, args.output)
                 trained.append(tuned)
         except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
@@ -209,48 +211,47 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     return model
 
 
-def train_classifier(name: str, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
+def train_classifier(name: str, data: Data, args: argparse.Namespace) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
-    model = new_model(name, data, args, args.seed)
+    model, device = new_model(name, data, args, args.seed), args.device
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
         results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
     print(f"{model.name}: weights {model.weights}")
-    features = {
-        part: extract_features(model, images.items, images.ids, args.cache / "features", device)
-        for part, images in data.parts.items()
-    }
-    recipe = replace(
-        RECIPE, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, class_weights=args.class_weights
-    )
-    precision = pick_precision("auto", device)  # of the steps; the weights and the answers are fp32
+    folder, preparing = args.cache / "features", 0.0
+    if model.precision == "int8":
+        made = quantize(model, data.train.items, data.train.ids, folder) if is_first() else None
+        model.program, preparing = gather(made)[0]
+    features = extract_features(model, data.parts, folder, device)
+    recipe = replace(RECIPE, **{name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "class_weights")})
+    precision = pick_precision("auto", device)  # in training steps; weights and answers are fp32
 
     def batches(part: str, seed: int | None = None) -> Batches:
         load = feature_loader(features[part].features, device)
         return Batches(load, data.parts[part].labels, recipe.batch_size, device, seed)
 
-    def train(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
+    def train_one(seed: int) -> tuple[dict[str, Tensor], list[dict], float]:
         classifier = (model if seed == args.seed else new_model(name, data, args, seed)).classifier.to(device)
         torch.manual_seed(seed)
         start, title = synchronized_time(device), f"{name} classifier"
-        parts = batches("train", seed), batches("val")
+        train, val = batches("train", seed), batches("val")
         with threads(1):  # these matrices are too small to gain from more
-            history, val_logits = train_utils.fit_classifier(classifier, *parts, recipe, precision, title)
+            history, val_logits = train_utils.fit_classifier(classifier, train, val, recipe, precision, title)
             logits = {"val": val_logits, "test": train_utils.compute_logits(classifier, batches("test"))[0]}
         return logits, history, synchronized_time(device) - start
 
-    logits, histories, seconds = zip(*map(train, range(args.seed, args.seed + args.seeds)), strict=True)
-    computed = features["train"].computed + features["val"].computed  # test images do not count
-    extraction = sum(features[part].seconds for part in ("train", "val"))
+    logits, histories, seconds = zip(*map(train_one, range(args.seed, args.seed + args.seeds)), strict=True)
+    extracted = features["train"], features["val"]  # test images do not count
+    computed, extraction = sum(part.computed for part in extracted), sum(part.seconds for part in extracted)
     training = {
         "weights": model.weights,
         "weights_sha256": content_hash(model.features.state_dict()),
         "seed": args.seed,
         "features": {"computed": computed, "cached": not computed},
-        "seconds": {"features": extraction, "classifier": seconds[0]},
+        "seconds": {"features": preparing + extraction, "classifier": seconds[0]},
         **describe(recipe, model.precision, precision, histories[0], data),
     }
     trained = TrainedModel(model.to(device), training, list(logits), features)
-    with attempt("detection of unfamiliar images", trained.failed):
+    with optional_step("detection of unfamiliar images", trained.failed):
         model.unfamiliarity = fit_unfamiliarity(
             features["train"].features, data.train.labels, features["val"].features, logits[0]["val"]
         )
@@ -264,9 +265,9 @@ def describe(recipe: Recipe, of_features: str, of_training: str, history: list[d
     return {"recipe": asdict(recipe), "precision": precision, "history": history, "train_images": len(data.train)}
 
 
-def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device: torch.device) -> TrainedModel:
+def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace) -> TrainedModel:
     """Trains the backbone as well, starting from the trained classifier. Resumes a training that was interrupted."""
-    model = copy.deepcopy(frozen.model)
+    model, device = copy.deepcopy(frozen.model), args.device
     model.unfreeze()
     if min(len(data.train), len(data.val)) < world_size():
         raise ValueError(f"too few images to fine-tune with {world_size()} processes: start fewer")
@@ -275,7 +276,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
     recipe = replace(recipe, batch_size=min(args.batch_size, recipe.batch_size))
     # the key holds the settings of classifier training, not the weights, which a GPU may not reproduce bit for bit
     settings = asdict(recipe), precision, args.seed, model.preprocessing, model.views, data.identity
-    settings += frozen.training["recipe"], frozen.training["precision"]
+    settings += frozen.training["recipe"], frozen.training["precision"], models.SCHEMA
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
     if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
@@ -283,7 +284,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace, device
 
     def save_progress(training: train_utils.Training) -> None:
         if is_first():
-            with attempt(file, failed=[]):
+            with optional_step(file, failed=[]):
                 save_tensors(file, {"key": key, **training.state_dict()})
 
     known = frozen.features["train"].features
@@ -322,14 +323,14 @@ def save(trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, di
     models.save_checkpoint(checkpoint, model, row)
     row["checkpoint_bytes"] = checkpoint.stat().st_size
     rows[model.name] = row
-    with attempt(file, failed):
+    with optional_step(file, failed):
         results.write_results(file, rows)
     cached = " (cached)" if row["features"]["cached"] else ""
     seconds = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in row["seconds"].items())
     trainable, total = (row["parameters"][kind] / 1e6 for kind in ("trainable", "total"))
     print(f"{model.name}: test accuracy {row['test_accuracy']:.2%}, {seconds}{cached}")
     print(f"{model.name}: {trainable:.2f} of {total:.2f} million parameters trained")
-    with attempt(f"plots of {model.name}", failed):
+    with optional_step(f"plots of {model.name}", failed):
         color = visualization.colors(rows)[model.backbone]
         test = data.test.items, data.test.labels, trained.logits[0]["test"]
         visualization.draw_model(row, *test, color, plots, data.reading)
@@ -342,20 +343,19 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     """
     new, plots = [each.row for each in trained], output / "plots"
     compared = results.comparable(rows, new[0])
-
     best, report, failed = trained[new.index(results.best_model(new))], None, []
     if len(trained) > 1:
-        with attempt("ensemble", failed):
+        with optional_step("ensemble", failed):
             labels = {part: data.parts[part].labels for part in ("val", "test")}
             compared["ensemble"] = results.ensemble_row(new, [each.logits[0] for each in trained], labels)
             results.write_results(plots / "results.json", rows, compared["ensemble"])
-    with attempt("comparison", failed):
+    with optional_step("comparison", failed):
         print()
         results.print_table(results.comparison_table(list(compared.values())))
         visualization.draw_comparison(compared, visualization.colors(rows | compared), plots)
-    with attempt("check of the data", failed):
+    with optional_step("check of the data", failed):
         report = check_data(best, data, plots)
-    with attempt("report page", failed):
+    with optional_step("report page", failed):
         visualization.write_page(compared, new[0], report, plots)
     for reason in data.unreadable:
         print(f"left out: {printable(reason)}", file=sys.stderr)
@@ -381,4 +381,4 @@ def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(spmd(main), "Interrupted. Run the same command to resume.")
+    run_script(with_process_group(main), "Interrupted. Run the same command to resume.")

@@ -11,11 +11,9 @@ the README.
 """
 
 import re
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +21,14 @@ from torch import Tensor, nn
 
 from engine.backbones import build, check_name
 from engine.console import first_line
-from engine.fast import fast_copy
+from engine.fast import cached_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, images_of, is_image, preprocess, read_image
 from engine.layers import Standardize, averages, run_layers, stage_ends
+from engine.metrics import average_models
+from engine.openvino import fastest_copy
 from engine.results import versions
-from engine.run import predictions
+from engine.run import run_images
 from engine.unfamiliar import Unfamiliarity
 from engine.weights import is_file
 
@@ -41,7 +41,7 @@ class Backbone:
 
     label: str  # in plots and tables
     plot: str  # how the names of its plots begin
-    name: str  # of the model and its weights, see engine/backbones.py
+    name: str  # which model, with which weights, see engine/backbones.py
     # The classifier reads the last maps, averaged over the image. With every_level it also reads those of each earlier
     # stage, averaged over each quarter of the image. The idea is from Head2Toe (Evci et al. 2022, arXiv 2201.03529).
     every_level: bool = True
@@ -87,10 +87,6 @@ def file_name(name: str) -> str:
 # ------------------------------------------------------------------------------------------------- the model
 
 
-_making_fast_copy = threading.Lock()
-_fast_copies: WeakKeyDictionary["TransferModel", tuple[list, "TransferModel"]] = WeakKeyDictionary()
-
-
 class TransferModel(nn.Module):
     """A frozen backbone, `features`, and a new `classifier` that reads its spatially averaged outputs.
 
@@ -118,33 +114,39 @@ class TransferModel(nn.Module):
         # The precision of `features`, in training and in inference. A classifier that is trained on bf16 features
         # loses up to 1.4 points of accuracy on fp32 features.
         self.precision = "fp32"
+        self.program: dict[str, Tensor] = {}  # in int8: OpenVINO's, instead of `features`
         self.temperature = 1.0  # divides the logits, which calibrates the probabilities (Guo et al. 2017)
         self.fine_tuned = False
         # 2: features are the mean over the image and its mirror image (test-time augmentation); 1: of the image alone
         self.views = 2
-        self.unfamiliarity: Unfamiliarity | None = None  # of a frozen backbone's features
-        self.origin: dict = {}  # of a loaded checkpoint: which data it was trained on, its validation accuracy
-        self.path: Path | None = None  # of a loaded checkpoint
+        self.unfamiliarity: Unfamiliarity | None = None  # scores the features of a frozen backbone
+        self.origin: dict = {}  # if loaded from a checkpoint: the data it was trained on, its validation accuracy
+        self.path: Path | None = None  # the checkpoint from which it was loaded
 
         self.features = built.features.requires_grad_(False).eval()
         self.levels = stage_ends(self.features)[:-1] if row.every_level else []  # which layers' outputs are read
-        twin = f"; try {backbone.removesuffix('_enc')}" * backbone.endswith("_enc")  # of timm, which has the head
-        try:
-            with torch.inference_mode():
-                shape = self.forward_features(self.example()).shape
-        except Exception as error:  # whatever a network raises for images that it was not built for
-            raise ValueError(
-                f"{backbone} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
-            ) from error
-        if len(shape) != 2:
-            raise ValueError(f"{backbone} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
-        self.width = shape[1]
+        self.width = self._measured_width(own_size)
         if row.keep_classifier:
             *kept, last = built.network.classifier
             self.classifier = nn.Sequential(*kept, nn.Linear(last.in_features, len(classes)))
         else:
             self.classifier = Classifier(self.width, len(classes), hidden)
         self.eval()
+
+    def _measured_width(self, own_size: int) -> int:
+        """The number of features. Raises ValueError if the backbone does not give them for images of this size."""
+        name, size = self.backbone, self.preprocessing["image_size"]
+        twin = f"; try {name.removesuffix('_enc')}" * name.endswith("_enc")  # timm has some models without the head
+        try:
+            with torch.inference_mode():
+                shape = self.forward_features(self.example()).shape
+        except Exception as error:  # whatever a network raises for images that it was not built for
+            raise ValueError(
+                f"{name} does not accept {size}-pixel images; its weights are for {own_size}{twin}"
+            ) from error
+        if len(shape) != 2:
+            raise ValueError(f"{name} gives {tuple(shape[1:])} for an image, not one row of features{twin}")
+        return shape[1]
 
     @property
     def name(self) -> str:
@@ -163,7 +165,7 @@ class TransferModel(nn.Module):
         """Makes the backbone trainable. From here on the model is called `<backbone>_finetuned`."""
         self.features.requires_grad_(True)
         self.fine_tuned = True
-        self.unfamiliarity, self.precision = None, "fp32"  # the features will change
+        self.unfamiliarity, self.precision, self.program = None, "fp32", {}  # the features will change
 
     def train(self, mode: bool = True) -> "TransferModel":
         """Keeps `features` in eval mode, or BatchNorm's statistics would drift."""
@@ -208,25 +210,52 @@ class TransferModel(nn.Module):
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
         single, items = is_image(images), images_of(images)
-        records = [record for _, [record] in predictions([self.fast()], items, top_k)]
+        records = [record for _, [record] in predictions([cached_copy(self, fastest_copy)], items, top_k)]
         return records[0] if single else records
-
-    def fast(self) -> "TransferModel":
-        """The fast copy that `predict` uses. It is made again when the model has changed."""
-        tensors = [*self.parameters(), *self.buffers()]
-        if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} != {torch.float32}:
-            raise TypeError("the model's weights must be float32: use model.float(), and model.precision for speed")
-        version = [self.classes, self.precision, self.temperature, self.views, {**self.preprocessing}]
-        version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
-        with _making_fast_copy:
-            if _fast_copies.get(self, [None])[0] != version:
-                _fast_copies[self] = version, fast_copy(self, tensors[0].device)
-            return _fast_copies[self][1]
 
     def example(self) -> Tensor:
         """An image of the mean colour, preprocessed: (1, 3, S, S)."""
         size = self.preprocessing["image_size"]
         return next(self.features.parameters()).new_zeros(1, 3, size, size)
+
+
+def predictions(
+    models: list[TransferModel], items: Iterable[Item], top_k: int, ensemble: bool = False
+) -> Iterator[tuple[Item, list[dict]]]:
+    """Yields each item with one record for each model, as in `TransferModel.predict`, or with one error record.
+
+    With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
+    softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
+    """
+    temperatures = [model.temperature for model in models]
+    for batch, outputs, errors in run_images(models, items, TransferModel.answer):
+        answers = [rows[:, :-1] / temperature for rows, temperature in zip(outputs, temperatures, strict=True)]
+        together = average_models(answers) if ensemble else None
+        for i, item in enumerate(batch):
+            path = {"path": str(item) if isinstance(item, Path | str) else None}
+            if i in errors:
+                yield item, [{**path, "error": str(errors[i])}]
+                continue
+            records = []
+            for model, answer, rows in zip(models, answers, outputs, strict=True):
+                records.append({**path, "model": model.name, **_best(answer[i], model.classes, top_k)})
+                if model.unfamiliarity is not None:
+                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 0)
+            if ensemble:
+                best = _best(together[i], models[0].classes, top_k)
+                votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
+                if votes:
+                    best["unfamiliar"] = sum(votes) > len(votes) / 2
+                records = [{**path, "model": "ensemble", **best, "models": records}]
+            yield item, records
+
+
+def _best(logits: Tensor, classes: Sequence[str], top_k: int) -> dict:
+    """The label of one image's logits (classes), its probability, and the `top_k` best."""
+    best = logits.softmax(dim=0).topk(min(top_k, len(classes)))
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = [{"label": classes[label], "probability": probability} for label, probability in pairs]
+    return {**top[0], "top": top}
 
 
 def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
@@ -245,24 +274,24 @@ def set_statistics(model: TransferModel, items: Iterable[Item]) -> None:
 
 
 class Classifier(nn.Module):
-    """A linear layer plus a network with one hidden layer, on standardised features: (B, width) -> logits (B, classes).
+    """Ridge regression plus an MLP with one hidden layer, on standardised features: (B, width) -> logits (B, classes).
 
-    `train_utils.fit_classifier` trains it: the linear layer is good with few images, the network with many.
+    `train_utils.fit_classifier` trains it: ridge regression is good with few images, the MLP with many.
     """
 
     def __init__(self, width: int, classes: int, hidden: int):
         super().__init__()
         self.standardize = Standardize(width)
-        self.linear = nn.Linear(width, classes)
-        self.network = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        self.ridge = nn.Linear(width, classes)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
     def forward(self, features: Tensor) -> Tensor:
         features = self.standardize(features)
-        return self.linear(features) + self.network(features)
+        return self.ridge(features) + self.mlp(features)
 
     @torch.no_grad()
     def fit_ridge(self, features: Tensor, labels: Tensor, class_weights: bool = False) -> Tensor:
-        """Sets the standardisation and the linear layer from features (N, width) of images of every class.
+        """Sets the standardisation and the ridge layer from features (N, width) of images of every class.
 
         Ridge regression (Hoerl and Kennard 1970) on one-hot labels (N,), in its dual form. Its strength is the number
         of features. The same matrix gives leave-one-out scores: each image's scores without that image in the fit
@@ -271,7 +300,7 @@ class Classifier(nn.Module):
         """
         count, width = features.shape
         weights = balanced_weights(labels)[labels] if class_weights else torch.ones(count, device=features.device)
-        root, targets = weights.sqrt()[:, None], F.one_hot(labels, self.linear.out_features).float()
+        root, targets = weights.sqrt()[:, None], F.one_hot(labels, self.ridge.out_features).float()
         self.standardize.fit(features)
         x = self.standardize(features)
         mean, mean_target = (weights[:, None] * x).mean(dim=0), (weights[:, None] * targets).mean(dim=0)
@@ -285,8 +314,8 @@ class Classifier(nn.Module):
         smoothing = 1 / (count + 2)  # keeps the loss finite when every prediction is right
         losses = [F.cross_entropy(factor * loo_scores, labels, label_smoothing=smoothing) for factor in factors]
         factor = factors[int(torch.stack(losses).argmin())]
-        self.linear.weight.copy_(factor * (residuals.T @ x) / width)
-        self.linear.bias.copy_(factor * mean_target - self.linear.weight @ mean)
+        self.ridge.weight.copy_(factor * (residuals.T @ x) / width)
+        self.ridge.bias.copy_(factor * mean_target - self.ridge.weight @ mean)
         return factor * loo_scores
 
 
@@ -298,9 +327,11 @@ def balanced_weights(labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-SCHEMA = 5
-SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")  # of the model
-ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")  # of its row
+SCHEMA = 6
+RENAMED = {"classifier.linear.": "classifier.ridge.", "classifier.network.": "classifier.mlp."}  # up to schema 5
+# what a checkpoint keeps of the model's attributes, and of its row
+SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")
+ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")
 
 
 def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
@@ -309,9 +340,13 @@ def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
     values = {"schema": SCHEMA, "name": model.backbone, "classes": list(model.classes), "origin": origin}
     values |= {name: getattr(model, name) for name in SAVED} | {"versions": versions()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    content = {**values, "sha256": content_hash(tensors, values)}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("unfamiliarity.")}
-    save_tensors(path, {**content, "state_dict": tensors, "unfamiliarity": extra})  # others can load state_dict alone
+    parts = {
+        "state_dict": tensors,
+        "unfamiliarity": extra,
+        "program": model.program,
+    }  # others can load state_dict alone
+    save_tensors(path, {**values, **parts, "sha256": content_hash({**tensors, **extra, **model.program}, values)})
 
 
 def load_checkpoint(path: str | Path) -> TransferModel:
@@ -326,15 +361,17 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     try:
         values = load_tensors(path)
         used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
-        if values.get("schema") not in (SCHEMA, 4):  # 4 had the whole row, as "metrics"
+        if values.get("schema") not in (4, 5, SCHEMA):  # 4 had the whole row, as "metrics"
             raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
-        tensors, written = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("sha256")
-        if content_hash(tensors, values) != written:
+        tensors, program = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("program", {})
+        written = values.pop("sha256")
+        if content_hash(tensors | program, values) != written:
             raise ValueError("checksum mismatch")
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     try:
         model = _rebuild(values, tensors)
+        model.program = program
     except Exception as error:  # the file is whole, so a package is missing, or its version builds another network
         written = f"; it was written with {used}" * bool(used)
         raise ValueError(f"{path} cannot be rebuilt here: {first_line(error)}{written}") from error
@@ -350,7 +387,10 @@ def _rebuild(values: dict, tensors: dict[str, Tensor]) -> TransferModel:
         model.unfamiliarity = Unfamiliarity(model.width, len(model.classes))
     state = model.state_dict()  # keeps the versions of modules: MNASNet refuses tensors without
     state.clear()
-    state.update(tensors)
+    for name, tensor in tensors.items():
+        for old, new in RENAMED.items():
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        state[name] = tensor
     model.load_state_dict(state, assign=True)
     for name in SAVED:
         setattr(model, name, values.get(name, getattr(model, name)))  # schema 4 may lack `weights`

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import Images
 from engine.batches import Batches, ImageLoader
 from engine.console import Progress
 from engine.device import full_precision, keep_freed_memory, synchronized_time, threads
 from engine.fast import InParts, to_channels_last
 from engine.features import Features
 from engine.files import load_tensors
+from engine.images import Images
 from models import Classifier, TransferModel, balanced_weights
 
 
@@ -53,7 +53,7 @@ RECIPE = Recipe()
 FINE_TUNING = Recipe(epochs=6, batch_size=32, lr=1.5e-4, warm_up=0.1, weight_decay=0.05)
 CLASSIFIER_LR_FACTOR = 2.0
 
-# The maximum number of images for ridge regression. With more images, the network has most of the weight.
+# The maximum number of images for ridge regression. With more images, the MLP has most of the weight.
 RIDGE_IMAGES = 4096
 
 
@@ -104,8 +104,8 @@ def evaluate(model: nn.Module, batches: Batches) -> tuple[float, float]:
 class Training:
     """A model in training: its batches, optimizer, schedule, a row per finished epoch, and the best weights so far.
 
-    `groups` are the optimizer's parameter groups, if not all parameters train at the recipe's rate. `network`: the
-    module used for forward and backward; it shares the model's parameters.
+    `parameter_groups` are the optimizer's, if not all parameters train at the recipe's rate. `network`: the module
+    used for forward and backward; it shares the model's parameters.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Training:
         val: Batches,
         recipe: Recipe,
         precision: str = "fp32",
-        groups: list[dict] | None = None,
+        parameter_groups: list[dict] | None = None,
         network: nn.Module | None = None,
     ):
         self.model, self.train, self.val, self.recipe = model, train, val, recipe
@@ -123,7 +123,7 @@ class Training:
         if train.processes > 1:  # every process has a copy of the network; their gradients are averaged
             self.network = nn.parallel.DistributedDataParallel(self.network, broadcast_buffers=False)
         self.optimizer = torch.optim.AdamW(
-            groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+            parameter_groups or model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
         )
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
@@ -143,12 +143,12 @@ class Training:
 
     def state_dict(self) -> dict:
         """All that changes from epoch to epoch."""
-        parts = {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler")}
-        return {**parts, "history": self.history, "best": self.best, "best_loss": self.best_loss}
+        states = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler")}
+        return {**states, "history": self.history, "best": self.best, "best_loss": self.best_loss}
 
     def load_state_dict(self, state: dict) -> None:
-        for part in ("model", "optimizer", "scheduler"):
-            getattr(self, part).load_state_dict(state[part])
+        for name in ("model", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
         self.history, self.best, self.best_loss = state["history"], state["best"], state["best_loss"]
 
 
@@ -195,54 +195,59 @@ def fit_classifier(
 ) -> tuple[list[dict], Tensor]:
     """Trains a classifier on features. Returns a row per epoch and its logits (N, classes) for the validation images.
 
-    A pretrained classifier is trained by `fit` alone. A Classifier is the weighted mean of a linear layer and a
-    network. Ridge regression fits the linear layer to the training and validation images together; for the returned
-    logits of an image, it is fitted without that image (stacking: Wolpert 1992). `fit` trains the network; its weight
-    is images / (images + features).
+    A pretrained classifier is trained by `fit` alone. A Classifier is the weighted mean of ridge regression and an MLP.
+    Ridge regression is fitted to the training and validation images together; for the returned logits of an image, it
+    is fitted without that image (stacking: Wolpert 1992). `fit` trains the MLP; its weight is images / (images +
+    features).
     """
     if not isinstance(classifier, Classifier):
         training = Training(classifier, train, val, recipe, precision)
         fit(training, name)
         return training.history, compute_logits(classifier, val)[0]
-    linear = _fit_linear(classifier, train, val, recipe)
-    training = Training(nn.Sequential(classifier.standardize, classifier.network), train, val, recipe, precision)
+    ridge_logits = _fit_ridge(classifier, train, val, recipe)
+    training = Training(nn.Sequential(classifier.standardize, classifier.mlp), train, val, recipe, precision)
     fit(training, name)
-    images, width = len(train.labels) + len(val.labels), classifier.linear.in_features
+    images, width = len(train.labels) + len(val.labels), classifier.ridge.in_features
     weight = images / (images + width)
-    logits = (1 - weight) * linear + weight * compute_logits(training.model, val)[0]
+    logits = (1 - weight) * ridge_logits + weight * compute_logits(training.model, val)[0]
     with torch.no_grad():
-        for layer, factor in ((classifier.linear, 1 - weight), (classifier.network[-1], weight)):
+        for layer, factor in ((classifier.ridge, 1 - weight), (classifier.mlp[-1], weight)):
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
     return training.history, logits
 
 
-def _fit_linear(classifier: Classifier, train: Batches, val: Batches, recipe: Recipe) -> Tensor:
-    """Fits the linear layer to a sample of all images. Returns its logits for the validation images, each left out."""
+def _fit_ridge(classifier: Classifier, train: Batches, val: Batches, recipe: Recipe) -> Tensor:
+    """Fits ridge regression to a sample of all images. Returns its logits for the validation images, each left out."""
     split, labels = len(train.labels), torch.cat([train.labels, val.labels])
     chosen = sample(labels.cpu(), RIDGE_IMAGES)
     of_train, of_val = chosen[chosen < split], chosen[chosen >= split] - split
     features = torch.cat([train.load(of_train, None), val.load(of_val, None)])
     loo_logits = classifier.fit_ridge(features, labels[chosen], recipe.class_weights)
-    logits = compute_logits(nn.Sequential(classifier.standardize, classifier.linear), val)[0].clone()
+    logits = compute_logits(nn.Sequential(classifier.standardize, classifier.ridge), val)[0].clone()
     logits[of_val] = loo_logits[len(of_train) :].cpu()
     return logits
 
 
 @torch.no_grad()
-def refit_linear(
+def refit_ridge(
     classifier: nn.Module, features: Features, labels: Tensor, val_images: int, class_weights: bool = False
 ) -> None:
-    """Fits a trained Classifier's linear layer again, to training images alone: fine-tuning validates on the others."""
-    if isinstance(classifier, Classifier):
-        chosen, ridge = sample(labels, RIDGE_IMAGES), copy.deepcopy(classifier).cpu()
-        scale = copy.deepcopy(ridge.standardize)
-        ridge.fit_ridge(features[chosen].float(), labels[chosen], class_weights)
-        # the same function of features that are standardised otherwise, with its weight in the mean
-        weight = features.width / (len(labels) + val_images + features.width)
-        classifier.linear.weight.copy_(weight * ridge.linear.weight * scale.std / ridge.standardize.std)
-        shift = (scale.mean - ridge.standardize.mean) / ridge.standardize.std
-        classifier.linear.bias.copy_(weight * (ridge.linear.bias + ridge.linear.weight @ shift))
+    """Fits a trained Classifier's ridge regression again, to training images alone: fine-tuning validates on others.
+
+    The MLP, and so the standardisation (x - m) / s, stay. With M and S those of the new fit,
+
+        w @ (x - M) / S + b  =  (w * s / S) @ ((x - m) / s) + b + w @ ((m - M) / S)
+    """
+    if not isinstance(classifier, Classifier):
+        return
+    chosen, refitted = sample(labels, RIDGE_IMAGES), copy.deepcopy(classifier).cpu()
+    old = copy.deepcopy(refitted.standardize)
+    refitted.fit_ridge(features[chosen].float(), labels[chosen], class_weights)
+    new, ridge = refitted.standardize, refitted.ridge
+    weight = features.width / (len(labels) + val_images + features.width)  # as in fit_classifier
+    classifier.ridge.weight.copy_(weight * ridge.weight * old.std / new.std)
+    classifier.ridge.bias.copy_(weight * (ridge.bias + ridge.weight @ ((old.mean - new.mean) / new.std)))
 
 
 def sample(labels: Tensor, count: int) -> Tensor:
@@ -258,12 +263,12 @@ def out_of_sample_logits(parts: Sequence[Features], labels: Tensor, classes: int
 
     `parts` are the features of the training, validation and test images, `labels` (N,) all their labels.
     """
-    chosen, ridge = sample(labels, RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
+    chosen, classifier = sample(labels, RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
     ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
     which = torch.bucketize(chosen, ends[1:], right=True)
     features = torch.cat([part[chosen[which == k] - ends[k]].float() for k, part in enumerate(parts)])
-    loo_logits = ridge.fit_ridge(features, labels[chosen])
-    logits = torch.cat([ridge.linear(ridge.standardize(block)) for part in parts for block in part.blocks()])
+    loo_logits = classifier.fit_ridge(features, labels[chosen])
+    logits = torch.cat([classifier.ridge(classifier.standardize(block)) for part in parts for block in part.blocks()])
     logits[chosen] = loo_logits
     return logits
 
@@ -282,7 +287,7 @@ def fine_tune(
 ) -> Training:
     """Trains the whole model on images, from the start or from a training's `progress`.
 
-    `features` are those of the frozen model for the training images: a linear layer that was fitted to validation
+    `features` are those of the frozen model for the training images: ridge regression, which was fitted to validation
     images, too, is fitted to these alone. Under torchrun all processes call this; each takes its share of every batch.
     """
 
@@ -291,7 +296,7 @@ def fine_tune(
         return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
 
     to_channels_last(model.to(device))
-    groups = [
+    parameter_groups = [
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},
     ]
@@ -299,8 +304,8 @@ def fine_tune(
     network = InParts(model, parts) if parts > 1 else model
     keep_freed_memory()
     if features:
-        refit_linear(model.classifier, features, train.labels, len(val), recipe.class_weights)
-    training = Training(model, batches(train, seed), batches(val), recipe, precision, groups, network)
+        refit_ridge(model.classifier, features, train.labels, len(val), recipe.class_weights)
+    training = Training(model, batches(train, seed), batches(val), recipe, precision, parameter_groups, network)
     if progress:
         training.load_state_dict(progress)
     try:

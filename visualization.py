@@ -1,47 +1,45 @@
 """Numbers in, figures (`plot_...`) or files (`draw_...`, `write_page`) out.
 
 Every plot is drawn for a README at half width: few words, large type, colours that colour-blind people can tell apart.
+matplotlib is imported when something is drawn, see `own_settings`.
 """
 
+import importlib
 import itertools
+import os
 import re
+import sys
 import warnings
 from base64 import b64encode
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from statistics import mean
 from string import Template
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
 from engine.audit import summary
-from engine.console import printable, without_user_settings
+from engine.console import printable
 from engine.files import atomic_write
-from engine.folders import Images
-from engine.images import Item, read_for_plot
+from engine.images import Images, Item, read_for_plot
 from engine.results import comparison_table, headline
 
-with without_user_settings():
-    import matplotlib
+if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import get_font_names
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    matplotlib.rcdefaults()  # the current folder may hold settings, too
 
 DPI = 120
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
-INKS = {"✓": COLORS[0], "✗": COLORS[4]}  # of captions, by their first character
+MARK_COLORS = {"✓": COLORS[0], "✗": COLORS[4]}  # a caption that begins with such a mark has its color
 FONTS = (  # those that are installed are used, each character from the first font that has it
     "DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP",
     "Hiragino Sans", "PingFang SC", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "WenQuanYi Zen Hei", "Noto Emoji",
 )  # fmt: skip
-INSTALLED = [name for name in FONTS if name in get_font_names()]
-TEXT = {"family": INSTALLED, "parse_math": False}  # of labels, which may hold $: no TeX
-CAPTIONS = {  # of a model's plots, by the end of their names
+CAPTIONS = {  # how a model's plots are read, by the end of their names
     "": "The dot is the best epoch. The dotted line is the saved model, which may include ridge regression, fitted "
     "without epochs.",
     "_confusion": "Blue: right. Orange: images of the class on the left that were taken for the class below.",
@@ -49,9 +47,34 @@ CAPTIONS = {  # of a model's plots, by the end of their names
     "_mistakes": "The most confident mistakes, of every class in turn. Some are errors of the label.",
     "_data": "The clearest near-duplicates and label errors.",
 }
-SHOWN = 12  # images in a plot
-MANY = 20  # a confusion matrix of more classes has no room for names and numbers
+PLOTTED_IMAGES = 12  # images in a plot
+MATRIX_CLASSES = 20  # a confusion matrix of more classes has no room for names and numbers
 Picture = tuple[np.ndarray, str, np.ndarray | None]  # an image (H, W, 3), its caption, a heat map (h, w) from 0 to 1
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Imports matplotlib. Inside the block it has its defaults and our fonts; afterwards the user's settings again."""
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except Exception:  # it refuses the user's backend or file of settings
+        os.environ |= {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
+        for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            del sys.modules[name]  # a half of it would stay
+        matplotlib = importlib.import_module("matplotlib")
+    installed = set(importlib.import_module("matplotlib.font_manager").get_font_names())
+    fonts = [name for name in FONTS if name in installed]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.family": fonts, "text.parse_math": False})  # a $ in a class name is no TeX
+        yield
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, its size in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def shorten(text: str) -> str:
@@ -59,7 +82,8 @@ def shorten(text: str) -> str:
     return re.sub(r"(.{19}).{2,}(.{20})", r"\1…\2", text)
 
 
-def save(figure: Figure, path: Path) -> None:
+@own_settings()
+def save(figure: "Figure", path: Path) -> None:
     """Writes an image in the format that the file's name says. Raises OSError, or ValueError for an unknown format."""
     with atomic_write(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn for a character that no font has
@@ -67,9 +91,12 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(file, format=path.suffix[1:].lower() or "png", dpi=DPI)
 
 
-def plot_history(row: dict, color: str) -> Figure:
+@own_settings()
+def plot_history(row: dict, color: str) -> "Figure":
     """Loss and accuracy over epochs, training dashed and validation solid. A dotted line is that of the saved model."""
-    figure, history = Figure(figsize=(8, 3.6), layout="constrained"), row["history"]
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    figure, history = new_figure(8, 3.6), row["history"]
     figure.suptitle(row["label"], fontsize=15)
     epochs = [row["epoch"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
@@ -90,18 +117,21 @@ def plot_history(row: dict, color: str) -> Figure:
     return figure
 
 
-def plot_confusion(title: str, pairs: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+@own_settings()
+def plot_confusion(title: str, pairs: Sequence[Sequence[int]], classes: Sequence[str]) -> "Figure":
     """Numbers of images by true class, with its recall, and predicted class. Of many classes, lists the worst pairs.
 
     `pairs` is the "confusion" of engine/metrics.py.
     """
-    names, many = [shorten(name) for name in classes], len(classes) > MANY
+    from matplotlib.ticker import MaxNLocator
+
+    names, many = [shorten(name) for name in classes], len(classes) > MATRIX_CLASSES
     counts = np.zeros((len(names), len(names)), np.int32)
     for true, taken, count in pairs:
         counts[true, taken] = count
     shares, right = counts / counts.sum(axis=1, keepdims=True).clip(1), np.eye(len(counts), dtype=bool)
     size = 8 if many else max(5.0, 0.55 * len(names) + 1.5)
-    figure = Figure(figsize=(size, 1.5 * size if many else size), layout="constrained")
+    figure = new_figure(size, 1.5 * size if many else size)
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1)) if many else (figure, None)
     axes = upper.subplots()
     axes.imshow(np.ma.masked_where(~right, shares), cmap="Blues", vmin=0, vmax=1)
@@ -116,24 +146,27 @@ def plot_confusion(title: str, pairs: Sequence[Sequence[int]], classes: Sequence
         bars = lower.subplots()
         bars.barh(range(len(worst)), [counts[true, taken] for true, taken in worst], color=COLORS[0])
         pairs = [f"{names[true]} taken for {names[taken]}" for true, taken in worst]
-        bars.set_yticks(range(len(worst)), pairs, fontsize=11, **TEXT)
+        bars.set_yticks(range(len(worst)), pairs, fontsize=11)
         bars.invert_yaxis()
         bars.xaxis.set_major_locator(MaxNLocator(integer=True))
         bars.set_xlabel("images", fontsize=12)
         return figure
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11, **TEXT)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=11)
     rows = zip(names, shares[right], counts.sum(axis=1), strict=True)
     recalls = [f"{name}  {recall:.0%}" if count else name for name, recall, count in rows]
-    axes.set_yticks(range(len(names)), recalls, fontsize=11, **TEXT)
+    axes.set_yticks(range(len(names)), recalls, fontsize=11)
     for row, column in np.argwhere(counts):
         color = "white" if shares[row, column] > (0.5 if row == column else 0.6 * largest) else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=10, color=color)
     return figure
 
 
-def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Figure:
+@own_settings()
+def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> "Figure":
     """Accuracy against confidence in bins, before and after scaling. A dot's area is its share of the images."""
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    from matplotlib.ticker import PercentFormatter
+
+    figure = new_figure(5, 5)
     figure.suptitle(title, fontsize=14)
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color="#999999", linewidth=1)
@@ -154,11 +187,12 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> Fi
     return figure
 
 
-def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fontsize: int) -> Figure:
+@own_settings()
+def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fontsize: int) -> "Figure":
     """Rows of images, at most `side` inches high, with the captions below. Each has `width` inches."""
     columns = max(map(len, rows))
     height = side + 0.02 * fontsize * max(len(caption.split("\n")) for row in rows for _, caption, _ in row)
-    figure = Figure(figsize=(width * columns, height * len(rows)), layout="constrained")
+    figure = new_figure(width * columns, height * len(rows))
     grid = figure.add_gridspec(len(rows), columns)
     for i, row in enumerate(rows):
         for j, (image, caption, heat) in enumerate(row):
@@ -166,15 +200,16 @@ def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fo
             axes.imshow(image, interpolation="bicubic", extent=(0, 1, 0, 1))
             if heat is not None:
                 axes.imshow(heat, cmap="inferno", alpha=0.55, interpolation="bicubic", extent=(0, 1, 0, 1))
-            color = INKS.get(caption[:1], "black")
-            axes.set_title(shorten(caption), fontsize=fontsize, color=color, y=-0.04, va="top", **TEXT)
+            color = MARK_COLORS.get(caption[:1], "black")
+            axes.set_title(shorten(caption), fontsize=fontsize, color=color, y=-0.04, va="top")
             axes.axis("off")
     return figure
 
 
-def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None) -> Figure | None:
-    """The first SHOWN images that can be read, four in a row. None if no image can be read."""
-    pictures = [(image, caption, None) for image, caption in itertools.islice(read_for_plot(captioned, reading), SHOWN)]
+def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None) -> "Figure | None":
+    """The first PLOTTED_IMAGES images that can be read, four in a row. None if no image can be read."""
+    readable = itertools.islice(read_for_plot(captioned, reading), PLOTTED_IMAGES)
+    pictures = [(image, caption, None) for image, caption in readable]
     if not pictures:
         return None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
@@ -183,7 +218,7 @@ def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None
     return plot_images(rows, max(2.5, 0.095 * longest), 1.7, fontsize=12)
 
 
-def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]], reading: dict | None) -> Figure | None:
+def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]], reading: dict | None) -> "Figure | None":
     """The first images with their true class, the predicted class and its probability. None if there is none."""
     captioned = ((item, f"{true}\ntaken for {taken}, {p:.0%}") for item, true, taken, p in mistakes)
     return plot_predictions(captioned, reading)
@@ -196,23 +231,20 @@ def colors(rows: dict[str, dict]) -> dict[str, str]:
 
 
 def draw_model(
-    row: dict,
-    items: Sequence[Item],
-    labels: Tensor,
-    logits: Tensor,
-    color: str,
-    folder: Path,
-    reading: dict | None = None,
+    row: dict, items: Sequence[Item], labels: Tensor, logits: Tensor, color: str, folder: Path, reading: dict | None
 ) -> None:
     """Draws a model's plots from its row of results.json, the test images, their labels and its logits (N, classes)."""
     for kind in CAPTIONS:
-        (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # of an earlier run
+        (folder / f"{row['plot']}{kind}.png").unlink(missing_ok=True)  # an earlier run may have left it
     label, classes = row["label"], [printable(name) for name in row["classes"]]
     confidence, predicted = (logits / row["temperature"]).softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
-    nth = defaultdict(itertools.count)  # mistake of its class: the clearest of every class come first
-    wrong.sort(key=lambda i: next(nth[int(labels[i])]))
+    seen, rank = Counter(), {}  # of each class the clearest mistake comes first, then of each the second
+    for i in wrong:
+        rank[i] = seen[int(labels[i])]
+        seen[int(labels[i])] += 1
+    wrong.sort(key=rank.get)
     mistakes = ((items[i], classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in wrong)
     figures = {
         "": plot_history(row, color),
@@ -225,11 +257,14 @@ def draw_model(
             save(figure, folder / f"{row['plot']}{kind}.png")
 
 
+@own_settings()
 def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) -> None:
     """Draws the test accuracy and the training time of all models, the most accurate at the top."""
+    from matplotlib.ticker import MaxNLocator
+
     ranked = sorted(rows.values(), key=lambda row: mean(row["accuracy_by_seed"]["test"]))
     times = [sum(row["seconds"].values()) for row in ranked]
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(ranked)), layout="constrained")
+    figure = new_figure(9, 1.6 + 0.42 * len(ranked))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     for y, (row, seconds) in enumerate(zip(ranked, times, strict=True)):
         accuracy, shade = mean(row["accuracy_by_seed"]["test"]), color[row["backbone"]]
@@ -252,7 +287,7 @@ def draw_comparison(rows: dict[str, dict], color: dict[str, str], folder: Path) 
     save(figure, folder / "comparison.png")
 
 
-def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict | None = None) -> None:
+def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict | None) -> None:
     """Draws the clearest near-duplicates and label errors of an audit. `parts` are the images, by part."""
     items = {path: item for images in parts.values() for path, item in zip(images.paths(), images.items, strict=True)}
     pairs = sorted(report["near_duplicates"] or [], key=lambda pair: len({i["label"] for i in pair["images"]}) == 1)
@@ -260,7 +295,7 @@ def draw_audit(report: dict, parts: dict[str, Images], file: Path, reading: dict
     for pair in pairs[:4]:
         alike = f"near-duplicate, {pair['correlation']:.0%}"
         shown += [(items[i["path"]], f"{i['part']}: {printable(i['label'])}\n{alike}") for i in pair["images"]]
-    for error in report["label_errors"][: SHOWN - len(shown)]:
+    for error in report["label_errors"][: PLOTTED_IMAGES - len(shown)]:
         suggested = f"more likely {printable(error['suggested'])}, {error['probability']:.0%}"
         shown.append((items[error["path"]], f"{printable(error['label'])}?\n{suggested}"))
     if figure := plot_predictions(shown, reading):
@@ -296,7 +331,7 @@ $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
 """)
-LISTED = 50  # near-duplicates and label errors on the page
+LISTED_FINDINGS = 50  # near-duplicates and label errors on the page
 
 
 def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Path) -> None:
@@ -348,8 +383,8 @@ def _listed(report: dict) -> str:
     errors = [f"{name(e)}: more likely {e['suggested']}, {e['probability']:.0%}" for e in report["label_errors"]]
     text = ""
     for title, lines in (("near-duplicates", pairs), ("label errors", errors)):
-        if len(lines) > LISTED:
-            lines = [*lines[:LISTED], f"and {len(lines) - LISTED:,} more in data.json"]
+        if len(lines) > LISTED_FINDINGS:
+            lines = [*lines[:LISTED_FINDINGS], f"and {len(lines) - LISTED_FINDINGS:,} more in data.json"]
         items = "".join(f"<li>{escape(printable(line))}</li>" for line in lines)
         text += f"<details><summary>All {title}</summary><ul>{items}</ul></details>" if lines else ""
     return text

@@ -20,7 +20,7 @@ from data import CIFAR10_SIZE
 from engine.batches import Batches, feature_loader
 from engine.device import pick_device, pick_precision, threads
 from engine.features import Features, extract_features
-from engine.folders import Images
+from engine.images import Images
 from models import TransferModel
 from train_utils import RECIPE, Recipe, fit_classifier
 
@@ -79,12 +79,20 @@ def new_model(
 
 def extract(model: TransferModel, *parts: Images, folder: Path = Path("data/features")) -> list[Part]:
     """The features and the labels of each part of a data set."""
-    return [(extract_features(model, part.items, part.ids, folder, DEVICE).features, part.labels) for part in parts]
+    found = extract_features(model, dict(enumerate(parts)), folder, DEVICE)
+    return [(found[i].features, part.labels) for i, part in enumerate(parts)]
+
+
+def last_block(model: TransferModel, features: Features) -> Tensor:
+    """The features of the last block alone, which are the last columns."""
+    width = model.features(model.example()).shape[1]
+    return torch.cat([block[:, -width:] for block in features.blocks()])
 
 
 def extraction_seconds(model: TransferModel, files: Sequence[Path]) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return extract_features(model, files, [str(i) for i in range(len(files))], Path(folder), DEVICE).seconds
+        images = Images(list(files), torch.zeros(len(files), dtype=torch.int64), [str(file) for file in files])
+        return extract_features(model, {"all": images}, Path(folder), DEVICE)["all"].seconds
 
 
 def batches(part: Part, seed: int | None = None, recipe: Recipe = RECIPE) -> Batches:

@@ -13,8 +13,10 @@ means and standard deviations over --draws, for
 
 import numpy as np
 import torch
-from common import DEVICE, Part, arguments, batches, extract, fit, print_header, print_row
-from logistic_regression import last_block, logistic_regression
+from common import DEVICE, Part, arguments, batches, extract, fit, last_block, print_header, print_row
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from data import CIFAR10_SIZE, load_data
@@ -58,14 +60,15 @@ def accuracies(model: TransferModel, pool: list[Part], test: Part, count: int, s
     torch.manual_seed(seed)
     classifier = Classifier(model.width, len(model.classes), model.hidden)
     fit(classifier, *parts, seed)
-    # the network's last layer is scaled, which changes no label
-    found = [accuracy(classifier), accuracy(classifier.standardize, classifier.network)]
+    # the MLP's last layer is scaled, which changes no label
+    found = [accuracy(classifier), accuracy(classifier.standardize, classifier.mlp)]
     features, labels = (torch.cat(both) for both in zip(*parts, strict=True))
     classifier.fit_ridge(features.to(DEVICE), labels.to(DEVICE))
-    found.append(accuracy(classifier.standardize, classifier.linear))
+    found.append(accuracy(classifier.standardize, classifier.ridge))
     if count > LOGISTIC:
         return [*found, np.nan]
-    logistic = logistic_regression(0.01).fit(last_block(model, Features.in_memory(features)), labels.numpy())
+    logistic = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    logistic.fit(last_block(model, Features.in_memory(features)), labels.numpy())
     return [*found, logistic.score(last_block(model, test[0]), test[1].numpy())]
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from engine.batches import Batches, ImageLoader
 from engine.console import run_script
 from engine.device import synchronized_time, threads
-from engine.folders import Images, labelled_images
+from engine.folders import labelled_images
+from engine.images import Images
 from models import TransferModel
 from train_utils import FINE_TUNING, Training, fine_tune
 

@@ -63,7 +63,7 @@ def cell(name: str, data: Data, variant: Variant, seeds: int) -> str:
         if (variant.hidden, variant.dropout) != (512, 0):
             if not isinstance(model.classifier, Classifier):
                 return "-"
-            model.classifier.network.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
+            model.classifier.mlp.insert(2, nn.Dropout(variant.dropout))  # after the hidden layer's activation
         train, val = extract(model, data.train, data.val)
         _, logits = fit(model.classifier, train, val, seed, variant.recipe)
         found.append(loss_and_accuracy(logits, val[1])[1])

@@ -26,8 +26,8 @@ from torch import Tensor
 from data import CIFAR10_SIZE, load_data
 from engine.console import run_script
 from engine.fast import fast_copy
-from engine.folders import Images, find_images
-from engine.images import ImageError, Item, read_image
+from engine.folders import find_images
+from engine.images import ImageError, Images, Item, read_image
 from engine.run import run_images
 from engine.unfamiliar import fit_unfamiliarity
 from models import TransferModel

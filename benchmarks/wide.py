@@ -17,8 +17,7 @@ from PIL import Image
 
 from data import load_data
 from engine.console import run_script
-from engine.folders import Images
-from engine.images import read_image
+from engine.images import Images, read_image
 from train_utils import evaluate
 
 

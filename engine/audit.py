@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from engine.console import count_of
-from engine.folders import Images
 from engine.groups import Pairs, components
+from engine.images import Images
 
 SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
 IMPROBABLE = 0.5  # a label may be an error if its probability is less than this, times that of a random guess

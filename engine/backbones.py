@@ -164,7 +164,7 @@ def _build_timm(name: str, image_size: int | None, pretrained: bool) -> tuple[nn
     try:
         try:
             network = timm.create_model(name, img_size=image_size or preprocessing["image_size"], **options)
-        except OSError:  # of the hub
+        except OSError:  # the hub cannot be reached
             raise
         except Exception:  # it takes images of any size, or not of this one
             network = timm.create_model(name, **options)

@@ -13,8 +13,7 @@ from torch import Tensor
 from engine.device import available_cpus
 from engine.distributed import rank, world_size
 from engine.features import Features
-from engine.folders import Images
-from engine.images import augment, preprocess, read_image, reading_arguments
+from engine.images import Images, augment, preprocess, read_image, reading_arguments
 
 # Input: the indices (B,) of a batch, and random numbers (B, 5) for augmentation or None. Output: the inputs on the
 # device.
@@ -73,7 +72,7 @@ class Batches:
         self.process, self.processes = (rank(), world_size()) if shared else (0, 1)
         size = max(2, self.processes, min(batch_size, max(8, len(labels) // 16)))
         self.steps = max(1, len(labels) // size)
-        self.mean_size = len(labels) / self.steps / self.processes  # of this process's batches
+        self.mean_size = len(labels) / self.steps / self.processes  # in this process
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def start_epoch(self, epoch: int) -> None:

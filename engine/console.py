@@ -21,18 +21,18 @@ from tqdm import tqdm
 
 from engine.device import available_cpus
 
-FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent)  # of the project's code
+OWN_FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent)  # where the project's code is
 FIXABLE = (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)  # errors that a user can fix
 
 
 def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") -> NoReturn:
     """Runs `main` and exits with its code. An error that the user can fix is one line on stderr, not a traceback."""
-    for name in ("stdout", "stderr"):  # closed: the next file that is opened would get what is printed
+    for name in ("stdout", "stderr"):  # if one is closed, the next opened file reuses its descriptor
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
     with suppress(ValueError):  # signals can be set in the main thread only, and a notebook may use another
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    socket.setdefaulttimeout(30)  # of a download from a server that sends nothing
+    socket.setdefaulttimeout(30)  # ends a download from a server that sends nothing
     warnings.filterwarnings("ignore", module="PIL")
     warnings.filterwarnings("ignore", "No complete tensor found")  # torch.export.save; export() compares the answers
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # there is no replacement yet
@@ -57,7 +57,7 @@ def run_script(main: Callable[[], int], when_interrupted: str = "Interrupted.") 
 
 
 @contextmanager
-def attempt(what: object, failed: list) -> Iterator[None]:
+def optional_step(what: object, failed: list) -> Iterator[None]:
     """Surrounds an optional step. An exception becomes a line on stderr and an entry in `failed`."""
     try:
         yield
@@ -73,7 +73,7 @@ def print_failure(what: object, error: Exception) -> None:
 
 def with_place(error: Exception) -> str:
     """The first line of an error's message and, if a user cannot fix it, its place in this project's code."""
-    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in FOLDERS]
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent in OWN_FOLDERS]
     known = isinstance(error, FIXABLE) or not own
     return first_line(error) + ("" if known else f" ({Path(own[-1].filename).name}, line {own[-1].lineno})")
 
@@ -123,19 +123,6 @@ def pattern(text: str) -> str:
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text}: not a regular expression ({error})") from error
     return text
-
-
-@contextmanager
-def without_user_settings() -> Iterator[None]:
-    """Hides the user's settings while matplotlib is imported: the backend of a notebook may not be installed here."""
-    hidden = {"MPLBACKEND": "agg", "MATPLOTLIBRC": os.devnull}
-    before = {name: os.environ.get(name) for name in hidden}
-    os.environ.update(hidden)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def first_line(error: Exception) -> str:

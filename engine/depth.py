@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)  # bits
-FILLED = 0.7  # if the brightest value is beyond this share of a depth's range, the end of that range is white
-OUTLIERS = 0.01  # this share of images may have values beyond the scale, for example from broken pixels
-SOFT = 0.25  # in transparency at most this share of pixels is neither transparent nor opaque; in a near infrared, most
-FIXED = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": (0, 1)}  # scales without a "reading"
+FILLED_SHARE = 0.7  # if the brightest value is beyond this share of a depth's range, the end of that range is white
+OUTLIER_SHARE = 0.01  # this share of images may have values beyond the scale, for example from broken pixels
+MAX_SOFTNESS = 0.25  # in transparency few pixels are neither transparent nor opaque; in a near infrared, most are
+# scales without a "reading"
+FIXED_SCALES = {"uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "float": (0, 1)}
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Values:
     missing: float | None = None  # the value of pixels without data
     inverted: bool = False  # the smallest value is white
     orientation: int = 1  # as in EXIF
-    info: dict = field(default_factory=dict)  # of Pillow's image: its colour profile
+    info: dict = field(default_factory=dict)  # what Pillow knows besides pixels: the colour profile
     notes: dict[str, str] = field(default_factory=dict)  # what was left out: "pages" or "bands", and in words
 
     @property
@@ -79,13 +80,13 @@ def agree(records: Sequence[dict]) -> tuple[dict, list[str]]:
     reading, lines = {}, []
     for kind in sorted({record["kind"] for record in records if record.get("extent")}):
         extents = np.array([record["extent"] for record in records if record["kind"] == kind and record["extent"]])
-        low = np.quantile(extents[:, 0], OUTLIERS, method="lower").item()
-        high = np.quantile(extents[:, 1], 1 - OUTLIERS, method="higher").item()
+        low = np.quantile(extents[:, 0], OUTLIER_SHARE, method="lower").item()
+        high = np.quantile(extents[:, 1], 1 - OUTLIER_SHARE, method="higher").item()
         black, white = reading[kind] = list(_scale(low, high, DEPTHS[:1] if kind == "float" else DEPTHS))
         name = {"uint16": "16-bit", "uint32": "32-bit", "float": "floating-point"}.get(kind, kind)
         lines.append(f"{name} images: {_number(black)} to {_number(white)} is black to white")
     if softness := [record["softness"] for record in records if "softness" in record]:
-        reading["alpha"] = sum(softness) / len(softness) <= SOFT
+        reading["alpha"] = sum(softness) / len(softness) <= MAX_SOFTNESS
         if not reading["alpha"]:
             lines.append("the 4th band is not transparency: taken as RGB alone")
     for (key, note), count in Counter(note for record in records for note in record["notes"].items()).most_common():
@@ -100,7 +101,7 @@ def _scale(low: float, high: float, depths: Sequence[int]) -> tuple[float, float
     if low < 0 or low > high / 2:
         return low, max(high, low + 1e-6)
     top = 1 if high <= 1 else next((2**depth - 1 for depth in depths if high < 2**depth), high)
-    return 0, top if high > FILLED * top or high <= 1 else high
+    return 0, top if high > FILLED_SHARE * top or high <= 1 else high
 
 
 def _number(value: float) -> str:
@@ -122,7 +123,7 @@ def to_8_bits(values: Values, reading: dict | None = None) -> Image.Image:
     if values.lacking is not None:
         pixels[values.lacking] = 0
     image = Image.fromarray(pixels)
-    if values.alpha is not None and (values.alpha_is_certain or reading.get("alpha", values.softness <= SOFT)):
+    if values.alpha is not None and (values.alpha_is_certain or reading.get("alpha", values.softness <= MAX_SOFTNESS)):
         image = image.convert("RGB")
         image.putalpha(Image.fromarray(_scaled(values.alpha, *scale)))
     image.info |= {key: values.info[key] for key in ("icc_profile", "gamma", "srgb") if key in values.info}
@@ -137,12 +138,12 @@ def _fixed_scale(values: Values) -> tuple[float, float]:
     """
     kind, (low, high) = values.kind, values.extent or (0, 0)
     doubtful = (kind == "uint16" and low < high < 16384) or (kind == "float" and not (low >= 0 and high <= 1))
-    if kind not in FIXED or doubtful:
+    if kind not in FIXED_SCALES or doubtful:
         raise ValueError(
             f"{kind} values from {_number(low)} to {_number(high)}: the model was not trained on such images, so it is "
             "not known which are black and white; convert the images to 8 bits, or train on such images"
         )
-    return FIXED[kind]
+    return FIXED_SCALES[kind]
 
 
 def _scaled(values: np.ndarray, black: float, white: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = (*DTYPES, "int8")  # int8: see engine/openvino.py
 CPU_BATCH, GPU_BATCH = 16, 256  # images in a batch; on the CPU every core has a batch of its own
 
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from engine.console import with_place
 
-WAIT = timedelta(hours=6)  # for another process, which may wait for another run to finish the same features
+MAX_WAIT = timedelta(hours=6)  # for another process, which may wait for another run to finish the same features
 
 
-def spmd(main: Callable[[], int]) -> Callable[[], int]:
+def with_process_group(main: Callable[[], int]) -> Callable[[], int]:
     """Wraps a script's `main`: under torchrun, it runs in a process group, and only the first process prints,
     apart from errors.
 
@@ -36,7 +36,7 @@ def spmd(main: Callable[[], int]) -> Callable[[], int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         has_nccl = torch.cuda.is_available() and dist.is_nccl_available()  # Windows has not
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=WAIT)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=MAX_WAIT)
             if is_first():
                 code = main()
             else:

@@ -34,13 +34,15 @@ def export(model: nn.Module, path: Path) -> None:
     """Writes a TransferModel for use without this project: uint8 RGB images (B, 3, S, S) -> probabilities (B, classes)
 
     "classes" and "preprocessing" are stored as JSON: extra files (.pt2) or metadata (.onnx). Before it is written, its
-    answers for 16 images of noise are compared with those of `model.fast()`; for ONNX only if onnxruntime is installed.
+    answers for 16 images of noise are compared with those of the fast copy; for ONNX only if onnxruntime is installed.
     Raises OSError if the file cannot be written, ValueError if the model cannot be exported.
     """
+    if model.precision == "int8":
+        raise ValueError(f"{path} is not written: {model.name} was trained in int8, and exports are in fp32 or bf16")
     size, noise = model.preprocessing["image_size"], torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=noise)
     program = _Probabilities(fast_copy(model, torch.device("cpu"), packed=False)).eval()
-    expected = _Probabilities(model.fast())
+    expected = _Probabilities(fast_copy(model, torch.device("cpu")))
     exporters, suffix = {".pt2": _torch_export, ".onnx": _onnx_export}, path.suffix.lower()
     reading = {key: model.preprocessing[key] for key in ("image_size", "crop", "interpolation")}
     notes = {"classes": model.classes, "preprocessing": {**reading, "advice": advice(model)}}

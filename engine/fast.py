@@ -7,12 +7,14 @@ import copy
 import importlib
 import math
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import ModuleType
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +181,26 @@ class GlobalAverage(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, images.shape[2:])
+
+
+_cached: WeakKeyDictionary[nn.Module, tuple[list, nn.Module]] = WeakKeyDictionary()  # what a copy was made of, and it
+_making_a_copy = threading.Lock()
+
+
+def cached_copy(model: nn.Module, make: Callable[[nn.Module, torch.device], nn.Module]) -> nn.Module:
+    """The copy of a TransferModel that `make` makes, only if it has changed since the last call. TypeError if not fp32.
+
+    A change shows in its plain attributes, in which tensors it has, and in how often these were changed in place.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} != {torch.float32}:
+        raise TypeError("the model's weights must be float32: use model.float(), and model.precision for speed")
+    version = [repr({name: value for name, value in vars(model).items() if not name.startswith("_")})]
+    version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
+    with _making_a_copy:
+        if _cached.get(model, [None])[0] != version:
+            _cached[model] = version, make(model, tensors[0].device)
+        return _cached[model][1]
 
 
 # -------------------------------------------------------------------------------------------------- fine-tuning

@@ -5,8 +5,9 @@ Each image goes through the frozen backbone once. Its features are appended to a
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 
 from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
-from engine.fast import fast_copy
 from engine.files import content_hash
+from engine.folders import Images
 from engine.images import ImageError, Item
-from engine.openvino import openvino_copy, openvino_version
+from engine.openvino import fastest_copy, openvino_copy, openvino_version
 from engine.records import Features, Records
-from engine.run import run_images
+from engine.run import Output, run_images
 
 HALF_PRECISION_ABOVE = 200_000  # images; features of more are kept as float16: the same accuracy (benchmarks/scale.md)
 SINGLE, HALF = {".features": "<f4"}, {".half.features": "<f2"}
@@ -38,28 +39,36 @@ class Extraction:
 
 
 def extract_features(
-    model: nn.Module, items: Sequence[Item], ids: list[str], folder: Path, device: torch.device
-) -> Extraction:
-    """Returns the features of images, whose `ids` change if the image does. Computes those that `folder` lacks.
+    model: nn.Module, parts: dict[str, Images], folder: Path, device: torch.device
+) -> dict[str, Extraction]:
+    """Returns the features of the images of each part. Computes those that `folder` lacks.
 
     Raises ImageError if an image cannot be read, OSError if a file cannot be written, FloatingPointError if features
     overflow.
     """
+    ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
+    fast, found = cache(partial(_fast_copy, model, device, program)), {}
+    for part, images in parts.items():
+        compute = partial(_compute, fast, images.items, type(model).forward_features)
+        title = f"{model.backbone} features"
+        features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
+        for error in errors.values():  # data.py has left out those that never could be read
+            raise error
+        found[part] = Extraction(features, seconds, computed)
+    return found
 
-    def compute(images: list[int]) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
-        fast, forward, todo = _fast_copy(model, device, program), type(model).forward_features, iter(images)
-        for batch in run_images([fast], (items[i] for i in images), forward):
-            positions = [next(todo) for _ in batch.items]
-            good = [k for k in range(len(positions)) if k not in batch.errors]
-            errors = {positions[k]: error for k, error in batch.errors.items()}
-            yield [positions[k] for k in good], batch.outputs[0][good].numpy(), errors
 
-    title = f"{model.backbone} features"
-    features, _, seconds, computed, errors = records.complete(ids, compute, title, batch_size_for(device))
-    for error in errors.values():  # data.py has left out those that never could be read
-        raise error
-    return Extraction(features, seconds, computed)
+def _compute(
+    fast: Callable[[], nn.Module], items: Sequence[Item], forward: Output, images: list[int]
+) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
+    """Yields, batch by batch, the images that could be read, their rows, and the errors of the others."""
+    todo = iter(images)
+    for batch in run_images([fast()], (items[i] for i in images), forward):
+        positions = [next(todo) for _ in batch.items]
+        good = [k for k in range(len(positions)) if k not in batch.errors]
+        errors = {positions[k]: error for k, error in batch.errors.items()}
+        yield [positions[k] for k in good], batch.outputs[0][good].numpy(), errors
 
 
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:
@@ -82,6 +91,8 @@ def _records(
     key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
     key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
+    if model.precision == "int8":
+        key["program"] = content_hash(model.program)
     name = f"{model.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
     kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
     if model.precision == "bf16":
@@ -97,7 +108,7 @@ def _records(
 def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:
     """The copy of the model that computes the features. The first process keeps OpenVINO's program for all."""
     if not program:
-        return fast_copy(model, device)
+        return fastest_copy(model, device)
     first = openvino_copy(model, program) if is_first() else None
     barrier()
     return first or openvino_copy(model, program)

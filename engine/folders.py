@@ -1,26 +1,19 @@
 """How does a folder become labelled images? Which files below it are images, of which class, in which part?"""
 
-import hashlib
 import os
 import re
 import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from engine.console import count_of, printable
-from engine.device import available_cpus
-from engine.distributed import gather, share
-from engine.images import is_image_file, unread_format
+from engine.images import Images, is_image_file, unread_format
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
@@ -31,72 +24,12 @@ or
     {root}/val/<class>/*.jpg      validation images; if missing, 20% of the other training images are held out"""
 SYSTEM_FOLDERS = {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 # what main_train.py and inference.py leave in a folder
-OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.features", "*_wrong.csv")
+OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", "features/*.*", "*_wrong.csv")
 # folders that describe images for detection or segmentation, and folders of such images
 DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
 PICTURES = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
-
-
-@dataclass
-class Images:
-    """N images, as files or as one uint8 array (N, H, W, 3), and their labels, int64 (N,)."""
-
-    items: list[Path] | np.ndarray
-    labels: Tensor
-    names: list[str]  # the path below the data set's folder, or the part and the number: "test 17"
-    groups: list[str] | None = None  # the name of each image's group (patient, film), if the data set has groups
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, indices: Tensor) -> "Images":
-        chosen = indices.numpy()
-        items = self.items[chosen] if isinstance(self.items, np.ndarray) else [self.items[i] for i in chosen]
-        groups = self.groups and [self.groups[i] for i in chosen]
-        part = Images(items, self.labels[indices], [self.names[i] for i in chosen], groups)
-        if "ids" in vars(self):  # they have been computed
-            part.ids = [self.ids[i] for i in chosen]
-        return part
-
-    @classmethod
-    def joined(cls, parts: Iterable["Images"]) -> "Images":
-        parts = list(parts)
-        items = [item for part in parts for item in part.items]
-        names, grouped = [name for part in parts for name in part.names], all(part.groups is not None for part in parts)
-        groups = [group for part in parts for group in part.groups] if grouped else None
-        return cls(items, torch.cat([part.labels for part in parts]), names, groups)
-
-    def paths(self) -> list[str]:
-        """For each image the path of its file, or its name."""
-        return [
-            str(item) if isinstance(item, Path) else name for item, name in zip(self.items, self.names, strict=True)
-        ]
-
-    @cached_property
-    def ids(self) -> list[str]:
-        """For each image a hash of its pixels, or of its file. Under torchrun each process reads a share of them."""
-        own = share(len(self), 256)
-        with ThreadPoolExecutor(available_cpus()) as pool:
-            found = dict(zip(own, pool.map(_identity, (self.items[i] for i in own)), strict=True))
-        found = {i: identity for part in gather(found) for i, identity in part.items()}
-        return [found[i].hex() for i in range(len(self))]
-
-
-def _identity(item: Path | np.ndarray) -> bytes:
-    if isinstance(item, np.ndarray):
-        return hashlib.blake2b(np.ascontiguousarray(item), digest_size=16).digest()
-    digest, size = hashlib.blake2b(digest_size=16), 0
-    with suppress(OSError):  # the file is gone; reading it will raise an ImageError
-        if item.is_file():  # opening a pipe would block
-            with item.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-                    size += len(block)
-            digest.update(str(size).encode())  # as in the features that earlier versions have computed
-            return digest.digest()
-    return hashlib.blake2b(os.fsencode(item), digest_size=16).digest()
 
 
 def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:

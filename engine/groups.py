@@ -24,20 +24,20 @@ from torch import Tensor
 from engine.console import Progress, count_of
 from engine.distributed import gather, is_first
 from engine.files import atomic_write
-from engine.folders import Images
+from engine.images import Images
 
-LARGEST = 0.2  # of a class: larger groups of near-duplicates could not be held out
+MAX_GROUP_SHARE = 0.2  # groups of near-duplicates with a larger share of a class could not be held out
 COMPARED = 100_000  # more images than this would take minutes
-SIZE = 24  # of a thumbnail
+SIZE = 24  # pixels on each side of a thumbnail
 # brightness and two differences of color from red, green and blue (ITU-R BT.601)
 YCBCR = ((0.299, 0.587, 0.114), (-0.169, -0.331, 0.5), (0.5, -0.419, -0.081))
 FREQUENCIES = 8  # in each direction
 MARGINS = (0.025, 0.05, 0.075, 0.1)  # cut off at each side: crops of 95, 90, 85 and 80%
-LEVELS = (0.1, 0.1, 0.05, 0.05)  # the weights of contrast, brightness and both differences of color in a similarity
-RIDGE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
-ALIKE, IDENTICAL = 0.925, 0.99999  # the least and the largest bound
-SAMPLE = 2000  # images whose pairs tell what chance does
-NEAREST = 8  # the most similar images of each, in each tile, are enough to connect a group
+APPEARANCE = (0.1, 0.1, 0.05, 0.05)  # the weights of contrast, brightness and both differences of color in a similarity
+NOISE_VARIANCE = 0.001  # added to the variances of the frequencies, whose sum is at most 1: noise is not amplified
+LEAST_BOUND, LARGEST_BOUND = 0.925, 0.99999  # the least and the largest bound
+CHANCE_IMAGES = 2000  # the pairs of so many random images tell what chance does
+NEIGHBOURS = 8  # so many most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
@@ -78,7 +78,7 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         together[number].append(i)
     for members in together.values():
         counts = Counter(labels[i] for i in members if i in pool)
-        too_large = any(count > max(2, LARGEST * sizes[label]) for label, count in counts.items())
+        too_large = any(count > max(2, MAX_GROUP_SHARE * sizes[label]) for label, count in counts.items())
         large += too_large
         name = min(images.ids[i] for i in members)
         for i in members:
@@ -182,12 +182,12 @@ def _views(thumbnails: Tensor) -> Tensor:
         shape = (_frequencies(grey) - center) * weights * (deviation > 1)[:, None]  # a plain image is like no other
         shape = F.normalize(shape.sign() * shape.abs().sqrt())  # the root: no single frequency decides
         angles = torch.stack([(deviation + 2).log(), brightness / 80, *(colors / 30).clamp(-1.5, 1.5)], dim=1)
-        scale = torch.tensor(LEVELS).sqrt()
-        return torch.cat([(1 - sum(LEVELS)) ** 0.5 * shape, scale * angles.cos(), scale * angles.sin()], dim=1)
+        scale = torch.tensor(APPEARANCE).sqrt()
+        return torch.cat([(1 - sum(APPEARANCE)) ** 0.5 * shape, scale * angles.cos(), scale * angles.sin()], dim=1)
 
     known = torch.cat([_frequencies(planes(block)[0]) for block in thumbnails.split(TILE)])
     center = known.sum(dim=0) / (len(known) + 1)  # as if there were a plain image: all others may be the same one
-    weights = ((known - center).square().mean(dim=0) + RIDGE).rsqrt()
+    weights = ((known - center).square().mean(dim=0) + NOISE_VARIANCE).rsqrt()
     weights[0] = 0
     found = []
     for block in thumbnails.split(TILE):
@@ -198,7 +198,7 @@ def _views(thumbnails: Tensor) -> Tensor:
 
 
 def _similar_pairs(views: Tensor) -> Pairs:
-    """For each image those most similar to it in each tile, if they are ALIKE."""
+    """For each image those most similar to it in each tile, if their similarity exceeds LEAST_BOUND."""
     count, found = views.shape[1], []
     tiles = [views[:, start : start + TILE] for start in range(0, count, TILE)]
     with Progress(count, "comparing images") as bar:
@@ -211,10 +211,10 @@ def _similar_pairs(views: Tensor) -> Pairs:
                         torch.maximum(similarity, rows[0] @ columns[view].T, out=similarity)
                 if a == b:
                     similarity = similarity.triu(1)
-                some = (similarity.amax(dim=1) > ALIKE).nonzero()[:, 0]
-                values, indices = similarity[some].topk(min(NEAREST, similarity.shape[1]))
+                some = (similarity.amax(dim=1) > LEAST_BOUND).nonzero()[:, 0]
+                values, indices = similarity[some].topk(min(NEIGHBOURS, similarity.shape[1]))
                 one, other = (some[:, None] + a * TILE).expand_as(indices), indices + b * TILE
-                kept = values > ALIKE
+                kept = values > LEAST_BOUND
                 found += zip(one[kept].tolist(), other[kept].tolist(), values[kept].tolist(), strict=True)
             bar.update(rows.shape[1])
     return found
@@ -222,12 +222,12 @@ def _similar_pairs(views: Tensor) -> Pairs:
 
 def _bound(descriptions: Tensor, pairs: Pairs) -> float:
     """The similarity that near-duplicates exceed, from descriptions (N, D) and a spanning forest of similar pairs."""
-    count, bound = len(descriptions), ALIKE
-    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    count, bound = len(descriptions), LEAST_BOUND
+    sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:CHANCE_IMAGES]
     one, other = torch.triu_indices(len(sample), len(sample), 1)
     closeness = -(1 - (descriptions[sample] @ descriptions[sample].T)[one, other]).clamp(min=1e-7).log()
     comparisons = (8 + 2 * len(MARGINS)) * count * (count - 1) / 2
-    while bound < IDENTICAL:
+    while bound < LARGEST_BOUND:
         groups = components(count, (pair for pair in pairs if pair[2] > bound))[sample]
         chance = closeness[groups[one] != groups[other]]
         if not len(chance):
@@ -237,4 +237,4 @@ def _bound(descriptions: Tensor, pairs: Pairs) -> float:
         if 1 - math.exp(-largest) <= bound:
             break
         bound = 1 - math.exp(-largest)
-    return min(bound, IDENTICAL)
+    return min(bound, LARGEST_BOUND)

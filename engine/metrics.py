@@ -64,21 +64,26 @@ def calibration(logits: Tensor, labels: Tensor, bins: int = 15) -> dict:
     confidence, predicted = logits.softmax(dim=1).max(dim=1)
     which = (confidence * bins).long().clamp(max=bins - 1)
     hits = (predicted == labels).float()
-    count, *sums = (which.bincount(values, minlength=bins) for values in (None, confidence, hits))
-    confidences, accuracies = (total / count.clamp(1) for total in sums)
+    count = which.bincount(minlength=bins)
+    confidences = which.bincount(confidence, minlength=bins) / count.clamp(1)
+    accuracies = which.bincount(hits, minlength=bins) / count.clamp(1)
     error = ((confidences - accuracies).abs() * count).sum() / len(labels)
     rows = {"count": count.tolist(), "confidence": confidences.tolist(), "accuracy": accuracies.tolist()}
     return {"ece": error.item(), **rows}
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior."""
+    """The most probable temperature given validation logits, as in Guo et al. 2017 but with a prior.
 
-    def negative_log_posterior(t: float) -> float:
-        return F.cross_entropy(logits / math.exp(t), labels, reduction="sum").item() + (t / TEMPERATURE_PRIOR) ** 2 / 2
+    A search for its logarithm.
+    """
+
+    def negative_log_posterior(log: float) -> float:
+        loss = F.cross_entropy(logits / math.exp(log), labels, reduction="sum").item()
+        return loss + (log / TEMPERATURE_PRIOR) ** 2 / 2
 
     best = 0.0
-    for step in (0.5, 0.1, 0.02, 0.004):  # of the temperature's logarithm, from -3.7 to 3.7
+    for step in (0.5, 0.1, 0.02, 0.004):  # finer and finer, from -3.7 to 3.7
         best = min((best + step * i for i in range(-6, 7)), key=negative_log_posterior)
     return math.exp(best)
 

@@ -1,29 +1,39 @@
-"""How does a frozen network run in OpenVINO, if that is installed (pip install openvino)?
+"""How does a frozen network run in OpenVINO, if that is installed (pip install openvino)? In fp32, and in int8.
 
-On a CPU in fp32 most networks are a little faster there than in the fast copy (benchmarks/README.md). Converting a
-network takes some seconds, so the program is kept beside the features, and few images do without.
+On a CPU in fp32 most networks are faster there than in the fast copy (benchmarks/README.md). Converting a network takes
+some seconds, so the program is kept beside the features, and few images do without. In int8, which NNCF prepares (pip
+install openvino nncf), weights and activations have 8 bits: the program belongs to the model, and to its checkpoint.
 """
 
+import copy
+import importlib
 import io
+import logging
 import sys
 import tempfile
 import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.console import first_line
 from engine.device import threads
 from engine.fast import fast_copy
-from engine.files import load_tensors, save_tensors
+from engine.files import content_hash, load_tensors, save_tensors
+from engine.images import Item, preprocess, read_image, reading_arguments
 
 MANY = 4096  # images, from which on the conversion takes less time than it saves
+LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
+CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
 def openvino_version(device: torch.device, precision: str, images: int, file: Path | None = None) -> str:
@@ -34,8 +44,10 @@ def openvino_version(device: torch.device, precision: str, images: int, file: Pa
     return ""
 
 
-def fastest_copy(model: nn.Module, device: torch.device, images: int, precision: str | None = None) -> nn.Module:
-    """The copy of a TransferModel that takes the least time for so many images."""
+def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precision: str | None = None) -> nn.Module:
+    """The copy of a TransferModel that is the fastest for so many images. Raises ValueError if int8 is impossible."""
+    if (precision or model.precision) == "int8":
+        return _int8_copy(model, device)
     if openvino_version(device, precision or model.precision, images):
         return openvino_copy(model)
     return fast_copy(model, device, precision)
@@ -85,8 +97,7 @@ def _is_better(fast: nn.Module, plain: nn.Module) -> bool:
 def _import() -> ModuleType:
     blocked = sys.modules.setdefault("openvino_telemetry", None)  # or the import is reported to Google Analytics
     try:
-        import openvino
-
+        openvino = importlib.import_module("openvino")
         for name in ("Core", "convert_model", "save_model"):
             getattr(openvino, name)
     except Exception:
@@ -115,10 +126,17 @@ class _View(nn.Module):
 
 def convert(openvino: ModuleType, model: nn.Module) -> dict[str, Tensor]:
     """OpenVINO's program for one view of one image: its graph and its weights, as bytes."""
-    with warnings.catch_warnings(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")  # of other packages' code
+    return _as_bytes(openvino, _converted(openvino, model))
+
+
+def _converted(openvino: ModuleType, model: nn.Module) -> object:
+    with _quiet(), torch.no_grad():
         image = model.example().permute(0, 2, 3, 1).contiguous()
-        network = openvino.convert_model(torch.export.export(_View(model).eval(), (image,)))
+        return openvino.convert_model(torch.export.export(_View(model).eval(), (image,)))
+
+
+def _as_bytes(openvino: ModuleType, network: object) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, Path(folder, "x.xml"), compress_to_fp16=False)
         files = {"graph": Path(folder, "x.xml"), "weights": Path(folder, "x.bin")}
         return {name: torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for name, file in files.items()}
@@ -146,3 +164,92 @@ class Program(nn.Module):
         arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
         outputs = [self.of_thread.request.infer(array[None], share_inputs=True)[0] for array in arrays]
         return torch.cat([torch.from_numpy(output) for output in outputs])
+
+
+# -------------------------------------------------------------------------------------------------------- int8
+
+
+def check_int8(device: torch.device) -> None:
+    """Raises ValueError if models cannot be trained in int8 here."""
+    if device.type != "cpu":
+        raise ValueError(f"int8 runs on the CPU only, not on {device.type}: use --device cpu")
+    try:
+        with _quiet():
+            _import(), _import_nncf()
+    except Exception as error:  # whatever a broken or an old installation raises
+        raise ValueError(f"int8 needs OpenVINO and NNCF ({first_line(error)}): pip install openvino nncf") from error
+
+
+def quantize(
+    model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder: Path
+) -> tuple[dict[str, Tensor], float]:
+    """OpenVINO's program of a TransferModel's features in int8, its graph and its weights as bytes, and the seconds.
+
+    The ranges of activations are those of a sample of the images, chosen by their hashes. The program is kept in
+    `folder`, because another quantisation may differ a little. Raises ValueError if NNCF cannot quantise the network.
+    """
+    chosen, start = sorted(range(len(ids)), key=ids.__getitem__)[:CALIBRATION], time.perf_counter()
+    key = [model.backbone, model.preprocessing, [ids[i] for i in chosen]]
+    file = folder / f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}.int8"
+    if kept := _load(file):
+        return kept["program"], kept["seconds"]
+    print(f"{model.backbone}: preparing int8 with {len(chosen)} training images")
+    form = reading_arguments(model.preprocessing)
+    images = (preprocess([read_image(items[i], *form)], model.preprocessing) for i in chosen)
+    arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
+    try:
+        with _quiet():
+            openvino, nncf = _import(), _import_nncf()
+            mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
+            network = nncf.quantize(
+                _converted(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays)
+            )
+        program = _as_bytes(openvino, network)
+        if (cosine := _similarity(model, Program(openvino, program), arrays[:64])) < LEAST_SIMILAR:
+            raise ValueError(f"its features become others (cosine {cosine:.2f})")
+    except Exception as error:  # whatever a network with other operators makes them raise
+        raise ValueError(f"{model.backbone} cannot run in int8: {first_line(error)}") from error
+    save_tensors(file, {"program": program, "seconds": time.perf_counter() - start})
+    return program, time.perf_counter() - start
+
+
+def _import_nncf() -> ModuleType:
+    nncf = importlib.import_module("nncf")
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
+@torch.inference_mode()
+def _similarity(model: nn.Module, program: nn.Module, arrays: list[np.ndarray]) -> float:
+    """The mean cosine of an image's features in fp32 and in int8, both without the features' means."""
+    images = torch.from_numpy(np.concatenate(arrays)).permute(0, 3, 1, 2)
+    fast = fast_copy(model, images.device, "fp32")
+    rows, others = (torch.cat([run(part) for part in images.split(8)]) for run in (fast.forward_view, program))
+    return F.cosine_similarity(rows - rows.mean(dim=0), others - others.mean(dim=0)).mean().item()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps other packages' notes and progress bars from the screen."""
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _int8_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    if not model.program:
+        raise ValueError(f"{model.name} was not trained in int8: main_train.py --precision int8 does that")
+    if device.type != "cpu":
+        raise ValueError(f"{model.name} answers in int8, on the CPU only: use --device cpu")
+    try:
+        features = Program(_import(), model.program)
+    except Exception as error:
+        missing = f"{model.name} answers in int8, which needs OpenVINO ({first_line(error)}): pip install openvino"
+        raise ValueError(missing) from error
+    fast = copy.deepcopy(model).requires_grad_(False).eval()
+    fast.features = features
+    return fast

@@ -127,8 +127,10 @@ class Records:
         """Computes this process's share of the missing rows. Returns the total and the errors of all processes."""
         _, places, damaged = self.read(ids)  # under the lock
         barrier()  # before any process writes
-        first = {image: i for i, image in reversed([*enumerate(ids)])}  # identical images share a record
-        missing = [i for i in sorted(first.values()) if ids[i] not in places]
+        first = {}  # identical images share a record
+        for i, image in enumerate(ids):
+            first.setdefault(image, i)
+        missing = [i for image, i in first.items() if image not in places]
         if damaged:
             print(f"{self.name}: {damaged} images' records are damaged: computing them again", file=sys.stderr)
         if missing and places:
@@ -139,9 +141,8 @@ class Records:
                 errors |= unreadable
                 bar.update(count * world_size())
         errors = {i: error for part in gather(errors) for i, error in part.items()}  # waits until all have written
-        return len(missing) - len(errors), {
-            i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors
-        }
+        of_all = {i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors}
+        return len(missing) - len(errors), of_all
 
     def _append(self, ids: list[bytes], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
         """Appends each batch's records to this process's file. Yields its size and errors when it is written."""

@@ -57,11 +57,8 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
         return
     try:
         old = load_tensors(checkpoint)
-        size, row, classes = (
-            old["preprocessing"]["image_size"],
-            old["origin"] if "origin" in old else old["metrics"],
-            tuple(old["classes"]),
-        )
+        size, classes = old["preprocessing"]["image_size"], tuple(old["classes"])
+        row = old["origin"] if "origin" in old else old["metrics"]
     except Exception as error:  # whatever a damaged file makes torch raise
         print(f"{checkpoint} cannot be read ({first_line(error)}) and will be replaced")
         return
@@ -216,7 +213,7 @@ def comparison_table(rows: Sequence[dict]) -> list[list[str]]:
 
 
 def print_table(table: Sequence[Sequence[str]]) -> None:
-    """Prints a comparison_table, its first column to the left and the others to the right."""
+    """Prints a header and lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))

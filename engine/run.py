@@ -1,6 +1,6 @@
-"""How do many images go through a model, on all cores, on a GPU, on all processes?
+"""How do many images go through a network, on all cores, on a GPU, on all processes?
 
-`run_images` is the path from images to outputs. A model here is a TransferModel or its fast copy.
+`run_images` is the path from images to outputs. A model here is any module with the `preprocessing` of its images.
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,19 +19,17 @@ from torch import Tensor, nn
 from engine.console import Progress
 from engine.device import available_cpus, batch_size_for, full_precision, keep_freed_memory, threads
 from engine.distributed import shared_map, world_size
-from engine.images import ImageError, Item, preprocess, read_image, reading_arguments, stack
-from engine.layers import averages, run_layers
-from engine.metrics import average_models
+from engine.images import ImageError, Item, preprocess, read_image, reading_arguments
 
-Output = Callable[[nn.Module, Tensor], Tensor]  # of a model and images (B, 3, S, S): (B, D)
+Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images (B, 3, S, S) -> (B, D)
 
 
 class Batch(NamedTuple):
     """What run_images yields."""
 
     items: list[Item]  # B images
-    outputs: list[Tensor]  # of each model, (B, D), float32 on the CPU; NaN for unreadable images
-    errors: dict[int, ImageError]  # of unreadable images, by position in the batch
+    outputs: list[Tensor]  # one (B, D) for each model, float32 on the CPU; NaN for unreadable images
+    errors: dict[int, ImageError]  # why images are unreadable, by position in the batch
 
 
 def run_images(
@@ -84,26 +81,33 @@ class _Runner:
                     pixels[i] = read_image(item, *form)
                 except ImageError as error:
                     errors[i] = ImageError(str(error))  # without the traceback, which keeps the batch in memory
-            images.append(stack(pixels, self.device))
+            images.append(pinned(pixels, self.device))
         with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
-        unread = torch.tensor(list(errors), dtype=torch.int64)
-        return Batch(batch, [rows.float().cpu().index_fill(0, unread, math.nan) for rows in outputs], errors)
+        unreadable = torch.tensor(list(errors), dtype=torch.int64)
+        return Batch(batch, [rows.float().cpu().index_fill(0, unreadable, math.nan) for rows in outputs], errors)
 
     def forward(self, model: nn.Module, images: Tensor | list[Tensor]) -> Tensor:
-        dtype = next(model.features.parameters()).dtype
+        dtype = next(model.parameters()).dtype  # the classifier's may differ
         while True:
             limit = self.limit
-            parts = (images[i : i + limit] for i in range(0, len(images), limit))
-            batches = (preprocess(part, model.preprocessing, self.device, dtype) for part in parts)
+            some = (images[i : i + limit] for i in range(0, len(images), limit))
+            batches = (preprocess(each, model.preprocessing, self.device, dtype) for each in some)
             try:
                 return torch.cat([self.output(model, batch) for batch in batches])
             except torch.OutOfMemoryError:
                 if limit == 1:
                     raise
-            self.limit = limit // 2  # outside the handler, which keeps the memory of the failed attempt alive
+            self.limit = limit // 2  # outside the handler, which keeps the memory of the failed call alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
+
+
+def pinned(images: list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    """For CUDA and images of one size, a batch (B, 3, H, W) in pinned memory. Otherwise the images as they are."""
+    if device.type == "cuda" and len({image.shape for image in images}) == 1:
+        return torch.stack(images).pin_memory()
+    return images
 
 
 def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> Tensor:
@@ -118,56 +122,3 @@ def outputs_of(model: nn.Module, items: Sequence[Item], title: str) -> Tensor:
 
     with Progress(len(items), title) as bar:
         return torch.stack([*shared_map(rows, items, batch_size_for(next(model.parameters()).device))])
-
-
-def predictions(
-    models: list[nn.Module], items: Iterable[Item], top_k: int, ensemble: bool = False
-) -> Iterator[tuple[Item, list[dict]]]:
-    """Yields each item with one record for each model, as in `TransferModel.predict`, or with one error record.
-
-    With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
-    softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
-    """
-    temperatures = [model.temperature for model in models]
-    for batch, outputs, errors in run_images(models, items, type(models[0]).answer):
-        answers = [rows[:, :-1] / temperature for rows, temperature in zip(outputs, temperatures, strict=True)]
-        together = average_models(answers) if ensemble else None
-        for i, item in enumerate(batch):
-            path = {"path": str(item) if isinstance(item, Path | str) else None}
-            if i in errors:
-                yield item, [{**path, "error": str(errors[i])}]
-                continue
-            records = []
-            for model, answer, rows in zip(models, answers, outputs, strict=True):
-                records.append({**path, "model": model.name, **_best(answer[i], model.classes, top_k)})
-                if model.unfamiliarity is not None:
-                    records[-1]["unfamiliar"] = bool(rows[i, -1] > 0)
-            if ensemble:
-                best = _best(together[i], models[0].classes, top_k)
-                votes = [record["unfamiliar"] for record in records if "unfamiliar" in record]
-                if votes:
-                    best["unfamiliar"] = sum(votes) > len(votes) / 2
-                records = [{**path, "model": "ensemble", **best, "models": records}]
-            yield item, records
-
-
-def _best(logits: Tensor, classes: Sequence[str], top_k: int) -> dict:
-    """The label of one image's logits (classes), its probability, and the `top_k` best."""
-    best = logits.softmax(dim=0).topk(min(top_k, len(classes)))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    top = [{"label": classes[label], "probability": probability} for label, probability in pairs]
-    return {**top[0], "top": top}
-
-
-def heat_map(model: nn.Module, images: Tensor) -> Tensor:
-    """How much each place of the last maps supports the label, from 0 to 1: (B, 3, H, W) -> (B, h * w)
-
-    Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        maps, levels = run_layers(model.features, model.levels, images.clone())
-        maps.requires_grad_()
-        logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
-        [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
-        heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
-        return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()

@@ -24,7 +24,7 @@ BATCH = 256  # images after which records are written
 class Survey:
     """What is known of N images, of which M can be read."""
 
-    records: Features  # of the M images, (M, PIXELS + WORDS)
+    records: Features  # what is kept of the M images, (M, PIXELS + WORDS)
     readable: Tensor  # (M,) their indices
     errors: list[ImageError]  # one for each of the other images
 
@@ -46,7 +46,7 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
 
     def look(i: int) -> np.ndarray | ImageError:
         unusual = peculiarity(items[i])
-        reading = agree([unusual])[0] if unusual else None  # of this image alone: enough for a thumbnail
+        reading = agree([unusual])[0] if unusual else None  # as if it were alone: enough for a thumbnail
         try:
             pixels = thumbnail(read_image(items[i], SIZE, crop=False, reading=reading))
         except ImageError as error:

@@ -19,7 +19,6 @@ from engine.console import count_of, printable
 from engine.folders import (
     DESCRIPTIONS,
     PICTURES,
-    Images,
     class_folders,
     find_images,
     name_below,
@@ -27,7 +26,7 @@ from engine.folders import (
     read_folder,
     words_of,
 )
-from engine.images import is_image_extension, is_image_file
+from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
 # words in the names of columns
@@ -193,7 +192,7 @@ class _Files:
             return [Path(direct)]
         *folders, name = [_key(step) for step in path.split("/") if step not in ("", ".", "..")] or [""]
         found = self.by_name.get(name) or self.by_stem.get(name, [])
-        elsewhere = path.startswith(("/", "..")) or path[1:2] == ":"  # of another machine: its last folders count
+        elsewhere = path.startswith(("/", "..")) or path[1:2] == ":"  # from another machine: its last folders count
         ends = [folders[start:] for start in range(len(folders) + 1 if elsewhere else 1)]
         fitting = ([p for p in found if [*map(_key, p.parts[-1 - len(end) : -1])] == end] for end in ends)
         found = next(filter(None, fitting), [])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from engine.features import Features
 from engine.layers import RandomProjection, Standardize
 
-MAX_IMAGES = 20_000  # of the training images, from which the distance is fitted
+MAX_IMAGES = 20_000  # so many training images are enough to fit the distance
 MIN_SCORES = 19  # with fewer validation images, no score of theirs can serve as a threshold for 5%
 SHRINKAGE = 0.9  # the weight of the identity in the shrunk covariance
 
@@ -30,7 +30,7 @@ class Unfamiliarity(nn.Module):
         self.project = RandomProjection(width, self.SIZE, generator)
         self.register_buffer("centers", torch.zeros(classes, self.SIZE))
         self.register_buffer("whitening", torch.eye(self.SIZE))
-        self.register_buffer("weights", torch.zeros(3))  # of distance, doubt and bias
+        self.register_buffer("weights", torch.zeros(3))  # for distance, doubt and bias
 
     def distance_and_doubt(self, features: Tensor, logits: Tensor) -> Tensor:
         """(B, width), (B, classes) -> (B, 2)"""
@@ -67,9 +67,8 @@ def fit_unfamiliarity(train: Features, labels: Tensor, val: Features, logits: Te
     found = torch.cat([score.distance_and_doubt(features, rows) for features, rows in blocks])
     weights = torch.tensor([1, len(train) / (len(train) + train.width)]) / (found.std(dim=0, correction=0) + 1e-6)
     if len(found) < MIN_SCORES:  # their standard deviations say little
-        weights = torch.stack(
-            [1 / ((projected @ score.whitening).norm(dim=1).std(correction=0) + 1e-6), torch.zeros(())]
-        )
+        spread = (projected @ score.whitening).norm(dim=1).std(correction=0)
+        weights = torch.stack([1 / (spread + 1e-6), torch.zeros(())])
     score.weights.copy_(torch.cat([weights, -_threshold(found @ weights)[None]]))
     return score
 

@@ -28,7 +28,8 @@ FOREIGN = {  # how files begin that people take for weights
     b"\x89hdf": "a file of HDF5, as Keras writes: PyTorch cannot read it",
     b"\x1f\x8b": "compressed: unpack it first",
 }
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of DDP, compile, FSDP
+# names that DDP, torch.compile, FSDP and activation checkpointing put before others
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 AVERAGED = re.compile(r"(?<![a-z])(ema|averaged?|avg|swa|teacher)(?![a-z])", re.IGNORECASE)
 
 

@@ -5,7 +5,8 @@ import torch
 from conftest import CPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.images import preprocess, stack
+from engine.images import preprocess
+from engine.run import pinned
 from models import TransferModel
 
 SIZES = [(40, 40), (40, 40), (30, 30)]
@@ -20,7 +21,7 @@ def test_nothing_stays_on_the_cpu(name, monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         with device:
             model = TransferModel(name, "abc", 64, pretrained=False)
-        for batch in (images, stack(images[:2], device), stack(images, device)):
+        for batch in (images, pinned(images[:2], device), pinned(images, device)):
             inputs = preprocess(batch, model.preprocessing, device)
             for outputs in (inputs, model(inputs), model.answer(inputs)):
                 assert outputs.device.type == "cuda" and len(outputs) == len(batch)

@@ -14,7 +14,7 @@ import sys
 sys.path.insert(0, {root!r})
 import inference, main_train, train_utils
 from engine.console import run_script
-from engine.distributed import spmd
+from engine.distributed import with_process_group
 
 def main():
     print("TRAINED", main_train.main({train} + ["--output", "two", "--cache", "two"]))
@@ -34,7 +34,7 @@ def interrupted(*args):
     return train_one_epoch(*args)
 
 epochs, train_one_epoch = [], train_utils.train_one_epoch
-run_script(spmd(main))
+run_script(with_process_group(main))
 """
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT, draw, finish, random_model, start
 from PIL import Image
 
 import main_train
-from engine.distributed import spmd
+from engine.distributed import with_process_group
 from models import save_checkpoint
 
 
@@ -52,4 +52,4 @@ def test_two_processes_on_one_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="--nproc_per_node=1"):
-        spmd(lambda: 0)()
+        with_process_group(lambda: 0)()

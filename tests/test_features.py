@@ -97,7 +97,7 @@ def test_many_images_are_kept_in_half_precision(photos, tmp_path, monkeypatch):
     data, model = load_data(str(photos)), TransferModel(NAME, "ab", 32, pretrained=False)
 
     def extract(images, folder):
-        return extract_features(model, images.items, images.ids, tmp_path / folder, torch.device("cpu"))
+        return extract_features(model, {"test": images}, tmp_path / folder, torch.device("cpu"))["test"]
 
     few, single = data.test.subset(torch.arange(10)), extract(data.test, "single").features
     extract(few, "mixed")

@@ -13,7 +13,8 @@ from PIL import Image
 
 import main_train
 from data import load_data
-from engine.folders import Images, find_images
+from engine.folders import find_images
+from engine.images import Images
 
 
 def test_labels_are_folder_names(photos):

@@ -1,8 +1,10 @@
 """Every family of backbones: frozen, pretrained, saved and loaded."""
 
+import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -129,6 +131,20 @@ def test_predict_agrees_with_inference(run, tmp_path):
     assert alone["path"] == files[0] and alone["probability"] == pytest.approx(answers[0]["probability"], abs=1e-5)
     loaded.temperature = 1e-3  # probabilities are calibrated
     assert loaded.predict(files[0])["probability"] > answers[0]["probability"]
+
+
+@pytest.mark.parametrize("schema", [4, 5])
+def test_checkpoints_of_earlier_versions_give_the_same_answers(schema, tmp_path):
+    """Files that those versions have written, and what they answered."""
+    packed = Path(__file__).with_name(f"schema_{schema}.pt.gz").read_bytes()
+    (tmp_path / "x.pt").write_bytes(gzip.decompress(packed))
+    model = load_checkpoint(tmp_path / "x.pt")
+    pixels = (np.arange(64 * 64 * 3).reshape(64, 64, 3) * 7919 % 251).astype(np.uint8)
+    found = {guess["label"]: guess["probability"] for guess in model.predict(pixels)["top"]}
+    assert found == pytest.approx({"green": 0.51827, "red": 0.37735, "blue": 0.10438}, abs=1e-3)
+    assert model.origin["val_accuracy"] == 0.75
+    save_checkpoint(tmp_path / "y.pt", model, model.origin)
+    assert load_checkpoint(tmp_path / "y.pt").predict(pixels)["probability"] == pytest.approx(found["green"], abs=1e-5)
 
 
 def test_a_checkpoint_of_another_schema_is_refused(tmp_path):

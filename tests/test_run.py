@@ -10,7 +10,8 @@ from PIL import Image
 
 import main_train
 from engine.backbones import torchvision_weights
-from engine.run import heat_map, run_images
+from engine.run import run_images
+from inference import heat_map
 from models import TransferModel, load_checkpoint
 
 

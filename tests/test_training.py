@@ -19,7 +19,7 @@ from engine.features import Features
 from engine.images import ImageError
 from engine.metrics import fit_temperature
 from models import Classifier, balanced_weights, load_checkpoint
-from train_utils import FINE_TUNING, RECIPE, RIDGE_IMAGES, Training, fine_tune, fit, fit_classifier, refit_linear
+from train_utils import FINE_TUNING, RECIPE, RIDGE_IMAGES, Training, fine_tune, fit, fit_classifier, refit_ridge
 
 
 @pytest.mark.parametrize("class_weights", [False, True])
@@ -36,7 +36,7 @@ def test_fit_ridge_agrees_with_sklearn_and_leaves_each_image_out(images, width, 
     x, targets = classifier.standardize(features).double().numpy(), F.one_hot(labels).double().numpy()
     weights = balanced_weights(labels)[labels].numpy() if class_weights else np.ones(images)
     theirs = Ridge(alpha=width).fit(x, targets, weights).predict(x)
-    ours = classifier.linear(classifier.standardize(features)).detach().numpy()
+    ours = classifier.ridge(classifier.standardize(features)).detach().numpy()
     factor = ours.std() / theirs.std()
     assert np.allclose(ours, factor * theirs, atol=1e-3 * factor)
     for i in range(0, images, 7):
@@ -88,7 +88,7 @@ def test_ridge_regression_includes_rare_classes():
     assert 2 not in torch.cat([labels, labels])[chosen]  # a sample at random would not do
     classifier = Classifier(8, 3, 4)
     fit_classifier(classifier, train, val, dataclasses.replace(RECIPE, epochs=1), "fp32", "")
-    assert classifier.linear.weight[2].abs().sum() > 0
+    assert classifier.ridge.weight[2].abs().sum() > 0
 
 
 def test_fine_tuning_starts_without_having_seen_the_validation_images():
@@ -100,10 +100,10 @@ def test_fine_tuning_starts_without_having_seen_the_validation_images():
     train = Batches(feature_loader(features[:40], CPU), labels[:40], 512, CPU, 0)
     val = Batches(feature_loader(features[40:], CPU), labels[40:], 512, CPU)
     fit_classifier(classifier, train, val, recipe, "fp32", "")
-    network = classifier.network(classifier.standardize(features))
-    refit_linear(classifier, Features.in_memory(features[:40]), labels[:40], val_images=20)
+    network = classifier.mlp(classifier.standardize(features))
+    refit_ridge(classifier, Features.in_memory(features[:40]), labels[:40], val_images=20)
     alone.fit_ridge(features[:40], labels[:40])
-    expected = 8 / (60 + 8) * alone.linear(alone.standardize(features))
+    expected = 8 / (60 + 8) * alone.ridge(alone.standardize(features))
     assert torch.allclose(classifier(features) - network, expected, atol=1e-5)
 
 

@@ -1,0 +1,102 @@
+"""Models in int8: the program of OpenVINO is trained on, saved, and answers; without the packages, one line says so."""
+
+import sys
+
+import pytest
+import torch
+from conftest import QUICK, SMALL, checkpoints, noise, random_model, repeatable, same
+
+import inference
+import main_train
+from engine import openvino
+from engine.images import preprocess
+from engine.openvino import fastest_copy, quantize
+from models import load_checkpoint, save_checkpoint, set_statistics
+
+INT8 = ("--precision", "int8", "--device", "cpu")
+
+
+@pytest.fixture
+def packages():
+    for name in ("openvino", "nncf"):
+        pytest.importorskip(name)
+
+
+@pytest.fixture
+def trained(run, photos, tmp_path, packages):
+    """A folder with a model in int8, and the arguments that trained it."""
+    command = ("--data", photos, *SMALL, *QUICK, *INT8)
+    code, _, err = run(main_train, *command)
+    assert (code, err) == (0, ""), err
+    return tmp_path, command
+
+
+def test_a_second_run_has_the_same_program(trained, run):
+    folder, command = trained
+    [program] = (folder / "data" / "features").glob("*.int8")
+    before, row, content = checkpoints(folder), repeatable(folder), program.read_bytes()
+    for file in (folder / "data" / "features").glob("*.features"):
+        file.unlink()
+    assert run(main_train, *command)[0] == 0
+    assert same(checkpoints(folder), before) and repeatable(folder) == row and program.read_bytes() == content
+
+
+def test_the_checkpoint_answers_as_in_training(trained, run, photos):
+    folder, _ = trained
+    [file], [row] = (folder / "checkpoints").glob("*.pt"), repeatable(folder).values()
+    code, out, _ = run(inference, photos / "test", "--evaluate")
+    assert code == 0 and f"{row['test_accuracy']:.2%}" in out
+    assert load_checkpoint(file).program and row["precision"]["features"] == "int8"
+    image = next((photos / "test").rglob("*.png"))
+    assert run(inference, image, "--precision", "fp32")[0] == 0
+    assert run(inference, "--export", "model.pt2", "--checkpoint", file)[0] == 2
+
+
+def test_it_can_be_fine_tuned(trained, run):
+    folder, command = trained
+    assert run(main_train, *command, "--fine-tune", 1)[0] == 0
+    assert repeatable(folder)["mobilenet_v3_small_finetuned"]["precision"]["features"] in ("fp32", "int8")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_features_stay_alike_or_are_refused(name, packages, tmp_path, monkeypatch):
+    model, ids = random_model(name, 64), [f"{i:04}" for i in range(40)]
+    images = [(255 * image).to(torch.uint8) for image in noise(model, 40).sigmoid()]
+    set_statistics(model, images)
+    model.precision, model.views = "int8", 1
+    model.program, _ = quantize(model, images[:32], ids[:32], tmp_path)
+    batch = preprocess(images[32:], model.preprocessing)
+    with torch.inference_mode():
+        copies = [fastest_copy(model, torch.device("cpu"), precision=kind) for kind in ("fp32", "int8")]
+        rows = [copy.forward_features(batch) for copy in copies]
+    assert torch.nn.functional.cosine_similarity(*(row - row.mean(dim=0) for row in rows)).mean() > 0.8
+    monkeypatch.setattr(openvino, "LEAST_SIMILAR", 2)
+    with pytest.raises(ValueError, match=f"{name} cannot run in int8"):
+        quantize(model, images, ids, tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["openvino", "nncf"])
+def test_training_needs_both_packages(missing, run, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, *INT8)
+    assert code == 2 and err.count("\n") == 1 and "pip install openvino nncf" in err
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_answers_need_openvino(run, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    model = random_model("mobilenet_v3_small", 64)
+    model.precision, model.program = "int8", {"graph": torch.ones(3, dtype=torch.uint8)}
+    save_checkpoint(tmp_path / "checkpoints" / "a.pt", model, {})
+    image = next((photos / "test").rglob("*.png"))
+    code, out, err = run(inference, image)
+    assert (code, out, err.count("\n")) == (2, "", 1) and "pip install openvino" in err
+    assert run(inference, image, "--precision", "fp32")[0] == 0
+    model.unfreeze()
+    assert model.precision == "fp32" and not model.program
+
+
+def test_a_model_in_fp32_has_no_program(run, photos, tmp_path):
+    save_checkpoint(tmp_path / "checkpoints" / "a.pt", random_model("mobilenet_v3_small", 64), {})
+    code, _, err = run(inference, next((photos / "test").rglob("*.png")), "--precision", "int8")
+    assert code == 2 and err.count("\n") == 1 and "--precision int8" in err
