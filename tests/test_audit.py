@@ -14,7 +14,8 @@ from PIL import Image
 
 import inference
 import main_train
-from engine.audit import summary
+from data import load_data
+from engine.audit import audit, summary
 from engine.features import Features
 from engine.groups import find_near_duplicates
 from engine.unfamiliar import fit_unfamiliarity
@@ -40,9 +41,12 @@ def test_planted_near_duplicates_and_label_errors_are_found(run, photos, tmp_pat
     assert (tmp_path / "plots" / "mobilenet_data.png").exists()
 
 
-def test_near_duplicates_of_very_many_images_are_not_looked_for(tmp_path):
+def test_near_duplicates_of_very_many_images_are_not_looked_for(photos, tmp_path):
     assert find_near_duplicates(["x"] * 100_001, torch.zeros(0), tmp_path) is None
-    report = {"near_duplicates": None, "label_errors": []}
+    data = load_data(str(photos))
+    labels = torch.cat([images.labels for images in data.parts.values()])
+    report = audit(data.parts, None, 9.0 * F.one_hot(labels), data.classes, [1.0] * 18)
+    assert report["near_duplicates"] is None and report["label_errors"] == []
     assert "too many images to look for near-duplicates" in summary(report)
 
 

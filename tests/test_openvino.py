@@ -10,7 +10,7 @@ from conftest import QUICK, SMALL, noise, random_model, repeatable, results
 import inference
 import main_train
 from engine.files import load_tensors, save_tensors
-from engine.openvino import Program, convert, openvino_copy
+from engine.openvino import Program, convert, fastest_copy, openvino_copy
 from models import load_checkpoint
 
 
@@ -33,7 +33,8 @@ def test_the_faster_one_is_kept(tmp_path):
     again = openvino_copy(model, file)
     assert type(first.features) is type(again.features) and file.stat().st_mtime_ns == written
     assert isinstance(first.features, Program) == (load_tensors(file) != {})
-    assert torch.allclose(first.forward_view(noise(model)), model.forward_view(noise(model)), rtol=1e-3, atol=1e-4)
+    for copy in (first, fastest_copy(model, torch.device("cpu"), images=10_000)):
+        assert torch.allclose(copy.forward_view(noise(model)), model.forward_view(noise(model)), rtol=1e-3, atol=1e-4)
 
 
 def test_a_program_that_is_there_is_used(run, trained, photos):
