@@ -1,8 +1,15 @@
-"""Small images, random weights, and the scripts as a user runs them. No test needs a network, and none finds one."""
+"""Small images, random weights, and the scripts as a user runs them. No test needs a network, and none finds one.
 
+Training takes a second or more. A test that needs a trained model, not a training, takes `trained` or `compared`: a
+copy of what one training has left, which all tests of a session share.
+"""
+
+import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +24,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -24,15 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 import inference  # noqa: E402
 import main_train  # noqa: E402
+import train_utils  # noqa: E402
 from engine.console import run_script  # noqa: E402
-from engine.fast import fast_copy  # noqa: E402
-from engine.files import content_hash  # noqa: E402
 from models import TransferModel  # noqa: E402
 
 CPU = torch.device("cpu")
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 QUICK = ("--image-size", 32, "--epochs", 3)
 SMALL = ("--models", "mobilenet_v3_small")
+THREE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 # a small member of every family of torchvision's classification models, and both ways of reading MobileNetV3-Large
@@ -58,24 +68,47 @@ def draw(path: Path, color: tuple[int, int, int], seed: int, size: tuple[int, in
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """photos/{train,test}/{blue,green,red}/*.png, 20 and 6 of each."""
+    return draw_photos(tmp_path / "photos")
+
+
+def draw_photos(folder: Path) -> Path:
     for part, count, first in (("train", 20, 0), ("test", 6, 100)):
         for label, (name, color) in enumerate(COLORS.items()):
             for i in range(count):
-                draw(tmp_path / "photos" / part / name / f"{i}.png", color, seed=1000 * label + first + i)
-    return tmp_path / "photos"
+                draw(folder / part / name / f"{i}.png", color, seed=1000 * label + first + i)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder of that name once, for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        with FileLock(folder / f"{name}.lock"):
+            if not (folder / f"{name}.done").exists():
+                shutil.rmtree(folder / name, ignore_errors=True)  # of a worker that failed
+                fill(folder / name)
+                (folder / f"{name}.done").touch()
+        return folder / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def weights(once) -> Path:
     """A TORCH_HOME with random weights, BatchNorm statistics included, for all backbones but VGG16."""
-    home = tmp_path_factory.mktemp("torch_home")
-    (home / "hub" / "checkpoints").mkdir(parents=True)
-    for name in ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small", "efficientnet_b0"):
-        torch.manual_seed(1)
-        model = randomize_statistics(torchvision.models.get_model(name))
-        url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
-        torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(url).name)
-    return home
+
+    def save(home: Path) -> None:
+        (home / "hub" / "checkpoints").mkdir(parents=True)
+        for name in (*THREE, "efficientnet_b0"):
+            torch.manual_seed(1)
+            model = randomize_statistics(torchvision.models.get_model(name))
+            url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
+            torch.save(model.state_dict(), home / "hub" / "checkpoints" / Path(url).name)
+
+    return once("torch_home", save)
 
 
 def randomize_statistics(model: torch.nn.Module) -> torch.nn.Module:
@@ -120,51 +153,14 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", look_up_here)
 
 
-def replace_everywhere(name: str, new: object, setattr: Callable = setattr) -> object:
-    """Replaces what a name stands for, in every module of the project that has the name. Returns what it stood for."""
-    folders = str(ROOT), str(ROOT / "engine")
-    holders = [module for module in list(sys.modules.values()) if name in getattr(module, "__dict__", ())]
-    holders = [module for module in holders if os.path.dirname(getattr(module, "__file__", None) or "") in folders]
-    before = vars(holders[0])[name]
-    for module in holders:
-        setattr(module, name, new)
-    return before
-
-
 @pytest.fixture
-def replace(monkeypatch):
-    """`replace_everywhere`, until the end of the test."""
-    return lambda name, new: replace_everywhere(name, new, monkeypatch.setattr)
-
-
-@pytest.fixture
-def fine_tuning_helps(replace):
-    """Makes the frozen model's answers on validation so bad that every epoch of fine-tuning is better."""
-
-    def worse(*args):
-        history, logits = fit_classifier(*args)
-        return history, -10 * logits
-
-    fit_classifier = replace("fit_classifier", worse)
-
-
-@pytest.fixture
-def plots():
-    """A test with this fixture draws a model's plots; otherwise `run` saves blank ones."""
-
-
-@pytest.fixture
-def run(tmp_path, weights, monkeypatch, capsys, replace, request):
+def run(tmp_path, weights, monkeypatch, capsys):
     """Runs a script's main as the command line does, in an empty folder. Returns exit code, stdout and stderr.
 
-    Training writes into that folder, unless the arguments say otherwise. Equal models share a fast copy.
+    Training writes into that folder, unless the arguments say otherwise.
     """
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
-        replace("draw_model", lambda *args: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(weights))
-    replace("fast_copy", shared_fast_copy)
 
     def command(script, *args):
         if script is main_train and "--output" not in args:
@@ -178,23 +174,72 @@ def run(tmp_path, weights, monkeypatch, capsys, replace, request):
     return command
 
 
-def save_blank(figure: object, file: object, **options: object) -> None:
-    Image.new("RGB", (1, 1)).save(file, "png")
+@pytest.fixture(scope="session")
+def training(once, weights) -> Path:
+    """What one training of three models leaves: photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).
+
+    `code`, `out` and `err` are files of what it has said. It is for reading only.
+    """
+
+    def train(folder: Path) -> None:
+        (folder / "cwd").mkdir(parents=True)
+        args = ["--data", draw_photos(folder / "photos"), "--models", *THREE, *QUICK, "--seeds", 2]
+        args += ["--output", folder / "my runs [v2]", "--cache", folder / "data"]
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.chdir(folder / "cwd")
+            patch.setenv("TORCH_HOME", str(weights))
+            code = main_train.main([str(arg) for arg in args])
+        for name, text in (("code", str(code)), ("out", out.getvalue()), ("err", without_progress(err.getvalue()))):
+            (folder / name).write_text(text)
+
+    return once("training", train)
 
 
-FAST_COPIES: dict[str, torch.nn.Module] = {}
+@pytest.fixture
+def known(training, tmp_path) -> Path:
+    """The test's folder, with a copy of the cache: the features of all `photos` are known."""
+    shutil.copytree(training / "data", tmp_path / "data")
+    return tmp_path
 
 
-def shared_fast_copy(
-    model: TransferModel, device: torch.device, precision: str | None = None, packed: bool = True
-) -> torch.nn.Module:
-    values = [model.name, model.classes, model.preprocessing, model.temperature, model.views, model.precision]
-    key = content_hash(model.state_dict(), [*values, str(device), precision, packed])
-    if key not in FAST_COPIES:
-        if len(FAST_COPIES) > 20:
-            FAST_COPIES.clear()
-        FAST_COPIES[key] = fast_copy(model, device, precision, packed)
-    return FAST_COPIES[key]
+@pytest.fixture
+def compared(training, known) -> Path:
+    """`known` with a copy of the three trained models and their plots."""
+    return shutil.copytree(training / "my runs [v2]", known, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def trained(compared) -> Path:
+    """`compared` with the checkpoint of MobileNetV3-Small alone."""
+    for name in THREE[:2]:
+        (compared / "checkpoints" / f"{name}.pt").unlink()
+    return compared
+
+
+@pytest.fixture
+def fine_tuning_helps(monkeypatch):
+    """Makes the frozen model's answers on validation so bad that every epoch of fine-tuning is better."""
+    whole = train_utils.fit_classifier
+
+    def worse(*args):
+        history, logits = whole(*args)
+        return history, -10 * logits
+
+    monkeypatch.setattr(train_utils, "fit_classifier", worse)
+
+
+@pytest.fixture
+def texts(monkeypatch) -> list[str]:
+    """The texts in the figure that was saved last."""
+    found, savefig = [], Figure.savefig
+
+    def save(figure, *args, **kwargs):
+        found[:] = [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return found
 
 
 @pytest.fixture
@@ -230,6 +275,19 @@ def without_progress(err: str) -> str:
     """What a script has written to stderr, without the lines that tell of its progress if the machine is slow."""
     assert "Traceback" not in err, err
     return re.sub(r"^.* of .* images, .* elapsed, .* left\n", "", err, flags=re.MULTILINE)
+
+
+@contextlib.contextmanager
+def limited_files(size: int):
+    """No file can grow beyond that many bytes, as on a full disk."""
+    import resource  # Windows has none
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # ------------------------------------------------------------------------------------------ what they have written

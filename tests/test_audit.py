@@ -14,11 +14,13 @@ from PIL import Image
 
 import inference
 import main_train
+from engine.audit import summary
 from engine.features import Features
+from engine.groups import find_near_duplicates
 from engine.unfamiliar import fit_unfamiliarity
 
 
-def test_planted_near_duplicates_and_label_errors_are_found(run, plots, photos, tmp_path, replace):
+def test_planted_near_duplicates_and_label_errors_are_found(run, photos, tmp_path):
     red, blue = photos / "train" / "red", photos / "train" / "blue"
     for i in (1, 2, 3):
         shutil.copy(red / f"{i}.png", photos / "test" / "red" / f"copy{i}.png")
@@ -36,13 +38,15 @@ def test_planted_near_duplicates_and_label_errors_are_found(run, plots, photos, 
     assert ("red7.png", "blue", "red") in errors and len(errors) < 12
     assert f"{len(errors)} label{'s' * (len(errors) > 1)} may be wrong" in out
     assert (tmp_path / "plots" / "mobilenet_data.png").exists()
-    replace("COMPARED", 50)
-    out = run(main_train, *command)[1]
-    report = json.loads((tmp_path / "plots" / "data.json").read_text())
-    assert "too many images to look for near-duplicates" in out and report["near_duplicates"] is None
 
 
-def test_frames_of_films_are_said_to_be_in_training(run, plots, tmp_path):
+def test_near_duplicates_of_very_many_images_are_not_looked_for(tmp_path):
+    assert find_near_duplicates(["x"] * 100_001, torch.zeros(0), tmp_path) is None
+    report = {"near_duplicates": None, "label_errors": []}
+    assert "too many images to look for near-duplicates" in summary(report)
+
+
+def test_frames_of_films_are_said_to_be_in_training(run, tmp_path):
     for film in range(6):
         scene = Image.fromarray(np.random.default_rng(film).integers(0, 256, (8, 8, 3), dtype=np.uint8))
         scene, folder = scene.resize((60, 60), Image.Resampling.BICUBIC), tmp_path / "films" / f"{film % 2}"
@@ -55,8 +59,7 @@ def test_frames_of_films_are_said_to_be_in_training(run, plots, tmp_path):
     assert "most test images have a near neighbour in training" in out and "--groups" in out
 
 
-def test_unfamiliar_and_unsure_images_are_marked(run, answers, photos, tmp_path):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
+def test_unfamiliar_and_unsure_images_are_marked(run, answers, trained, photos, tmp_path):
     random = np.random.default_rng(0)
     for i in range(20):
         path = tmp_path / "foreign" / f"{i}.png"

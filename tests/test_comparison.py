@@ -1,56 +1,93 @@
-"""What is compared, is compared on the same images; what is missing is named; nothing is replaced without a word."""
+"""What is compared, is compared on the same images; nothing is replaced without a word."""
 
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import QUICK, SMALL, results
+from conftest import QUICK, SMALL, THREE, checkpoints, draw, repeatable, same
 
 import main_train
-from engine.metrics import class_scores, classification_metrics
+from models import load_checkpoint, save_checkpoint
 
 
-def test_classes_without_test_images_do_not_count():
-    labels = torch.tensor([0, 0, 1, 1])
-    scores = class_scores(torch.tensor([0, 0, 1, 0]), labels, 4)
-    assert scores["per_class"]["recall"] == [1.0, 0.5, None, None] and scores["macro"]["recall"] == 0.75
-    logits = torch.nn.functional.one_hot(labels, 4).float()
-    assert classification_metrics(logits, labels, 1.0)["macro"]["f1"] == 1
+@pytest.mark.parametrize("damaged", [False, True])
+def test_an_old_or_a_damaged_checkpoint_is_replaced(run, trained, photos, damaged):
+    file = trained / "checkpoints" / "mobilenet_v3_small.pt"
+    torch.save(torch.load(file, weights_only=True) | {"schema": 1}, file)
+    file.write_bytes(file.read_bytes()[: 999 if damaged else None])
+    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
+    said = "cannot be read" if damaged else "mobilenet_v3_small.pt, trained on 48 images"
+    assert code == 0 and said in out and "will be replaced" in out and load_checkpoint(file)
 
 
-def test_a_class_without_test_images(run, photos):
-    for image in (photos / "test" / "red").iterdir():
-        image.unlink()
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    [row] = results(Path())
-    assert (code, err) == (0, "") and "no test image of 'red'" in out  # none was there, so none was unreadable
-    shown = [recall for recall in row["per_class"]["recall"] if recall is not None]
-    assert len(shown) == 2 and f"{min(shown):.2%}" in out and f"{row['macro']['f1']:.3f}" in out
+def fewer(photos: Path) -> None:
+    for i in range(3):
+        (photos / "train" / "red" / f"{i}.png").unlink()
 
 
-def test_a_detector_that_fails_is_not_forgotten(run, photos, replace):
-    def fail(*args):
-        raise RuntimeError("no detector today")
-
-    replace("fit_unfamiliarity", fail)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 1 and "no detector today" in err
+def another(photos: Path) -> None:
+    draw(photos / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
 
 
-def test_no_checkpoint_is_replaced_without_a_word(run, photos, tmp_path):
-    command = ("--data", photos, *SMALL, *QUICK)
-    assert run(main_train, *command)[0] == 0
-    file = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
-    values = torch.load(file, weights_only=True)
-    torch.save({**values, "schema": 1}, file)
-    assert "will be replaced" in run(main_train, *command)[1]
-    values["origin"] |= {"data": "elsewhere", "content": "other"}
-    torch.save({**values, "schema": 1}, file)
-    code, _, err = run(main_train, *command)
-    assert code == 2 and "of other data" in err
-    file.write_bytes(b"oops")
-    code, out, _ = run(main_train, *command)
-    assert code == 0 and "cannot be read" in out and "will be replaced" in out
-    (photos / "train" / "red" / "0.png").unlink()
-    (photos / "train" / "red" / "0b.png").write_bytes((photos / "train" / "red" / "1.png").read_bytes())
-    code, out, _ = run(main_train, *command)
+@pytest.mark.parametrize("change", [fewer, another])
+def test_a_data_set_may_change_at_its_place(run, trained, photos, change):
+    """As when its label errors are deleted."""
+    move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)
+    change(photos)
+    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 0 and "on other images at the same place" in out
+
+
+def move_data(file: Path, photos: Path) -> None:
+    """Makes a checkpoint of the shared training one of a training on `photos`."""
+    model = load_checkpoint(file)
+    save_checkpoint(file, model, {**model.origin, "data": str(photos)})
+
+
+def much_less(photos: Path) -> None:
+    for image in [*photos.glob("train/*/1*.png"), *photos.glob("train/*/[2-5].png")]:
+        image.unlink()
+
+
+def other_class(photos: Path) -> None:
+    for part in ("train", "test"):
+        (photos / part / "red").rename(photos / part / "cat")
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (much_less, []),
+        (other_class, []),
+        (fewer, ["--limit", 40]),
+        (lambda photos: None, ["--limit", 30]),
+        (lambda photos: None, ["--image-size", 48]),
+    ],
+)
+def test_a_model_of_more_or_other_images_is_not_replaced(run, trained, photos, change, options):
+    move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)
+    change(photos)
+    before, state = repeatable(trained), checkpoints(trained)
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, *options)
+    assert code == 2 and err.count("\n") == 1
+    assert "checkpoints/mobilenet_v3_small.pt was trained on 48 images of 3 classes at 32 pixels" in err
+    assert repeatable(trained) == before and same(checkpoints(trained), state)
+
+
+def test_a_model_of_another_place_is_not_replaced(run, trained, photos):
+    another(photos)
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    assert code == 2 and "of other data" in err
+
+
+def test_a_copy_of_the_images_is_the_same_data_set(run, compared, photos):
+    """Rows of other models stay, and are compared, in whatever order they were trained."""
+    code, out, _ = run(main_train, "--data", f"{photos}/", *SMALL, *QUICK, "--epochs", 1)
+    rows = repeatable(compared)
+    assert code == 0 and "mobilenet_v2" in out and list(rows) == list(THREE)
+    assert [len(row["history"]) for row in rows.values()] == [3, 3, 1]
+
+
+def test_models_of_other_images_are_not_compared(run, known, compared, photos):
+    code, out, _ = run(main_train, "--data", photos, "--models", "efficientnet_b0", *QUICK, "--limit", 30)
+    assert code == 0 and "mobilenet_v2" not in out and list(repeatable(compared)) == [*THREE, "efficientnet_b0"]

@@ -2,14 +2,14 @@
 
 import ast
 import io
+import os
 import re
 import signal
 import sys
-import time
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, finish, results, start
+from conftest import QUICK, ROOT, finish, results, start
 
 import inference
 import main_train
@@ -30,40 +30,41 @@ def test_progress_in_a_log_is_an_occasional_line(capsys):
     assert out == "" and re.fullmatch(r"photos: 15 of 100 images, .* elapsed, .* left\n", err)
 
 
-def test_a_notebooks_stdout_cannot_be_reconfigured(photos, weights, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(weights))
+def test_a_notebooks_stdout_cannot_be_reconfigured(trained, photos, monkeypatch):
+    monkeypatch.chdir(trained)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    command = ["--data", str(photos), *SMALL, "--image-size", "32", "--epochs", "1", "--output", str(tmp_path)]
     with pytest.raises(SystemExit) as left:
-        run_script(lambda: main_train.main([*command, "--cache", str(tmp_path)]))
-    assert left.value.code == 0 and "mobilenet_v3_small" in sys.stdout.getvalue()
+        run_script(lambda: inference.main([str(photos / "test")]))
+    assert left.value.code == 0 and len(sys.stdout.getvalue().splitlines()) == 18
+
+
+@pytest.fixture
+def started(photos, weights, tmp_path):
+    """A training in a process of its own, once it has begun with its first model."""
+    command = ["--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK, "--output", tmp_path]
+    process = start(ROOT / "main_train.py", *command, cwd=tmp_path, env=os.environ | {"TORCH_HOME": str(weights)})
+    while not process.stdout.readline().startswith("mobilenet_v3_small: weights"):
+        assert process.poll() is None
+    return process
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_signals_end_without_a_traceback(run, replace, photos, tmp_path):
-    process = start(ROOT / "main_train.py", "--demo", "--epochs", 100000, cwd=tmp_path)
-    process.stdout.readline()  # the data are loaded
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert (code, err) == (130, "Interrupted. Run the same command to resume.\n")
-    replace("train_one_epoch", lambda *args: signal.raise_signal(signal.SIGTERM))
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert (code, err) == (143, "") and not list(tmp_path.rglob("*.part"))
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(signal.SIGINT, 130, "Interrupted. Run the same command to resume.\n"), (signal.SIGTERM, 143, "")],
+)
+def test_signals_end_without_a_traceback(started, tmp_path, sent, code, said):
+    started.send_signal(sent)
+    ended, _, err = finish(started)
+    assert (ended, err) == (code, said) and not list(tmp_path.rglob("*.part"))
 
 
-def test_a_run_whose_reader_is_gone_saves_its_model(run, photos, tmp_path, monkeypatch):
+def test_a_run_whose_reader_is_gone_saves_its_model(started, tmp_path):
     """As in `main_train.py | head -3`."""
-
-    def write(text: str) -> None:
-        if "test accuracy" in text:
-            raise BrokenPipeError
-
-    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: write(str(args)))
-    monkeypatch.setattr("os.dup2", lambda *args: None)
-    monkeypatch.setattr("sys.stdout.fileno", lambda: 1, raising=False)
-    code, _, err = run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
-    assert (code, err) == (0, "") and [row["model"] for row in results(tmp_path)] == ["mobilenet_v3_small"]
+    started.stdout.close()
+    err = started.stderr.read()
+    assert (started.wait(), err) == (0, "")
+    assert [row["model"] for row in results(tmp_path)] == ["mobilenet_v3_small"]
 
 
 def test_help_shows_defaults(run):

@@ -5,9 +5,9 @@ import http.server
 import io
 import pickle
 import shutil
+import socket
 import tarfile
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -124,28 +124,27 @@ def test_code_in_cifar10_is_not_executed(archive, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_slow_download_is_not_cut_off(archive, tmp_path, monkeypatch):
-    """A server that pauses for seconds is slow, not gone."""
+def test_a_download_may_pause_for_seconds(archive, tmp_path, monkeypatch):
+    """A server that does so is slow, not gone."""
 
-    class Slow(http.server.BaseHTTPRequestHandler):
+    class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            content = archive.read_bytes()
             self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(archive.stat().st_size))
             self.end_headers()
-            self.wfile.write(content[:1000])
-            self.wfile.flush()
-            time.sleep(5.5)
-            self.wfile.write(content[1000:])
+            self.wfile.write(archive.read_bytes())
 
         def log_message(self, *args):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    def patience() -> int:
+        assert len(load_data("cifar10", tmp_path / "data").test) == 12
+        return int(socket.getdefaulttimeout())
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
-    root = tmp_path / "data"
     with pytest.raises(SystemExit) as left:
-        run_script(lambda: len(load_data("cifar10", root).test))
+        run_script(patience)
     server.shutdown()
-    assert left.value.code == 12  # images
+    assert left.value.code >= 20  # seconds

@@ -11,21 +11,20 @@ import main_train
 
 PROGRAM = """
 import sys
-sys.path.insert(0, {tests!r})
-import matplotlib.figure
-from conftest import inference, main_train, replace_everywhere, run_script, save_blank
+sys.path.insert(0, {root!r})
+import inference, main_train, train_utils
+from engine.console import run_script
 from engine.distributed import with_process_group
 
 def main():
     print("TRAINED", main_train.main({train} + ["--output", "two", "--cache", "two"]))
     print("ANSWERED", inference.main({infer} + ["--checkpoint", "two/checkpoints/mobilenet_v3_small.pt"]))
     main_train.main({dropout} + ["--output", "whole"])
-    global train_one_epoch
-    train_one_epoch = replace_everywhere("train_one_epoch", interrupted)
+    train_utils.train_one_epoch = interrupted
     try:
         main_train.main({dropout} + ["--output", "resumed"])
     except KeyboardInterrupt:
-        replace_everywhere("train_one_epoch", train_one_epoch)
+        train_utils.train_one_epoch = train_one_epoch
         return main_train.main({dropout} + ["--output", "resumed"])
 
 def interrupted(*args):
@@ -34,15 +33,13 @@ def interrupted(*args):
         raise KeyboardInterrupt
     return train_one_epoch(*args)
 
-epochs = []
-matplotlib.figure.Figure.savefig = save_blank
-replace_everywhere("draw_model", lambda *args: None)
+epochs, train_one_epoch = [], train_utils.train_one_epoch
 run_script(with_process_group(main))
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
-def test_two_processes_give_the_results_of_one(run, photos, weights, tmp_path, monkeypatch):
+def test_two_processes_give_the_results_of_one(run, known, photos, weights, tmp_path, monkeypatch):
     """The same features, results and answers, in order. Fine-tuning is the same up to rounding; with dropout, which
     each process draws for itself, it repeats and resumes."""
     monkeypatch.setenv("TORCH_HOME", str(weights))
@@ -52,11 +49,11 @@ def test_two_processes_give_the_results_of_one(run, photos, weights, tmp_path, m
     dropout = ["--data", str(photos), "--models", "mobilenet_v3_large", *map(str, QUICK), "--fine-tune", "2"]
     infer = [str(photos / "train"), "--format", "csv"]
     one, two = tmp_path / "one", tmp_path / "two"
-    code, out, err = run(main_train, *train, "--output", one, "--cache", one)
+    code, out, err = run(main_train, *train, "--output", one)
     found, answers, _ = run(inference, *infer, "--checkpoint", one / "checkpoints" / "mobilenet_v3_small.pt")
     assert code == found == 1 and out.count("test accuracy") == 2 and err.count("left out: ") == 1
 
-    program = PROGRAM.format(tests=str(ROOT / "tests"), train=train, infer=infer, dropout=dropout)
+    program = PROGRAM.format(root=str(ROOT), train=train, infer=infer, dropout=dropout)
     (tmp_path / "program.py").write_text(program)
     code, out, err = finish(start(*TORCHRUN, "program.py", cwd=tmp_path))
     assert code == 0, err  # torchrun would take 1 for a crash
@@ -65,9 +62,9 @@ def test_two_processes_give_the_results_of_one(run, photos, weights, tmp_path, m
     assert trained.count("test accuracy") == 2 and "resuming after 1 of 2 epochs" in rest
     assert answered.splitlines() == answers.splitlines() and answers.count("\n") == 1 + 61
     features, rows, state = [], [], []
-    for folder, ranks in ((one, [".0"]), (two, [".0", ".1"])):
-        files = sorted((folder / "features").glob("*.features"))
-        assert [file.suffixes[-2] for file in files] == ranks
+    for folder, cache, ranks in ((one, known / "data", [".0"]), (two, two, [".0", ".1"])):
+        files = sorted((cache / "features").glob("mobilenet_v3_small*.features"))
+        assert [file.suffixes[-2] for file in files if file.stat().st_size] == ranks
         content = b"".join(file.read_bytes() for file in files)
         size = len(content) // 78
         records = [content[i * size : (i + 1) * size] for i in range(78)]

@@ -1,6 +1,7 @@
 """What files of all kinds hold is what is read: depths, bands, pages, damage. The files are written here."""
 
 import builtins
+import importlib
 import io
 import struct
 import zlib
@@ -30,29 +31,18 @@ def tiff(*pages: tuple[np.ndarray, dict]) -> bytes:
         array = array[..., None] if array.ndim == 2 else array
         (height, width, bands), data = array.shape, array.tobytes()
         kind = {"u": 1, "i": 2, "f": 3}[array.dtype.kind]
-        tags = {
-            256: width,
-            257: height,
-            258: [8 * array.itemsize] * bands,
-            259: 1,
-            262: 2 if bands > 2 else 1,
-            277: bands,
-        }
+        tags = {256: width, 257: height, 258: [8 * array.itemsize] * bands, 259: 1, 262: 1 + (bands > 2), 277: bands}
         tags |= {273: 0, 278: height, 279: len(data), 284: 1, 339: [kind] * bands} | more
         at = len(out) + 2 + 12 * len(tags) + 4
         entries, tail = b"", b""
         for tag, value in sorted(tags.items()):
-            code, values = (
-                ("s", [value]) if isinstance(value, bytes) else ("I", value if isinstance(value, list) else [value])
-            )
-            packed = value if code == "s" else struct.pack(f"<{len(values)}I", *values)
+            text, values = isinstance(value, bytes), value if isinstance(value, list | bytes) else [value]
+            packed = value if text else struct.pack(f"<{len(values)}I", *values)
             if tag == 273:
                 place = len(entries)
             inline = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", at + len(tail))
             tail += b"" if len(packed) <= 4 else packed + b"\0" * (len(packed) % 2)
-            entries += (
-                struct.pack("<HHI", tag, 2 if code == "s" else 4, len(value) if code == "s" else len(values)) + inline
-            )
+            entries += struct.pack("<HHI", tag, 2 if text else 4, len(values)) + inline
         entries = entries[: place + 8] + struct.pack("<I", at + len(tail)) + entries[place + 12 :]
         following = at + len(tail) + len(data) if number + 1 < len(pages) else 0
         out += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following) + tail + data
@@ -208,7 +198,7 @@ def test_what_pillow_cannot_read_names_the_package_that_can(monkeypatch):
             raise ImportError(name)
         return importing(name, *args)
 
-    monkeypatch.setattr("importlib.import_module", lambda name: missing(name))
+    monkeypatch.setattr(importlib, "import_module", lambda name: missing(name))
     monkeypatch.setattr(builtins, "__import__", missing)
     fits = b"".join(card.ljust(80) for card in (b"SIMPLE  =                    T", b"BITPIX  =                   16",
         b"NAXIS   =                    2", b"NAXIS1  =                    2", b"NAXIS2  =                    2",

@@ -1,5 +1,7 @@
 """How files become pixels, and pixels batches."""
 
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -113,14 +115,13 @@ def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
     ])  # fmt: skip
     for crop in (False, True):
         names = ("small", "large")
-        ours = preprocess([read_image(tmp_path / f"{name}.png", 64, crop) for name in names], NORMAL)
+        images = [read_image(tmp_path / f"{name}.png", 64, crop) for name in names]
+        ours = preprocess(images, NORMAL)
         whole = [read_image(tmp_path / f"{name}.png", 1000, crop=False) for name in names]
         expected = [v2.functional.center_crop(image, min(image.shape[1:])) if crop else image for image in whole]
         difference = ours - torch.stack([torchvisions(image) for image in expected])
         assert difference.abs().max() < 1.6 / 255 / 0.22  # they round to uint8 in between, and Pillow twice
-        bf16 = preprocess(
-            [read_image(tmp_path / f"{name}.png", 64, crop) for name in names], NORMAL, "cpu", torch.bfloat16
-        )
+        bf16 = preprocess(images, NORMAL, "cpu", torch.bfloat16)
         assert bf16.dtype == torch.bfloat16 and (bf16 - ours).abs().max() < 0.02
 
 
@@ -147,7 +148,7 @@ def test_damaged_files_raise_image_error(tmp_path, content):
 
 
 def test_no_image_starts_a_program(tmp_path, monkeypatch):
-    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
     for name in ("x.jpg", "x.eps"):
         (tmp_path / name).write_bytes(content)

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import QUICK, SMALL, draw
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 import inference
@@ -21,86 +18,83 @@ import main_train
 from models import TransferModel, save_checkpoint
 
 
-def test_foreign_files_in_checkpoints_are_skipped(run, photos, tmp_path):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
-    (tmp_path / "checkpoints" / "foreign.pt").write_bytes(b"not ours")
+def test_foreign_files_in_checkpoints_are_skipped(run, trained, photos):
+    (trained / "checkpoints" / "foreign.pt").write_bytes(b"not ours")
     photo = photos / "test" / "red" / "0.png"
     code, out, err = run(inference, photo)
-    assert code == 1 and ".png: " in out and "foreign.pt" in err and err.count("\n") == 1
+    assert code == 1 and len(out.splitlines()) == 1 and "foreign.pt" in err and err.count("\n") == 1
     assert run(inference, photo, "--checkpoint", "checkpoints/foreign.pt")[0] == 2
-    code, out, err = run(inference, "--checkpoint", "checkpoints/mobilenet_v3_small.pt", photo)
+    code, out, _ = run(inference, "--checkpoint", "checkpoints/mobilenet_v3_small.pt", photo)
     assert code == 0 and len(out.splitlines()) == 1
 
 
-def test_paths_folders_patterns_and_standard_input(run, answers, photos, monkeypatch):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
+@pytest.fixture
+def paths(answers):
+    """The paths that inference.py finds."""
+    return lambda *args: [record["path"] for record in answers(*args)]
+
+
+def test_paths_folders_and_patterns(paths, trained, photos):
     files = sorted(map(str, (photos / "test").rglob("*.png")), reverse=True)
-
-    def paths(*args):
-        return [record["path"] for record in answers(*args)]
-
     assert paths(*files) == files  # in their order
     assert paths(f"{photos}/test/*/*.png") == files[::-1]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(files)))
-    assert paths("-") == files
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\0".join(files)))
-    assert paths("-", "-0") == files
     assert sorted(paths(f"{photos}/test/**")) == sorted(files)  # each once
+    photos.rename(photos.parent / "my [v2] photos")
+    assert len(paths(f"{trained}/data/../my [v2] photos/test/**/[01].png")) == 6
+
+
+@pytest.mark.parametrize(("separator", "options"), [("\n", ["-"]), ("\0", ["-", "-0"])])
+def test_paths_from_standard_input(paths, trained, photos, monkeypatch, separator, options):
+    files = [*map(str, (photos / "test").rglob("*.png"))]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(separator.join(files)))
+    assert paths(*options) == files
+
+
+@pytest.mark.parametrize("pattern", ["*.pt", "[m]obilenet_v[34]_*.pt"])
+def test_checkpoints_by_patterns_in_folders_with_brackets(paths, training, photos, pattern):
+    for folder in (training / "my runs [v2]", training / "my*"):
+        assert len(paths(photos / "test/red/0.png", "--checkpoint", folder / "checkpoints" / pattern)) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["photos/test/red/gone.png"], "No such file"),
+        (["photos/test/red/0.png", "--checkpoint", "checkpoints"], ".pt"),
+        (["https://example.org/cat.jpg"], "download"),
+        (["photos/test/red/0.png", "--evaluate"], "one folder"),
+        (["photos/test", "--evaluate", "--format", "json"], "MODEL_wrong.csv"),
+        (["photos", "--evaluate"], "photos/test"),
+        (["photos/other", "--evaluate"], "violet"),
+    ],
+)
+def test_what_cannot_be_classified_or_evaluated(run, trained, photos, args, hint):
     (photos / "test" / "red" / "gone.png").symlink_to("nowhere.png")
-    code, _, err = run(inference, photos / "test" / "red" / "gone.png")
-    assert code == 2 and "No such file" in err
-    code, _, err = run(inference, files[0], "--checkpoint", "checkpoints")
-    assert code == 2 and ".pt" in err
-    code, _, err = run(inference, "https://example.org/cat.jpg")
-    assert code == 2 and "download" in err
-    assert run(inference, files[0], "--evaluate")[0] == 2
-    code, out, err = run(inference, photos / "test", "--evaluate", "--format", "json")
-    assert (code, out) == (2, "") and "MODEL_wrong.csv" in err
+    draw(photos / "other" / "violet" / "0.png", (9, 9, 9), seed=0)
+    code, out, err = run(inference, *args)
+    assert (code, out) == (2, "") and hint in err.splitlines()[-1]
 
 
-def test_the_command_that_training_prints_and_folders_with_brackets(run, photos, tmp_path):
-    output = tmp_path / "my runs [v2]"
-    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK, "--output", output)
-    command = out.splitlines()[-1].partition("next: python ")[2]
-    assert code == 0 and shlex.split(command) == [
-        *("inference.py", "--checkpoint", str(output / "checkpoints" / "mobilenet_v3_small.pt"), "IMAGE...")
-    ]
-    photo = photos / "test" / "red" / "0.png"
-    for pattern in (output / "checkpoints" / "*.pt", "my runs [v2]/*/mobilenet_v[34]_*.pt", "my*/checkpoints/*.pt"):
-        code, out, err = run(inference, photo, "--checkpoint", pattern)
-        assert code == 0 and len(out.splitlines()) == 1, err
-    code, out, _ = run(
-        inference, f"{output}/../photos/test/**/[01].png", "--checkpoint", output / "checkpoints" / "*.pt"
-    )
-    assert code == 0 and len(out.splitlines()) == 6
+def test_evaluate_leaves_out_classes_that_the_model_lacks(run, trained, photos):
+    shutil.copytree(photos / "test" / "red", photos / "test" / "violet")
+    code, out, err = run(inference, photos / "test", "--evaluate")
+    assert code == 0 and " of 18 images" in out and "violet" in err
 
 
 def test_data_that_has_moved(run, photos, tmp_path):
     """Also to another system: Windows writes the names of the split with backslashes."""
-    for part in (photos / "test").iterdir():
-        part.rename(photos / f"{part.name}")
     shutil.rmtree(photos / "train")
-    (photos / "test").rmdir()
-    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
+    pets = (photos / "test").rename(tmp_path / "pets")
+    assert run(main_train, "--data", pets, *SMALL, *QUICK)[0] == 0
     before = run(inference)
-    photos.rename(tmp_path / "elsewhere")
+    pets.rename(tmp_path / "elsewhere")
     code, out, err = run(inference)
-    assert (code, out) == (2, "") and str(photos) in err and "--data" in err and err.count("\n") == 1
-    assert run(inference, "--data", "elsewhere")[1].replace("elsewhere", str(photos)) == before[1]
+    assert (code, out) == (2, "") and str(pets) in err and "--data" in err and err.count("\n") == 1
+    assert run(inference, "--data", "elsewhere")[1].replace("elsewhere", str(pets)) == before[1]
     [split] = (tmp_path / "checkpoints").glob("split-*.json")
     split.write_text(split.read_text().replace("/", "\\\\"))
     code, out, err = run(inference, "--data", "elsewhere", "--explain", "why.png")
-    assert out.replace("elsewhere", str(photos)) == before[1] and "gone" not in err and "changed" not in err
-
-
-def test_evaluate_names_the_folder_that_it_takes(run, photos, tmp_path):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
-    code, out, err = run(inference, photos, "--evaluate")
-    assert (code, out) == (2, "") and str(photos / "test") in err and err.count("\n") == 1
-    (photos / "test" / "violet").mkdir()
-    shutil.copy(photos / "test" / "red" / "0.png", photos / "test" / "violet" / "0.png")
-    code, out, err = run(inference, photos / "test", "--evaluate")
-    assert code == 0 and " of 18 images" in out and "violet" in err
+    assert out.replace("elsewhere", str(pets)) == before[1] and "gone" not in err and "changed" not in err
 
 
 def test_models_with_different_classes_are_no_ensemble(run, photos, tmp_path):
@@ -118,37 +112,37 @@ def test_a_checkpoint_needs_no_metrics(run, photos, tmp_path):
     assert code == 0 and ".png: " in out
 
 
-def test_explain_draws_heat_maps_and_similar_training_images(run, plots, photos, tmp_path, monkeypatch):
-    texts, saved = [], Figure.savefig
-
-    def savefig(figure, *args, **kwargs):
-        texts[:] = [text.get_text() for text in figure.findobj(Text) if text.get_text()]
-        saved(figure, *args, **kwargs)
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
-    run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v3_large", *QUICK)
-    image = photos / "train" / "red" / "0.png"
-    command = (inference, image, photos / "test" / "red" / "0.png", "--explain", "why.png")
+def test_explain_draws_heat_maps_and_similar_training_images(run, compared, photos, texts):
+    (compared / "checkpoints" / "mobilenet_v2.pt").unlink()
+    command = (inference, photos / "train" / "red" / "0.png", photos / "test" / "red" / "0.png", "--explain", "why.png")
     code, _, err = run(*command)
-    assert code == 0 and "why.png explains" in err and (tmp_path / "why.png").exists()
+    assert code == 0 and (compared / "why.png").exists() and err.count("\n") == 1
     assert texts.count("what decided it") == 2 and "red, 1.00" in texts  # the image itself is in the training set
     assert len(texts) == 2 * (1 + 1 + 5)
-    shutil.rmtree(tmp_path / "data")
+    code, _, err = run(*command, "--data", "moved")
+    assert code == 0 and "moved" in err and len(texts) == 2 * 2
+    shutil.rmtree(compared / "data")
     code, _, err = run(*command)
     assert code == 0 and "features are not in data/features" in err and len(texts) == 2 * 2
-    photos.rename(tmp_path / "moved")
-    code, _, err = run(inference, tmp_path / "moved" / "test" / "red" / "0.png", "--explain", "moved.png")
-    assert code == 0 and str(photos) in err and (tmp_path / "moved.png").exists()
 
 
-def test_every_file_gets_a_record(run, photos, tmp_path, monkeypatch):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
-    folder = tmp_path / "mixed"
+def test_explanations_show_training_images_only(run, photos, tmp_path, texts):
+    """An image that a classifier was trained on is most similar to itself."""
+    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--limit", 30)[0] == 0
+    [split] = (tmp_path / "checkpoints").glob("split-*.json")
+    trained = [photos / name for name in json.loads(split.read_text())["train"]]
+    for images, shown in ((trained, True), ([*{*(photos / "train").rglob("*.png")} - {*trained}], False)):
+        assert run(inference, *images[:4], "--explain", "why.png")[0] == 0
+        assert sum(text.endswith(", 1.00") for text in texts) == 4 * shown
+
+
+def test_every_file_gets_a_record(run, trained, photos, monkeypatch):
+    folder = trained / "mixed"
     shutil.copytree(photos / "test" / "red", folder)
     (folder / "broken.png").write_bytes(b"\x89PNG")
     (folder / "text.jpg").write_text("hello")
     (folder / "notes.txt").write_text("not a image, and not named like one")
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{'x' * 5000}.png"))  # longer than a name may be
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 5000}.png"))  # longer than a name may be
     code, out, err = run(inference, folder, "gone.png", "-", "--format", "json", "--top-k", 2)
     records = {record["path"]: record for record in map(json.loads, out.splitlines())}
     assert code == 1 and len(records) == 6 + 2 + 2
@@ -165,9 +159,8 @@ def test_every_file_gets_a_record(run, photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="names and files that Windows doesn't have")
-def test_unusual_names_formats_and_files(run, photos, tmp_path):
-    run(main_train, "--data", photos, *SMALL, *QUICK)
-    folder = tmp_path / "everything"
+def test_unusual_names_formats_and_files(run, trained):
+    folder = trained / "everything"
     good = ["new\nline.png", "-dash.png", "émoji😀.png", "1x1.png", "1x10000.png", "animated.gif", "cmyk.jpg", "16.png"]
     draw(folder / good[0], (9, 99, 9), seed=0)
     for name in good[1:3]:

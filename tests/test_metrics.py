@@ -16,6 +16,7 @@ from engine.metrics import (
     TEMPERATURE_PRIOR,
     accuracy_interval,
     calibration,
+    class_scores,
     classification_metrics,
     fit_temperature,
     paired_difference,
@@ -57,6 +58,14 @@ def test_metrics_agree_with_sklearn(seed):
     assert ours["calibration"] == {"before": calibration(logits, labels), "after": calibration(logits / 2, labels)}
     batches = Batches(feature_loader(logits, CPU), labels, 32, CPU)
     assert evaluate(nn.Identity(), batches) == pytest.approx((loss, ours["test_accuracy"]), rel=1e-5)
+
+
+def test_classes_without_test_images_do_not_count():
+    labels = torch.tensor([0, 0, 1, 1])
+    scores = class_scores(torch.tensor([0, 0, 1, 0]), labels, 4)
+    assert scores["per_class"]["recall"] == [1.0, 0.5, None, None] and scores["macro"]["recall"] == 0.75
+    logits = torch.nn.functional.one_hot(labels, 4).float()
+    assert classification_metrics(logits, labels, 1.0)["macro"]["f1"] == 1
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 5), (3, 7), (45, 50), (4285, 5000), (9, 9)])

@@ -1,16 +1,13 @@
 """Images through a model: order, errors, memory, batches, heat maps, cost."""
 
 import importlib
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, noise, random_model, repeatable, results, share_right
+from conftest import QUICK, ROOT, SMALL, noise, random_model, results, share_right
 from PIL import Image
 
-import inference
 import main_train
 from engine.backbones import torchvision_weights
 from engine.run import run_images
@@ -53,52 +50,41 @@ def test_the_heat_map_is_grad_cam():
     assert torch.allclose(heat.reshape_as(expected), expected, atol=1e-5)
 
 
-def test_out_of_memory_halves_the_batch(run, answers, photos, tmp_path, replace):
-    command = ("--data", photos, *SMALL, *QUICK, "--precision", "fp32")
-    run(main_train, *command)
-    expected = repeatable(tmp_path)["mobilenet_v3_small"]
-    question = (photos / "test", "--format", "json", "--precision", "fp32")
-    records, room = answers(*question), 4
-    shutil.rmtree(tmp_path / "data")
+def test_out_of_memory_halves_the_batch(photos, capsys):
+    model, room = random_model("mobilenet_v3_small", 32), 4
 
-    def greedy(images, *args, **kwargs):
+    def greedy(model, images):
         if len(images) > room:
             raise torch.OutOfMemoryError("no room")
-        return whole(images, *args, **kwargs)
+        return model(images)
 
-    whole = replace("preprocess", greedy)
-    code, out, err = run(inference, *question)
-    assert code == 0 and "batches of 4" in err
-    for line, record in zip(out.splitlines(), records, strict=True):
-        assert json.loads(line)["probability"] == pytest.approx(record["probability"], abs=1e-4)
-    code, _, err = run(main_train, *command)
-    assert code == 0 and "batches of 4" in err
-    assert repeatable(tmp_path)["mobilenet_v3_small"]["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    def outputs(output):
+        return torch.cat([batch.outputs[0] for batch in run_images([model], [*photos.glob("test/*/*.png")], output)])
+
+    assert torch.allclose(outputs(greedy), outputs(torch.nn.Module.__call__), atol=1e-4)
+    assert "batches of 4" in capsys.readouterr().err
     room = 0
-    code, _, err = run(inference, *question)
-    assert code == 2 and err.splitlines()[-1] == "error: no room"
+    with pytest.raises(torch.OutOfMemoryError):
+        outputs(greedy)
 
 
-def test_predictions_are_batch_invariant(run, answers, photos, replace):
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_predictions_are_batch_invariant(answers, trained, photos, precision, tolerance):
     """They depend neither on the other images and their order nor on the number of threads."""
-    replace("CPU_BATCH", 4)
-    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
     files, cores = sorted((photos / "test").rglob("*.png")), torch.get_num_threads()
-    for precision, tolerance in (("fp32", 1e-4), ("bf16", 1e-2)):
 
-        def by_path(files, precision=precision):
-            return {record["path"]: record for record in answers(*files, "--precision", precision)}
+    def by_path(files):
+        return {record["path"]: record for record in answers(*files, "--precision", precision)}
 
-        together = by_path(files)
-        others = [by_path(files[::-1]), *(by_path([file]) for file in files[::5])]
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            others.append(by_path(files))
-        torch.set_num_threads(cores)
-        assert len(together) == 18 and [len(other) for other in others] == [18, 1, 1, 1, 1, 18, 18]
-        for path, record in [pair for other in others for pair in other.items()]:
-            assert record["probability"] == pytest.approx(together[path]["probability"], abs=tolerance)
-            assert precision == "bf16" or record["label"] == together[path]["label"]
+    together = by_path(files)
+    others = [by_path(files[::-1]), by_path(files[:1]), by_path(files[10:15])]
+    torch.set_num_threads(3)
+    others.append(by_path(files))
+    torch.set_num_threads(cores)
+    assert len(together) == 18 and [len(other) for other in others] == [18, 1, 5, 18]
+    for path, record in [pair for other in others for pair in other.items()]:
+        assert record["probability"] == pytest.approx(together[path]["probability"], abs=tolerance)
+        assert precision == "bf16" or record["label"] == together[path]["label"]
 
 
 def test_predictions_have_the_precision_of_the_training(run, answers, photos, tmp_path):

@@ -46,34 +46,21 @@ def test_the_split_outlives_a_change_of_the_folder(run, photos, tmp_path):
     assert code == 2 and file.name in err and err.count("\n") == 1
 
 
-def test_explanations_show_training_images_only(run, photos, tmp_path, replace):
-    shown = []
-    read = replace(
-        "read_for_plot",
-        lambda captioned, *args: (shown.extend(captioned := list(captioned)), read(captioned, *args))[1],
-    )
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--limit", 30)[0] == 0
-    shown.clear()
-    code, _, _ = run(inference, photos / "test" / "red" / "0.png", "--explain", "why.png")
-    [row] = results(tmp_path)
-    trained = json.loads((tmp_path / "checkpoints" / f"split-{row['split']}.json").read_text())["train"]
-    paths = {str(item.relative_to(photos)) for item, _ in shown if isinstance(item, Path) and "train" in item.parts}
-    assert code == 0 and len(paths) == 5 and paths <= set(trained)
-
-
-def test_the_given_validation_images_may_be_the_test_images(run, photos, tmp_path):
+def test_the_given_validation_images_may_be_the_test_images(run, known, photos):
     """As in public data sets that have train/ and val/ only, for which others report the accuracy on val/."""
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val")
-    assert code == 2 and "without test images" in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="without test images"):
+        load_data(str(photos), test_split="val")
     (photos / "test").rename(photos / "val")
-    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 0 and "--test-split val" in out
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val", "--output", "other")[0] == 0
-    for folder, part in ((tmp_path, "val"), (tmp_path / "other", "test")):
-        [row] = results(folder)
-        split = json.loads((folder / "checkpoints" / f"split-{row['split']}.json").read_text())
-        assert len(split[part]) == 18 and all(name.startswith("val/") for name in split[part])
-        assert not any(name.startswith("val/") for other in split.keys() - {part} for name in split[other])
+    data = load_data(str(photos))
+    assert any("--test-split val" in note for note in data.notes)
+    assert (
+        {name.split("/")[0] for name in data.val.names} == {"val"} != {name.split("/")[0] for name in data.test.names}
+    )
+    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val")[0] == 0
+    [row] = results(known)
+    split = json.loads((known / "checkpoints" / f"split-{row['split']}.json").read_text())
+    assert len(split["test"]) == 18 and all(name.startswith("val/") for name in split["test"])
+    assert not any(name.startswith("val/") for other in ("train", "val") for name in split[other])
 
 
 def folder_of(path: Path, names: Iterable[str], size: tuple[int, int] = (16, 16)) -> Path:
@@ -117,10 +104,8 @@ def test_groups_stay_together_and_classes_keep_their_shares(tmp_path, seed):
     def deviation(tested: set[str]) -> float:
         return max(abs(sum(n[0] == c for n in tested) / labels.count(c) - 0.2) for c in "abc")
 
-    theirs = [
-        deviation({names[i] for i in test})
-        for _, test in StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, groups)
-    ]
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=seed).split(names, labels, groups)
+    theirs = [deviation({names[i] for i in test}) for _, test in folds]
     assert deviation(split["test"]) <= max(np.median(theirs), 0.05)
 
 
@@ -187,30 +172,3 @@ def test_limit_keeps_the_natural_shares_of_test_images(tmp_path):
     data = load_data(str(folder_of(tmp_path / "pets", names, (8, 8))), tmp_path / "cache", limit=16)
     assert data.test.labels.bincount().tolist() == [4, 1]  # of 20 and 2
     assert (data.train.labels.bincount() + data.val.labels.bincount()).tolist() == [8, 8]
-
-
-def test_a_data_set_may_shrink(run, photos):
-    command = "--data", photos, *SMALL, *QUICK
-    assert run(main_train, *command)[0] == 0
-    for i in range(3):
-        (photos / "train" / "red" / f"{i}.png").unlink()
-    assert run(main_train, *command)[0] == 0
-    code, _, err = run(main_train, *command, "--limit", 30)
-    assert code == 2 and "trained on" in err
-    for i in range(3, 20):
-        (photos / "train" / "red" / f"{i}.png").unlink()
-        (photos / "train" / "blue" / f"{i}.png").unlink()
-    draw(photos / "train" / "red" / "0.png", (250, 20, 20), 1)
-    draw(photos / "train" / "red" / "1.png", (250, 20, 20), 2)
-    code, _, err = run(main_train, *command)
-    assert code == 2 and "trained on" in err
-
-
-def test_more_images_than_full_precision_is_for(run, photos, replace):
-    """Only the new ones are computed."""
-    replace("HALF_PRECISION_ABOVE", 48)
-    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
-    for i in range(100, 110):
-        draw(photos / "train" / "red" / f"{i}.png", (210, 50, 40), seed=i)
-    assert run(main_train, "--data", photos, *SMALL, *QUICK)[0] == 0
-    assert results(Path())[0]["features"]["computed"] == 10

@@ -16,7 +16,7 @@ import main_train
 import visualization
 
 
-def test_the_report_page_is_complete(run, plots, photos, tmp_path):
+def test_the_report_page_is_complete(run, photos, tmp_path):
     photos = photos.rename(tmp_path / "<b>&pets")
     shutil.copy(photos / "train" / "red" / "1.png", photos / "test" / "red" / "copy.png")
     run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
@@ -41,7 +41,7 @@ def test_the_report_page_is_complete(run, plots, photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux allows")
-def test_class_names_are_not_interpreted(run, answers, plots, photos):
+def test_class_names_are_not_interpreted(run, answers, photos):
     """Class names with mathtext, escape sequences, foreign scripts, and bytes that are no text."""
     names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9"), "犬" * 50, "😀"]
     for part in ("train", "test"):
