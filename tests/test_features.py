@@ -97,7 +97,7 @@ def test_many_images_are_kept_in_half_precision(photos, tmp_path, monkeypatch):
     data, model = load_data(str(photos)), TransferModel(NAME, "ab", 32, pretrained=False)
 
     def extract(images, folder):
-        return extract_features(model, {"test": images}, tmp_path / folder, torch.device("cpu"))["test"]
+        return extract_features(model, {"all": images}, tmp_path / folder, torch.device("cpu"))["all"]
 
     few, single = data.test.subset(torch.arange(10)), extract(data.test, "single").features
     extract(few, "mixed")

@@ -1,4 +1,4 @@
-"""Models in int8: the program of OpenVINO is trained on, saved, and answers; without the packages, one line says so."""
+"""Models in int8: the program of OpenVINO is quantized on, saved, and answers; without the packages, one line says so."""
 
 import sys
 
@@ -23,16 +23,16 @@ def packages():
 
 
 @pytest.fixture
-def trained(run, photos, tmp_path, packages):
-    """A folder with a model in int8, and the arguments that trained it."""
+def quantized(run, photos, tmp_path, packages):
+    """A folder with a model in int8, and the arguments that quantized it."""
     command = ("--data", photos, *SMALL, *QUICK, *INT8)
     code, _, err = run(main_train, *command)
     assert (code, err) == (0, ""), err
     return tmp_path, command
 
 
-def test_a_second_run_has_the_same_program(trained, run):
-    folder, command = trained
+def test_a_second_run_has_the_same_program(quantized, run):
+    folder, command = quantized
     [program] = (folder / "data" / "features").glob("*.int8")
     before, row, content = checkpoints(folder), repeatable(folder), program.read_bytes()
     for file in (folder / "data" / "features").glob("*.features"):
@@ -41,8 +41,8 @@ def test_a_second_run_has_the_same_program(trained, run):
     assert same(checkpoints(folder), before) and repeatable(folder) == row and program.read_bytes() == content
 
 
-def test_the_checkpoint_answers_as_in_training(trained, run, photos):
-    folder, _ = trained
+def test_the_checkpoint_answers_as_in_training(quantized, run, photos):
+    folder, _ = quantized
     [file], [row] = (folder / "checkpoints").glob("*.pt"), repeatable(folder).values()
     code, out, _ = run(inference, photos / "test", "--evaluate")
     assert code == 0 and f"{row['test_accuracy']:.2%}" in out
@@ -52,8 +52,8 @@ def test_the_checkpoint_answers_as_in_training(trained, run, photos):
     assert run(inference, "--export", "model.pt2", "--checkpoint", file)[0] == 2
 
 
-def test_it_can_be_fine_tuned(trained, run):
-    folder, command = trained
+def test_it_can_be_fine_tuned(quantized, run):
+    folder, command = quantized
     assert run(main_train, *command, "--fine-tune", 1)[0] == 0
     assert repeatable(folder)["mobilenet_v3_small_finetuned"]["precision"]["features"] in ("fp32", "int8")
 
