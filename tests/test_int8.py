@@ -1,4 +1,4 @@
-"""Models in int8: the program of OpenVINO is quantized on, saved, and answers; without the packages, one line says so."""
+"""Models in int8: OpenVINO's program is trained on, saved, and answers. Without the packages, one line says so."""
 
 import sys
 
@@ -24,7 +24,7 @@ def packages():
 
 @pytest.fixture
 def quantized(run, photos, tmp_path, packages):
-    """A folder with a model in int8, and the arguments that quantized it."""
+    """A folder with a model in int8, and the arguments of its training."""
     command = ("--data", photos, *SMALL, *QUICK, *INT8)
     code, _, err = run(main_train, *command)
     assert (code, err) == (0, ""), err
