@@ -124,7 +124,7 @@ def load_data(
 
 def _renumbered(similar: tuple[Pairs, Pairs] | None, places: dict[str, Tensor]) -> tuple[Pairs, Pairs] | None:
     """The pairs, with their images numbered in the order of the parts."""
-    place = torch.cat(list(places.values())).argsort().tolist()
+    place = torch.cat(list(places.values())).argsort().tolist()  # the inverse of a permutation
     return similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
 
 
@@ -169,8 +169,9 @@ def _limited(parts: dict[str, Images], limit: int, classes: int) -> tuple[dict[s
     counts = {part: images.labels.bincount(minlength=classes) for part, images in parts.items()}
     tested = _fifth(counts["train"], at_least=3) if "test" not in parts else torch.zeros(classes, dtype=torch.int64)
     pool = counts["train"] - tested
-    ranks = torch.cat([torch.arange(count) for count in pool.tolist()])
-    kept = torch.arange(classes).repeat_interleave(pool)[ranks.argsort(stable=True)[:limit]].bincount(minlength=classes)
+    ranks = torch.cat([torch.arange(count) for count in pool.tolist()])  # an image's number within its class
+    in_turn = torch.arange(classes).repeat_interleave(pool)[ranks.argsort(stable=True)]  # labels: 0, 1, 2, 0, 1, 2, ...
+    kept = in_turn[:limit].bincount(minlength=classes)
     share = kept.sum() / pool.sum().clamp(1)
 
     def part_of(count: Tensor) -> Tensor:
@@ -209,7 +210,8 @@ def _hold_out(images: Images, pool: Tensor, sizes: Tensor, others: int, seed: in
     images_of, best = images.labels[pool].bincount(minlength=len(sizes)).clamp(min=1), math.inf
     groups_of = Counter(label for each in members.values() for label in each)
     sizes = torch.tensor([size if groups_of[c] > others else 0 for c, size in enumerate(sizes.tolist())])
-    for number in range(min(MAX_ORDERS, 1 + 2000 * MAX_ORDERS // max(1, len(members)))):
+    orders = min(MAX_ORDERS, 1 + 2000 * MAX_ORDERS // max(1, len(members)))  # sorting many groups takes long
+    for number in range(orders):
         order = sorted(members, key=lambda group: draw(f"{seed} {number}", group), reverse=last)
         groups, missing = _fitting_groups({group: members[group] for group in order}, sizes.tolist(), others)
         deviation = float((torch.tensor(missing) / images_of).abs().max())
@@ -228,10 +230,14 @@ def _fitting_groups(counts: dict[str, Counter[int]], sizes: list[int], others: i
     """
     left = Counter(label for each in counts.values() for label in each)  # groups of each class
     missing, held = list(sizes), set()
-    for stage in range(3):
+    for stage in ("fits", "nearer", "any"):
         for group, each in counts.items():
-            gain = sum((abs(missing[c]) - abs(missing[c] - n)) / max(1, sizes[c]) for c, n in each.items())
-            wanted = (all(n <= missing[c] for c, n in each.items()), gain > 0, not held)[stage]
+            if stage == "fits":
+                wanted = all(n <= missing[c] for c, n in each.items())
+            elif stage == "nearer":
+                wanted = sum((abs(missing[c]) - abs(missing[c] - n)) / max(1, sizes[c]) for c, n in each.items()) > 0
+            else:
+                wanted = not held
             if group not in held and wanted and all(left[c] > others for c in each):
                 held.add(group)
                 for label, count in each.items():

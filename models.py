@@ -309,6 +309,7 @@ class Classifier(nn.Module):
         kernel.diagonal().add_(1)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(kernel))
         residuals = inverse @ (root * (targets - mean_target))
+        # a residual divided by 1 - leverage is the one without the image in the fit; the mean is fitted, too
         loo_scores = targets - residuals / root / (inverse.diagonal() - weights / count).clamp(1e-3)[:, None]
         factors = torch.linspace(0, 4, 201).exp().tolist()
         smoothing = 1 / (count + 2)  # keeps the loss finite when every prediction is right

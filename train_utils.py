@@ -208,10 +208,10 @@ def fit_classifier(
     training = Training(nn.Sequential(classifier.standardize, classifier.mlp), train, val, recipe, precision)
     fit(training, name)
     images, width = len(train.labels) + len(val.labels), classifier.ridge.in_features
-    weight = images / (images + width)
-    logits = (1 - weight) * ridge_logits + weight * compute_logits(training.model, val)[0]
+    mlp_weight = images / (images + width)
+    logits = (1 - mlp_weight) * ridge_logits + mlp_weight * compute_logits(training.model, val)[0]
     with torch.no_grad():
-        for layer, factor in ((classifier.ridge, 1 - weight), (classifier.mlp[-1], weight)):
+        for layer, factor in ((classifier.ridge, 1 - mlp_weight), (classifier.mlp[-1], mlp_weight)):
             layer.weight.mul_(factor)
             layer.bias.mul_(factor)
     return training.history, logits
@@ -245,9 +245,9 @@ def refit_ridge(
     old = copy.deepcopy(refitted.standardize)
     refitted.fit_ridge(features[chosen].float(), labels[chosen], class_weights)
     new, ridge = refitted.standardize, refitted.ridge
-    weight = features.width / (len(labels) + val_images + features.width)  # as in fit_classifier
-    classifier.ridge.weight.copy_(weight * ridge.weight * old.std / new.std)
-    classifier.ridge.bias.copy_(weight * (ridge.bias + ridge.weight @ ((old.mean - new.mean) / new.std)))
+    ridge_weight = features.width / (len(labels) + val_images + features.width)  # as in fit_classifier
+    classifier.ridge.weight.copy_(ridge_weight * ridge.weight * old.std / new.std)
+    classifier.ridge.bias.copy_(ridge_weight * (ridge.bias + ridge.weight @ ((old.mean - new.mean) / new.std)))
 
 
 def sample(labels: Tensor, count: int) -> Tensor:

@@ -53,7 +53,7 @@ def extract_features(
         compute = partial(_compute, fast, images.items, type(model).forward_features)
         title = f"{model.backbone} features"
         features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
-        for error in errors.values():  # data.py has left out those that never could be read
+        for error in errors.values():  # the survey of the data has left out those that never could be read
             raise error
         found[part] = Extraction(features, seconds, computed)
     return found

@@ -164,7 +164,8 @@ def _seen_otherwise(grey: Tensor) -> list[Tensor]:
     """Images (B, SIZE, SIZE) as they are, turned, mirrored and turned, and then their middles."""
     seen = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
     for margin in MARGINS:
-        places = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2] * SIZE - 0.5
+        centres = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2]  # of the middle's SIZE equal parts
+        places = centres * SIZE - 0.5
         zoom = (1 - (places[:, None] - torch.arange(SIZE)).abs()).clamp(min=0)  # linear interpolation
         seen.append(zoom @ grey @ zoom.T)
     return seen
@@ -232,6 +233,8 @@ def _bound(descriptions: Tensor, pairs: Pairs) -> float:
         chance = closeness[groups[one] != groups[other]]
         if not len(chance):
             break
+        # the tail is taken for exponential: from the largest fifth to the largest twentieth, a quarter of the pairs,
+        # closeness grows by log(4) steps; to the largest of all comparisons, by log(comparisons / 20) more
         fifth, twentieth = chance.quantile(torch.tensor([0.8, 0.95])).tolist()
         largest = twentieth + (twentieth - fifth) / math.log(4) * math.log(comparisons / 20)
         if 1 - math.exp(-largest) <= bound:

@@ -31,14 +31,14 @@ from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, save_tensors
 from engine.images import Item, preprocess, read_image, reading_arguments
 
-MANY = 4096  # images, from which on the conversion takes less time than it saves
+WORTH_CONVERTING = 4096  # images, from which on the conversion takes less time than it saves
 LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
 def openvino_version(device: torch.device, precision: str, images: int, file: Path | None = None) -> str:
     """The version of OpenVINO if it is worth its conversion, else "". `file` may hold a converted program."""
-    if device.type == "cpu" and precision == "fp32" and (images >= MANY or (file and file.exists())):
+    if device.type == "cpu" and precision == "fp32" and (images >= WORTH_CONVERTING or (file and file.exists())):
         with suppress(PackageNotFoundError):
             return version("openvino")
     return ""
@@ -58,40 +58,42 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
 
     `file` keeps the program, or that there is none. A network that cannot be converted keeps its fast copy.
     """
-    fast, kept = fast_copy(model, torch.device("cpu"), "fp32"), _load(file)
+    fast, program = fast_copy(model, torch.device("cpu"), "fp32"), _load(file)
     try:
         openvino = _import()
     except Exception as error:  # whatever a broken or an old installation raises
         print(f"OpenVINO is not used: {first_line(error)}", file=sys.stderr)
         return fast
-    plain = fast.features
-    with suppress(Exception):  # a network with operators that it lacks
-        program = convert(openvino, model) if kept is None else kept
-        if program:
+    if program is None:  # not tried yet; an empty program says that the fast copy is better
+        program = {}
+        with suppress(Exception):  # a network with operators that OpenVINO lacks
+            converted = convert(openvino, model)
+            program = converted if _is_better(fast, Program(openvino, converted)) else {}
+        if file:
+            save_tensors(file, program)
+    if program:
+        with suppress(Exception):  # another version has written it
             fast.features = Program(openvino, program)
-        if kept is None:
-            kept = program if _is_better(fast, plain) else {}
-    if file and not file.exists():
-        save_tensors(file, kept or {})
-    if not kept:
-        fast.features = plain
     return fast
 
 
 @torch.inference_mode()
-def _is_better(fast: nn.Module, plain: nn.Module) -> bool:
-    """Whether `fast` has the same outputs as with plain `features`, in less time."""
-    ours, seconds, outputs = fast.features, {}, {}
+def _is_better(fast: nn.Module, program: nn.Module) -> bool:
+    """Whether the fast copy's features are the same in OpenVINO, in less time."""
+    plain, seconds, outputs = fast.features, {}, {}
     images = torch.randn(8, *fast.example().shape[1:], generator=torch.Generator().manual_seed(0))
-    with threads(1):  # as in run_images
-        for features in (ours, plain) * 3:  # the first calls warm up
-            fast.features = features
-            start = time.perf_counter()
-            outputs[features] = fast.forward_view(images)
-            seconds.setdefault(features, []).append(time.perf_counter() - start)
-    fast.features, expected = ours, outputs[plain]
-    same = (outputs[ours] - expected).abs().max() < 1e-3 * expected.abs().max()
-    return bool(same) and min(seconds[ours]) < min(seconds[plain])
+    try:
+        with threads(1):  # as in run_images
+            for features in (program, plain) * 3:  # the first calls warm up
+                fast.features = features
+                start = time.perf_counter()
+                outputs[features] = fast.forward_view(images)
+                seconds.setdefault(features, []).append(time.perf_counter() - start)
+    finally:
+        fast.features = plain
+    expected = outputs[plain]
+    same = (outputs[program] - expected).abs().max() < 1e-3 * expected.abs().max()
+    return bool(same) and min(seconds[program]) < min(seconds[plain])
 
 
 def _import() -> ModuleType:

@@ -174,7 +174,7 @@ def _compare(tensors: dict, needed: dict, heads: set[str]) -> tuple[list[str], l
     """
     missing = [name for name, own in needed.items() if name not in tensors or tensors[name].shape != own.shape]
     tops = {_top(name) for name in needed}
-    heads = tuple(f"{head}." for head in heads | {_top(head) for head in heads} - tops)
+    heads = tuple(f"{head}." for head in heads | ({_top(head) for head in heads} - tops))
     matrices = {_top(name) for name, tensor in tensors.items() if "." in name and tensor.dim() > 1} - tops
     others = [name for name in _weights_among(tensors) if name not in needed and not name.startswith(heads)]
     unknown = sorted(name for name in others if _top(name) not in matrices)
