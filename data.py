@@ -31,7 +31,7 @@ from engine.survey import Survey, survey
 from engine.tables import Source, read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-MAX_ORDERS = 50  # so many orders of the groups are tried at most, see _hold_out
+MAX_ORDERS = 50  # of the groups, that are tried at most until the held-out images have the wanted number of each class
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
 

@@ -48,7 +48,7 @@ from engine.distributed import gather, is_first, with_process_group, world_size
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
-from engine.openvino import check_int8, fastest_copy, quantize
+from engine.openvino import check_int8, fastest_copy
 from engine.run import outputs_of
 from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -214,14 +214,11 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
 def train_classifier(name: str, data: Data, args: argparse.Namespace) -> TrainedModel:
     """Trains the classifier of a frozen backbone on its features, once for each seed. Keeps the first."""
     model, device = new_model(name, data, args, args.seed), args.device
+    origin = {"data": args.data, "content": data.content, "train_images": len(data.train)}
     for written in [model.name, f"{model.name}_finetuned"] if args.fine_tune else [model.name]:
-        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, data, args.data, args.limit)
+        results.check_replacement(args.output / "checkpoints" / f"{written}.pt", model, origin, args.limit)
     print(f"{model.name}: weights {model.weights}")
-    folder, preparing = args.cache / "features", 0.0
-    if model.precision == "int8":
-        made = quantize(model, data.train.items, data.train.ids, folder) if is_first() else None
-        model.program, preparing = gather(made)[0]
-    features = extract_features(model, data.parts, folder, device)
+    features = extract_features(model, data.parts, args.cache / "features", device)
     recipe = replace(RECIPE, **{name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "class_weights")})
     precision = pick_precision("auto", device)  # in training steps; weights and answers are fp32
 
@@ -247,7 +244,7 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace) -> Trained
         "weights_sha256": content_hash(model.features.state_dict()),
         "seed": args.seed,
         "features": {"computed": computed, "cached": not computed},
-        "seconds": {"features": preparing + extraction, "classifier": seconds[0]},
+        "seconds": {"features": extraction, "classifier": seconds[0]},
         **describe(recipe, model.precision, precision, histories[0], data),
     }
     trained = TrainedModel(model.to(device), training, list(logits), features)

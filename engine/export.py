@@ -82,7 +82,7 @@ def _torch_export(program: nn.Module, images: Tensor, notes: dict[str, str]) -> 
 
 
 def _onnx_export(program: nn.Module, images: Tensor, notes: dict[str, str]) -> tuple[bytes, Callable | None]:
-    """As _torch_export. There is no function without onnxruntime."""
+    """The content of the file, and the function from images to probabilities, or None without onnxruntime."""
     for parameter in program.parameters():  # channels_last weights would add a Gather, which not every reader knows
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     options = {"dynamic_shapes": {"images": {0: torch.export.Dim("batch")}}, "dynamo": True, "verbose": False}

@@ -183,7 +183,9 @@ class GlobalAverage(nn.Module):
         return F.avg_pool2d(images, images.shape[2:])
 
 
-_cached: WeakKeyDictionary[nn.Module, tuple[list, nn.Module]] = WeakKeyDictionary()  # what a copy was made of, and it
+_cached: WeakKeyDictionary[nn.Module, tuple[list, nn.Module]] = (
+    WeakKeyDictionary()
+)  # by model: its version, and the copy of it
 _making_a_copy = threading.Lock()
 
 

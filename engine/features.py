@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
 from engine.files import content_hash
-from engine.folders import Images
-from engine.images import ImageError, Item
-from engine.openvino import fastest_copy, openvino_copy, openvino_version
+from engine.images import ImageError, Images, Item
+from engine.openvino import fastest_copy, openvino_copy, openvino_version, quantize
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -43,9 +42,14 @@ def extract_features(
 ) -> dict[str, Extraction]:
     """Returns the features of the images of each part. Computes those that `folder` lacks.
 
-    Raises ImageError if an image cannot be read, OSError if a file cannot be written, FloatingPointError if features
+    For int8, first makes the model's program, from images of the first part. Raises ValueError if that fails,
+    ImageError if an image cannot be read, OSError if a file cannot be written, FloatingPointError if features
     overflow.
     """
+    preparing = 0.0
+    if model.precision == "int8" and not model.program:
+        sample = next(iter(parts.values()))
+        model.program, preparing = gather(quantize(model, sample.items, sample.ids, folder) if is_first() else None)[0]
     ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
     fast, found = cache(partial(_fast_copy, model, device, program)), {}
@@ -55,7 +59,8 @@ def extract_features(
         features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
         for error in errors.values():  # the survey of the data has left out those that never could be read
             raise error
-        found[part] = Extraction(features, seconds, computed)
+        found[part] = Extraction(features, seconds + preparing, computed)
+        preparing = 0.0  # it counts once
     return found
 
 

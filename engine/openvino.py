@@ -83,7 +83,7 @@ def _is_better(fast: nn.Module, program: nn.Module) -> bool:
     plain, seconds, outputs = fast.features, {}, {}
     images = torch.randn(8, *fast.example().shape[1:], generator=torch.Generator().manual_seed(0))
     try:
-        with threads(1):  # as in run_images
+        with threads(1):  # extraction also gives each core images of its own
             for features in (program, plain) * 3:  # the first calls warm up
                 fast.features = features
                 start = time.perf_counter()
@@ -97,15 +97,10 @@ def _is_better(fast: nn.Module, program: nn.Module) -> bool:
 
 
 def _import() -> ModuleType:
-    blocked = sys.modules.setdefault("openvino_telemetry", None)  # or the import is reported to Google Analytics
-    try:
-        openvino = importlib.import_module("openvino")
-        for name in ("Core", "convert_model", "save_model"):
-            getattr(openvino, name)
-    except Exception:
-        if blocked is None:
-            del sys.modules["openvino_telemetry"]
-        raise
+    sys.modules.setdefault("openvino_telemetry", None)  # or the import is reported to Google Analytics
+    openvino = importlib.import_module("openvino")
+    for name in ("Core", "convert_model", "save_model"):
+        getattr(openvino, name)  # raises AttributeError for an old version
     return openvino
 
 

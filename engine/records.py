@@ -153,7 +153,7 @@ class Records:
             for images, rows, errors in batches:
                 records = np.zeros(len(images), layout)
                 records["image"] = [ids[i] for i in images]
-                with np.errstate(over="ignore"):  # see below
+                with np.errstate(over="ignore"):  # the next lines raise an error
                     records["features"] = rows
                 if not np.isfinite(records["features"]).all():
                     raise FloatingPointError(f"{self.name}: values overflow in {layout['features'].base}")

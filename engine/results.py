@@ -48,10 +48,11 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
     }
 
 
-def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: str, limit: int | None) -> None:
-    """Raises ValueError if `checkpoint` was trained on other images than `data` (data.Data, from `source`), or on more.
+def check_replacement(checkpoint: Path, model: nn.Module, origin: dict, limit: int | None) -> None:
+    """Raises ValueError if `checkpoint` was trained on other images than the model will be, or on many more.
 
-    A data set may shrink, as when its label errors are deleted, but not to less than half, with a `limit` to 90%.
+    `origin` is the new model's: "data", "content" and "train_images". A data set may shrink, as when its label errors
+    are deleted, but not to less than half, with a `limit` to 90%.
     """
     if not checkpoint.exists():
         return
@@ -62,10 +63,10 @@ def check_replacement(checkpoint: Path, model: nn.Module, data: object, source: 
     except Exception as error:  # whatever a damaged file makes torch raise
         print(f"{checkpoint} cannot be read ({first_line(error)}) and will be replaced")
         return
-    images, same_content = row.get("train_images", 0), data.content == row.get("content")
-    other = "" if same_content or source == row.get("data") else " of other data"
+    images, same_content = row.get("train_images", 0), origin["content"] == row.get("content")
+    other = "" if same_content or origin["data"] == row.get("data") else " of other data"
     same_model = (classes, size) == (model.classes, model.preprocessing["image_size"])
-    if other or not same_model or len(data.train) < images * (0.9 if limit else 0.5):
+    if other or not same_model or origin["train_images"] < images * (0.9 if limit else 0.5):
         raise ValueError(
             f"{checkpoint} was trained on {images:,} images of {len(classes)} classes at {size} pixels{other}: "
             "choose another --output, or delete it"
