@@ -15,7 +15,7 @@ from conftest import ROOT, draw
 import inference
 import main_train
 import models
-from engine.metrics import paired_difference, wilson_interval
+from engine.metrics import paired_difference
 
 PAGES = {ROOT: (ROOT / "README.md").read_text(encoding="utf-8")}
 PAGES[ROOT / "benchmarks"] = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
@@ -34,8 +34,8 @@ def accuracy(run: dict, part: str = "test") -> float:
 def rows(run: dict, best: dict) -> tuple[str, str]:
     """Those of a run in the tables of the two pages."""
     label, seeds = run["label"], run["accuracy_by_seed"]["test"]
-    low, high = wilson_interval(accuracy(run), run["test_images"])
-    margin = 100 * paired_difference(run["correct"], best["correct"])[1]
+    low, high = run["test_interval"]
+    margin = 100 * paired_difference(run["correct"], best["correct"], run["test_groups"])[1]
     change = "best" if run is best else f"{100 * (accuracy(run) - accuracy(best)):+.1f} ± {margin:.1f}"
     trained, total = (run["parameters"][key] / 1e6 for key in ("trainable", "total"))
     ece, rate = run["calibration"], run["images_per_second"]
