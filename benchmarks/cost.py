@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.console import run_script
 from engine.device import batch_size_for, threads
-from engine.fast import fast_copy
+from engine.openvino import fastest_copy
 from engine.run import run_images
 from models import load_checkpoint
 
@@ -37,7 +37,7 @@ def multiply_adds(model: nn.Module) -> int:
 
 def images_per_second(model: nn.Module, device: torch.device) -> tuple[float, float]:
     """One image at a time, and as many as take a second."""
-    fast, size = fast_copy(model, device), model.preprocessing["image_size"]
+    fast, size = fastest_copy(model, device), model.preprocessing["image_size"]
     image = np.zeros((size, size, 3), np.uint8)
 
     def seconds(count: int, batch_size: int) -> float:
