@@ -4,14 +4,14 @@
 # an EfficientNet-B0 it kept 10 reference reorders and 16 unfused multiplications, and took up to 1.2 times as long as
 # after network.reshape([1, 3, 224, 224]), which restores what was known. TorchScript's way asks for a reshape anyway,
 # so that a comparison of the two blames torch.export.
-# Seen with torch 2.14.1 and openvino 2026.4.1: "input [?,3,?,?], then [1,3,224,224]".
+# (convert_model also imports packaging, which openvino does not require.) Seen with torch 2.14.1, openvino 2026.4.1: "input [?,3,?,?], then [1,3,224,224]".
 # It matters here because features are computed in OpenVINO where it is installed: MobileNetV2 went from 488 to 516 images
 # a second, EfficientNet-B0 from 250 to 300 (two cores of an AMD EPYC with AVX-512, fp32, one image a request).
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q --disable-pip-version-check torch==2.14.1 openvino==2026.4.1 numpy==2.4.6
+"$folder/venv/bin/pip" install -q --disable-pip-version-check torch==2.14.1 openvino==2026.4.1 numpy==2.4.6 packaging==26.4
 "$folder/venv/bin/python" - <<'PY'
 import sys
 
