@@ -17,7 +17,6 @@ import csv
 import glob
 import io
 import json
-import math
 import os
 import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -27,6 +26,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,10 +39,10 @@ from engine.export import advice, export
 from engine.features import known_features, most_similar
 from engine.files import atomic_write
 from engine.folders import find_images, labelled_images, not_used
-from engine.images import Item, read_for_plot
+from engine.images import Item, read_and_preprocess, read_for_plot
 from engine.layers import averages, run_layers
 from engine.metrics import accuracy_interval, class_scores
-from engine.openvino import fastest_copy
+from engine.openvino import check_answers, fastest_copy
 from engine.results import print_table
 from engine.run import run_images
 from engine.tables import TABLES, labelled_rows
@@ -95,14 +95,15 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         parser.error("--evaluate takes one folder, which holds a folder of images for each class, or one table")
     if args.evaluate and args.format != "text":
         parser.error(f"--evaluate prints text; it writes the wrong answers to {args.output}/MODEL_wrong.csv")
-    args.device = pick_device(args.device)
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    models, skipped = load_models(args.checkpoint)
+    models, skipped = load_models(args.checkpoint, args.precision)
     ensemble = pick_ensemble(models, args)
+    in_int8 = "int8" in [args.precision or model.precision for model in models]  # which runs on CPUs only
+    device = pick_device("cpu" if in_int8 and args.device == "auto" else args.device)
     if args.export:
         if is_first():
             export(models[0], args.export)
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.format == "csv":
         print_csv(COLUMNS)
     answers, unreadable = [], 0
-    for item, records in classify(args, models, ensemble, items, known):
+    for item, records in classify(args, device, models, ensemble, items, known):
         failed = "error" in records[0]
         unreadable += failed
         if failed or not args.evaluate:
@@ -126,23 +127,25 @@ def main(argv: list[str] | None = None) -> int:
     if not answers and not unreadable:
         raise FileNotFoundError(f"no images in {', '.join(args.paths)}")
     if answers and is_first():
-        report(args, models, ensemble, answers)
+        report(args, device, models, ensemble, answers)
     return 0 if not unreadable + skipped else 1 if answers else 2
 
 
-def load_models(files: list[str] | None) -> tuple[list[TransferModel], int]:
+def load_models(files: list[str] | None, precision: str | None) -> tuple[list[TransferModel], int]:
     """Loads the given files, or the usable ones in checkpoints/, and counts the rest. Raises OSError or ValueError."""
     models, skipped = [], 0
     for file in files or sorted(Path("checkpoints").glob("*.pt")):
         try:
-            models.append(load_checkpoint(file))
+            model = load_checkpoint(file)
+            check_answers(model, precision)
+            models.append(model)
         except (OSError, ValueError) as error:
             if files:
                 raise
             print(f"skipped: {error}", file=sys.stderr)
             skipped += 1
     if not models:
-        raise FileNotFoundError("no model in checkpoints/: train with main_train.py, or use --checkpoint FILE")
+        raise FileNotFoundError("no usable model in checkpoints/: train with main_train.py, or use --checkpoint FILE")
     return models, skipped
 
 
@@ -224,14 +227,19 @@ def matches(pattern: str) -> list[str]:
 
 
 def classify(
-    args: Namespace, models: list[TransferModel], ensemble: bool, items: Iterable[Item], known: list[dict]
+    args: Namespace,
+    device: torch.device,
+    models: list[TransferModel],
+    ensemble: bool,
+    items: Iterable[Item],
+    known: list[dict],
 ) -> Iterator[Answer]:
     """Yields each image with its records, completed by its path and true label, if these are known, and "unsure"."""
-    precision = args.precision and pick_precision(args.precision, args.device)
-    fast = [fastest_copy(model, args.device, len(known), precision) for model in models]
+    precision = args.precision and pick_precision(args.precision, device)
+    fast = [fastest_copy(model, device, len(known), precision) for model in models]
     work = partial(predictions, fast, top_k=args.top_k, ensemble=ensemble)
     with Progress(len(known) or None, "inference", disable=sys.stdout.isatty() and not args.evaluate) as bar:
-        for i, (item, records) in enumerate(shared_map(work, items, batch_size_for(args.device))):
+        for i, (item, records) in enumerate(shared_map(work, items, batch_size_for(device))):
             for record in with_models(records):
                 if known:
                     record |= known[i]
@@ -292,10 +300,9 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
     wrong = [record for record in records if record["label"] != record["true"]]
     wrong.sort(key=lambda record: -record["probability"])
     table = io.StringIO(newline="")
-    writer = csv.writer(table)
-    writer.writerow(WRONG_COLUMNS)
-    for record in wrong:
-        writer.writerow([record[column] for column in WRONG_COLUMNS])
+    writer = csv.DictWriter(table, WRONG_COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(wrong)
     with atomic_write(output / f"{name}_wrong.csv") as file:
         file.write(table.getvalue().encode(errors="surrogateescape"))
     visualization.save(visualization.plot_confusion(name, scores["confusion"], names), output / f"{name}_confusion.png")
@@ -304,7 +311,9 @@ def evaluate(records: list[dict], classes: tuple[str, ...], output: Path, readin
         visualization.save(figure, output / f"{name}_mistakes.png")
 
 
-def report(args: Namespace, models: list[TransferModel], ensemble: bool, answers: list[Answer]) -> None:
+def report(
+    args: Namespace, device: torch.device, models: list[TransferModel], ensemble: bool, answers: list[Answer]
+) -> None:
     """Evaluates, draws and explains the answers, as the arguments ask for."""
     reading = models[0].preprocessing.get("reading")
     if args.evaluate:
@@ -318,8 +327,7 @@ def report(args: Namespace, models: list[TransferModel], ensemble: bool, answers
     shown = [(item, records[0], records[0].get("models", records)) for item, records in answers[:PLOTTED_IMAGES]]
     if args.explain:
         best = max(range(len(models)), key=lambda i: models[i].origin.get("val_accuracy", 0))
-        captioned = [(item, caption(by_model[best], [("", by_model[best])])) for item, _, by_model in shown]
-        explain(args, models[best], captioned)
+        explain(args, device, models[best], [(item, by_model[best]) for item, _, by_model in shown])
     if plot := args.plot or (None if args.paths else Path("plots/predictions.png")):
         names = [f"{model.label}: " for model in models]
         captioned = [(item, caption(first, zip(names, by_model, strict=True))) for item, first, by_model in shown]
@@ -337,19 +345,21 @@ def caption(record: dict, answers: Iterable[tuple[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, str]]) -> None:
-    """Draws a heat map of each image's label, and the training images with the most similar features."""
+def explain(args: Namespace, device: torch.device, model: TransferModel, answers: list[tuple[Item, dict]]) -> None:
+    """Draws a heat map of each image's label, and the training images with the most similar features.
+
+    `answers` are images with the model's records.
+    """
     reading, size = model.preprocessing.get("reading"), model.preprocessing["image_size"]
-    shown = islice(read_for_plot(captioned, reading, size), PLOTTED_IMAGES)
-    images, captions = zip(*shown, strict=True)
-    rows = [[(image, caption, None)] for image, caption in zip(images, captions, strict=True)]
+    images, records = zip(*islice(read_for_plot(answers, reading, size), PLOTTED_IMAGES), strict=True)
+    rows = [[(image, caption(one, [("", one)]), None)] for image, one in zip(images, records, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
-        heat = torch.cat([batch.outputs[0] for batch in run_images([model.to(args.device)], images, heat_map)])
-        side = math.isqrt(heat.shape[1])
-        for row, image, one in zip(rows, images, heat.reshape(-1, side, side).numpy(), strict=True):
-            row.append((image, "what decided it", one))
+        model.to(device)
+        for row, image, record in zip(rows, images, records, strict=True):
+            batch, label = read_and_preprocess(image, model.preprocessing, device), model.classes.index(record["label"])
+            row.append((image, "what decided it", heat_map(model, batch, label)))
     try:
-        for row, similar in zip(rows, similar_training_images(model, images, args), strict=True):
+        for row, similar in zip(rows, similar_training_images(model, images, args, device), strict=True):
             row += similar
     except (OSError, ValueError) as error:
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
@@ -357,27 +367,28 @@ def explain(args: Namespace, model: TransferModel, captioned: list[tuple[Item, s
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 
-def heat_map(model: TransferModel, images: Tensor) -> Tensor:
-    """How much each place of the last maps supports the label, from 0 to 1: (B, 3, H, W) -> (B, h * w)
+def heat_map(model: TransferModel, image: Tensor, label: int) -> np.ndarray:
+    """How much each place of the last maps supports the label, from 0 to 1: (1, 3, H, W) -> (h, w)
 
     Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391). The backbone must be a sequence of layers.
     """
-    with torch.inference_mode(False), torch.enable_grad():
-        maps, levels = run_layers(model.features, model.levels, images.clone())
-        maps.requires_grad_()
-        logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
-        [gradient] = torch.autograd.grad(logits.amax(dim=1).sum(), maps)
-        heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu().flatten(1)
-        return (heat / heat.amax(dim=1, keepdim=True).clamp(1e-9)).detach()
+    maps, levels = run_layers(model.features, model.levels, image)
+    maps.requires_grad_()
+    logits = model.classifier(torch.cat([levels, averages(maps, 1)], dim=1))
+    [gradient] = torch.autograd.grad(logits[0, label], maps)
+    heat = (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).relu()[0]
+    return (heat / heat.max().clamp(1e-9)).detach().cpu().numpy()
 
 
-def similar_training_images(model: TransferModel, images: list[Item], args: Namespace) -> Iterator[list[tuple]]:
+def similar_training_images(
+    model: TransferModel, images: Sequence[Item], args: Namespace, device: torch.device
+) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
     data, cache = data_of(model, args.cache, args.data), args.cache / "features"
-    features, known = known_features(model, data.train.ids, cache, args.device)
+    features, known = known_features(model, data.train.ids, cache, device)
     if not len(known):
         raise FileNotFoundError(f"their features are not in {cache}")
-    train, fast = data.train.subset(known), fastest_copy(model, args.device)
+    train, fast = data.train.subset(known), fastest_copy(model, device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")
     for found in most_similar(model.cpu(), rows, features, SIMILAR_IMAGES):

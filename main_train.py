@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.data = os.path.abspath(os.path.expanduser(args.data))  # also without a trailing slash
         folder = os.path.dirname(args.data) if os.path.isfile(args.data) else args.data
         args.output = args.output or Path("runs", os.path.basename(folder))
-    args.device = pick_device(args.device)
+    args.device = pick_device("cpu" if (args.device, args.precision) == ("auto", "int8") else args.device)
     args.precision = gather(pick_precision(args.precision, args.device))[0]
     return args
 

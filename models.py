@@ -342,11 +342,8 @@ def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
     values |= {name: getattr(model, name) for name in SAVED} | {"versions": versions()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     extra = {name: tensors.pop(name) for name in list(tensors) if name.startswith("unfamiliarity.")}
-    parts = {
-        "state_dict": tensors,
-        "unfamiliarity": extra,
-        "program": model.program,
-    }  # others can load state_dict alone
+    # others can load state_dict alone
+    parts = {"state_dict": tensors, "unfamiliarity": extra, "program": model.program}
     save_tensors(path, {**values, **parts, "sha256": content_hash({**tensors, **extra, **model.program}, values)})
 
 

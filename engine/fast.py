@@ -51,7 +51,8 @@ def fast_copy(model: nn.Module, device: torch.device, precision: str | None = No
         fast = _changed(fast, fold_norms, images, tolerance=1e-3)
         to_channels_last(fast.features.to(dtype=DTYPES[precision]))
         if packed and precision in ("fp32", pick_precision("auto", device)):
-            fast = _changed(fast, pack_convolutions, images.to(DTYPES[precision]), tolerance=0.1)  # bf16 rounds much
+            tolerance = 1e-3 if precision == "fp32" else 0.1  # bf16 rounds much
+            fast = _changed(fast, pack_convolutions, images.to(DTYPES[precision]), tolerance)
     return fast
 
 
@@ -183,9 +184,8 @@ class GlobalAverage(nn.Module):
         return F.avg_pool2d(images, images.shape[2:])
 
 
-_cached: WeakKeyDictionary[nn.Module, tuple[list, nn.Module]] = (
-    WeakKeyDictionary()
-)  # by model: its version, and the copy of it
+# by model: its version, and the copy of it
+_cached: WeakKeyDictionary[nn.Module, tuple[list, nn.Module]] = WeakKeyDictionary()
 _making_a_copy = threading.Lock()
 
 
@@ -194,7 +194,7 @@ def cached_copy(model: nn.Module, make: Callable[[nn.Module, torch.device], nn.M
 
     A change shows in its plain attributes, in which tensors it has, and in how often these were changed in place.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers(), *model.program.values()]
     if {tensor.dtype for tensor in tensors if tensor.is_floating_point()} != {torch.float32}:
         raise TypeError("the model's weights must be float32: use model.float(), and model.precision for speed")
     version = [repr({name: value for name, value in vars(model).items() if not name.startswith("_")})]

@@ -20,7 +20,7 @@ from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
-from engine.openvino import fastest_copy, openvino_copy, openvino_version, quantize
+from engine.openvino import fastest_copy, openvino_copy, openvino_version, quantize, worth_converting
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -91,23 +91,32 @@ def _records(
     """Where the features of a model are kept, and the file of OpenVINO's program, if that computes them.
 
     The records' name holds a hash of all that determines the features, except the image. A run that resumes goes on as
-    it began. `everywhere`: all processes call this, and do as the first one.
+    it began, unless it had computed fewer images than OpenVINO is worth its conversion for. `everywhere`: all processes
+    call this, and do as the first one.
     """
     key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
     key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
+    version = openvino_version(device, model.precision)
     if model.precision == "int8":
-        key["program"] = content_hash(model.program)
-    name = f"{model.name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+        key |= {"program": content_hash(model.program), "openvino": version}
     kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
     if model.precision == "bf16":
         kinds = {".features": "<f2"}  # float16 holds more digits than bf16
-    records, program = Records(folder, name, kinds, model.width), folder / f"{name}.openvino"
-    known = records.read([image.encode() for image in ids])[1]
-    version = "" if known else openvino_version(device, model.precision, len(ids), program)
-    if version := gather(version)[0] if everywhere else version:
-        return Records(folder, f"{name}-openvino-{version}", kinds, model.width), program
-    return records, None
+
+    name = model.name.removesuffix("_finetuned")  # fine-tuning may have kept the frozen backbone
+
+    def records(infix: str = "", **more: str) -> Records:
+        digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
+        return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
+
+    plain, different = records(), sorted({image.encode() for image in ids})
+    known = len(plain.read(different)[1])
+    converted = records("openvino-", openvino=version)
+    program = folder / f"{converted.name}.program"
+    enough = known == len(different) or worth_converting(known)
+    convert = version and model.precision == "fp32" and not enough and (program.exists() or worth_converting(len(ids)))
+    return (converted, program) if (gather(convert)[0] if everywhere else convert) else (plain, None)
 
 
 def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:

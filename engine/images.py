@@ -220,12 +220,12 @@ def _fail(message: str) -> None:
 
 
 def read_for_plot(
-    captioned: Iterable[tuple[Item, str]], reading: dict | None, size: int = 224
-) -> Iterator[tuple[np.ndarray, str]]:
-    """Yields the images that can be read, (H, W, 3), at most `size` large, with their captions."""
-    for item, caption in captioned:
+    described: Iterable[tuple[Item, object]], reading: dict | None, size: int = 224
+) -> Iterator[tuple[np.ndarray, object]]:
+    """Yields the images that can be read, (H, W, 3), at most `size` large, with what describes them."""
+    for item, description in described:
         with suppress(ImageError):  # the file may have been deleted
-            yield read_image(item, size, reading=reading).permute(1, 2, 0).numpy(), caption
+            yield read_image(item, size, reading=reading).permute(1, 2, 0).numpy(), description
 
 
 def is_image_file(path: str, extension: str) -> bool:
@@ -323,6 +323,11 @@ def preprocess(
             x = _resize(x, S, preprocessing["interpolation"])
         resized.append(x.to(dtype))
     return torch.cat(resized).contiguous(memory_format=torch.channels_last)
+
+
+def read_and_preprocess(item: Item, preprocessing: dict, device: torch.device | str = "cpu") -> Tensor:
+    """One image as a batch (1, 3, S, S) for a model with this preprocessing."""
+    return preprocess([read_image(item, *reading_arguments(preprocessing))], preprocessing, device)
 
 
 def _resize(images: Tensor, size: int, mode: str) -> Tensor:

@@ -28,27 +28,38 @@ from torch import Tensor, nn
 from engine.console import first_line
 from engine.device import threads
 from engine.fast import fast_copy
-from engine.files import content_hash, load_tensors, save_tensors
-from engine.images import Item, preprocess, read_image, reading_arguments
+from engine.files import content_hash, load_tensors, locked, save_tensors
+from engine.images import ImageError, Item, read_and_preprocess
 
 WORTH_CONVERTING = 4096  # images, from which on the conversion takes less time than it saves
 LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
-def openvino_version(device: torch.device, precision: str, images: int, file: Path | None = None) -> str:
-    """The version of OpenVINO if it is worth its conversion, else "". `file` may hold a converted program."""
-    if device.type == "cpu" and precision == "fp32" and (images >= WORTH_CONVERTING or (file and file.exists())):
-        with suppress(PackageNotFoundError):
-            return version("openvino")
-    return ""
+def openvino_version(device: torch.device, precision: str) -> str:
+    """The version of OpenVINO if it is installed and can compute that, else ""."""
+    return package_version("openvino") if device.type == "cpu" and precision in ("fp32", "int8") else ""
+
+
+def package_version(package: str) -> str:
+    """The version of an installed package, or "". Does not import it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def worth_converting(images: int) -> bool:
+    """Whether OpenVINO saves more time with so many images than its conversion takes."""
+    return images >= WORTH_CONVERTING
 
 
 def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precision: str | None = None) -> nn.Module:
     """The copy of a TransferModel that is the fastest for so many images. Raises ValueError if int8 is impossible."""
-    if (precision or model.precision) == "int8":
+    precision = precision or model.precision
+    if precision == "int8":
         return _int8_copy(model, device)
-    if openvino_version(device, precision or model.precision, images):
+    if worth_converting(images) and openvino_version(device, precision):
         return openvino_copy(model)
     return fast_copy(model, device, precision)
 
@@ -56,23 +67,22 @@ def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precis
 def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
     """The fast copy of a TransferModel in fp32 on the CPU, of which `features` run in OpenVINO if that is faster.
 
-    `file` keeps the program, or that there is none. A network that cannot be converted keeps its fast copy.
+    `file` keeps the program, or that the fast copy is faster. A network that cannot be converted keeps its fast copy.
     """
-    fast, program = fast_copy(model, torch.device("cpu"), "fp32"), _load(file)
+    fast = fast_copy(model, torch.device("cpu"), "fp32")
     try:
         openvino = _import()
     except Exception as error:  # whatever a broken or an old installation raises
         print(f"OpenVINO is not used: {first_line(error)}", file=sys.stderr)
         return fast
-    if program is None:  # not tried yet; an empty program says that the fast copy is better
-        program = {}
-        with suppress(Exception):  # a network with operators that OpenVINO lacks
+    with suppress(Exception):  # a network with operators that OpenVINO lacks
+        program = _load(file)
+        if program is None:
             converted = convert(openvino, model)
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
-        if file:
-            save_tensors(file, program)
-    if program:
-        with suppress(Exception):  # another version has written it
+            if file:
+                _keep(file, program)
+        if program:
             fast.features = Program(openvino, program)
     return fast
 
@@ -104,10 +114,16 @@ def _import() -> ModuleType:
     return openvino
 
 
-def _load(file: Path | None) -> dict[str, Tensor] | None:
+def _load(file: Path | None) -> dict | None:
     with suppress(Exception):  # no file yet, or a damaged one
         return load_tensors(file)
     return None
+
+
+def _keep(file: Path, content: dict) -> None:
+    for leftover in file.parent.glob(f".{file.name}.*.part"):  # of a run that was killed
+        leftover.unlink()
+    save_tensors(file, content)
 
 
 class _View(nn.Module):
@@ -176,40 +192,79 @@ def check_int8(device: torch.device) -> None:
         with _quiet():
             _import(), _import_nncf()
     except Exception as error:  # whatever a broken or an old installation raises
-        raise ValueError(f"int8 needs OpenVINO and NNCF ({first_line(error)}): pip install openvino nncf") from error
+        needed = f"int8 needs OpenVINO and NNCF ({first_line(error)}): pip install --upgrade openvino nncf"
+        raise ValueError(needed) from error
 
 
-def quantize(
-    model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder: Path
-) -> tuple[dict[str, Tensor], float]:
+def check_answers(model: nn.Module, precision: str | None = None) -> None:
+    """Raises ValueError if a TransferModel cannot answer in this precision (default: its own)."""
+    if (precision or model.precision) != "int8":
+        return
+    if not model.program:
+        raise ValueError(f"{model.name} was not trained in int8: main_train.py --precision int8 does that")
+    try:
+        _import()
+    except Exception as error:
+        needed = f"{model.name} answers in int8, which needs OpenVINO ({first_line(error)})"
+        raise ValueError(f"{needed}: pip install --upgrade openvino, or use --precision fp32") from error
+
+
+def _int8_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    check_answers(model, "int8")
+    if device.type != "cpu":
+        raise ValueError(f"{model.name} answers in int8, on the CPU only: use --device cpu")
+    try:
+        features = Program(_import(), model.program)
+    except Exception as error:  # whatever a version that cannot read it raises
+        raise ValueError(f"{model.name} does not run in this version of OpenVINO: {first_line(error)}") from error
+    # without copies of what the program replaces
+    return copy.deepcopy(model, {id(model.features): features, id(model.program): {}}).requires_grad_(False).eval()
+
+
+def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder: Path) -> tuple[dict, float]:
     """OpenVINO's program of a TransferModel's features in int8, its graph and its weights as bytes, and the seconds.
 
-    The ranges of activations are those of a sample of the images, chosen by their hashes. The program is kept in
-    `folder`, because another quantisation may differ a little. Raises ValueError if NNCF cannot quantise the network.
+    The ranges of activations are those of a sample of the images, chosen by their hashes. `folder` keeps the program.
+    It is used again as long as most of that sample are among the images, because features of another program are
+    others. Raises ValueError if NNCF cannot quantise the network, OSError if a file cannot be written.
     """
-    chosen, start = sorted(range(len(ids)), key=ids.__getitem__)[:CALIBRATION], time.perf_counter()
-    key = [model.backbone, model.preprocessing, [ids[i] for i in chosen]]
-    file = folder / f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}.int8"
-    if kept := _load(file):
-        return kept["program"], kept["seconds"]
-    print(f"{model.backbone}: preparing int8 with {len(chosen)} training images")
-    form = reading_arguments(model.preprocessing)
-    images = (preprocess([read_image(items[i], *form)], model.preprocessing) for i in chosen)
+    images = {identity: item for identity, item in zip(ids, items, strict=True)}  # once each
+    sample = sorted(images)[:CALIBRATION]
+    key = [model.backbone, model.width, model.preprocessing, *map(package_version, ("openvino", "nncf"))]
+    name = f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}"
+    file = folder / f"{name}-{content_hash({}, sample)[:8]}.int8"
+    with locked(folder / f".{name}.lock", wait=True):
+        for candidate in [file, *sorted(folder.glob(f"{name}-*.int8"))]:
+            kept = _load(candidate)
+            if kept and 2 * sum(image in images for image in kept["sample"]) > len(kept["sample"]):
+                return kept["program"], kept["seconds"]
+        print(f"{model.backbone}: preparing int8 with {len(sample)} training images")
+        start = time.perf_counter()
+        try:
+            program = _quantized(model, [images[image] for image in sample])
+        except (ImageError, OSError):
+            raise
+        except Exception as error:  # whatever a network with other operators makes them raise
+            raise ValueError(f"{model.backbone} cannot run in int8: {first_line(error)}") from error
+        kept = {"program": program, "seconds": time.perf_counter() - start, "sample": sample}
+        _keep(file, kept)
+        return program, kept["seconds"]
+
+
+def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
+    """The program, with ranges of activations from the images. Raises ValueError if its features become others."""
+    images = (read_and_preprocess(item, model.preprocessing) for item in items)
     arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
-    try:
-        with _quiet():
-            openvino, nncf = _import(), _import_nncf()
-            mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
-            network = nncf.quantize(
-                _converted(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays)
-            )
-        program = _as_bytes(openvino, network)
-        if (cosine := _similarity(model, Program(openvino, program), arrays[:64])) < LEAST_SIMILAR:
-            raise ValueError(f"its features become others (cosine {cosine:.2f})")
-    except Exception as error:  # whatever a network with other operators makes them raise
-        raise ValueError(f"{model.backbone} cannot run in int8: {first_line(error)}") from error
-    save_tensors(file, {"program": program, "seconds": time.perf_counter() - start})
-    return program, time.perf_counter() - start
+    with _quiet():
+        openvino, nncf = _import(), _import_nncf()
+        mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
+        network = _converted(openvino, model)
+        network = nncf.quantize(network, nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
+    program = _as_bytes(openvino, network)
+    cosine = _similarity(model, Program(openvino, program), arrays[:64])
+    if not cosine >= LEAST_SIMILAR:  # also if it is not a number
+        raise ValueError(f"its features become others (cosine {cosine:.2f})")
+    return program
 
 
 def _import_nncf() -> ModuleType:
@@ -237,18 +292,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _int8_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    if not model.program:
-        raise ValueError(f"{model.name} was not trained in int8: main_train.py --precision int8 does that")
-    if device.type != "cpu":
-        raise ValueError(f"{model.name} answers in int8, on the CPU only: use --device cpu")
-    try:
-        features = Program(_import(), model.program)
-    except Exception as error:
-        missing = f"{model.name} answers in int8, which needs OpenVINO ({first_line(error)}): pip install openvino"
-        raise ValueError(missing) from error
-    fast = copy.deepcopy(model).requires_grad_(False).eval()
-    fast.features = features
-    return fast

@@ -25,10 +25,9 @@ COMPARABLE = ("content", "classes", "split")  # only models that agree in these 
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that compute, timm's if it is in use."""
-    found = {package: version(package) for package in ("torchvision", "numpy")}
-    if timm := sys.modules.get("timm"):
-        found["timm"] = timm.__version__
+    """The versions of Python and of the packages that compute, of optional ones if they are in use."""
+    optional = [package for package in ("timm", "openvino", "nncf") if sys.modules.get(package)]
+    found = {package: version(package) for package in ("torchvision", "numpy", *optional)}
     return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
 
 

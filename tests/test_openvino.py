@@ -1,23 +1,22 @@
 """OpenVINO computes what the plain model computes, and everything else works without it."""
 
-import shutil
 import sys
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, noise, random_model, repeatable, results
+from conftest import QUICK, SMALL, noise, random_model, repeatable
 
 import inference
 import main_train
+from engine import openvino
 from engine.files import load_tensors, save_tensors
 from engine.openvino import Program, convert, fastest_copy, openvino_copy
-from models import load_checkpoint
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])  # mobilenet_v3_small is below
 def test_the_same_outputs(name, tmp_path):
-    model, file, openvino = random_model(name, 97), tmp_path / "program", pytest.importorskip("openvino")
-    save_tensors(file, convert(openvino, model))
+    model, file, package = random_model(name, 97), tmp_path / "program", pytest.importorskip("openvino")
+    save_tensors(file, convert(package, model))
     images = noise(model, 3)
     with torch.inference_mode():
         expected, copy = model.forward_features(images), openvino_copy(model, file)
@@ -37,27 +36,36 @@ def test_the_faster_one_is_kept(tmp_path):
         assert torch.allclose(copy.forward_view(noise(model)), model.forward_view(noise(model)), rtol=1e-3, atol=1e-4)
 
 
-def test_a_program_that_is_there_is_used(run, trained, photos):
-    openvino = pytest.importorskip("openvino")
-    command = ("--data", photos, *SMALL, *QUICK, "--seeds", 2, "--precision", "fp32", "--device", "cpu")
-    [known] = (trained / "data" / "features").glob("mobilenet_v3_small*.features")
-    program = known.with_name(known.name.replace(".0.features", ".openvino"))
-    save_tensors(program, convert(openvino, load_checkpoint(trained / "checkpoints" / "mobilenet_v3_small.pt")))
-    plain, written = repeatable(trained)["mobilenet_v3_small"], program.stat().st_mtime_ns
-    known.unlink()
+def features_of(folder):
+    """The files of features, plain ones and those of OpenVINO, and the programs."""
+    files = sorted((folder / "data" / "features").glob("mobilenet_v3_small*"))
+    kinds = [[file for file in files if file.suffix == end] for end in (".features", ".program")]
+    return *([file for file in kinds[0] if ("openvino" in file.name) == yes] for yes in (False, True)), kinds[1]
+
+
+def test_what_is_kept_is_used(run, trained, photos, monkeypatch):
+    pytest.importorskip("openvino")
+    plain = repeatable(trained)["mobilenet_v3_small"]
+    [known], *_ = features_of(trained)
+    content, command = known.read_bytes(), ("--data", photos, *SMALL, *QUICK, "--seeds", 2, "--device", "cpu")
+    monkeypatch.setattr(openvino, "WORTH_CONVERTING", 30)
     assert run(main_train, *command)[0] == 0
-    [features] = (trained / "data" / "features").glob("mobilenet_v3_small*.features")
-    assert "openvino" in features.name and program.stat().st_mtime_ns == written  # not converted again
+    assert features_of(trained) == ([known], [], [])  # all are known
+    known.write_bytes(content[: len(content) // 2])
+    assert run(main_train, *command)[0] == 0
+    assert features_of(trained) == ([known], [], [])  # many are known
+    known.write_bytes(content[: len(content) // 4])  # few, as after a quick look with --limit
+    assert run(main_train, *command)[0] == 0
+    _, [converted], [program] = features_of(trained)
+    written = program.stat().st_mtime_ns
+    converted.unlink()
+    monkeypatch.setattr(openvino, "WORTH_CONVERTING", 4096)
+    assert run(main_train, *command)[0] == 0
+    _, [_], [program] = features_of(trained)
+    assert program.stat().st_mtime_ns == written  # not converted again
     row = repeatable(trained)["mobilenet_v3_small"]
     assert row["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-3)
     assert run(inference, photos / "test", "--evaluate")[0] == 0
-
-
-def test_features_that_are_known_are_used_rather_than_computed_by_openvino(run, trained, photos):
-    [known] = (trained / "data" / "features").glob("mobilenet_v3_small*.features")
-    known.with_name(known.name.replace(".0.features", ".openvino")).write_bytes(b"oops")
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--seeds", 2)[0] == 0
-    assert {row["model"]: row for row in results(trained)}["mobilenet_v3_small"]["features"]["cached"]
 
 
 @pytest.mark.parametrize("broken", ["", "raise OSError('libfoo.so: no such file')"])
@@ -69,7 +77,7 @@ def test_a_broken_or_old_one_is_named_in_one_line(broken, run, trained, photos, 
     monkeypatch.syspath_prepend(installed)
     for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
         monkeypatch.delitem(sys.modules, name)
-    [known] = (trained / "data" / "features").glob("mobilenet_v3_small*.features")
-    shutil.move(known, known.with_name(known.name.replace(".0.features", ".openvino")))  # worth a try
+    features_of(trained)[0][0].unlink()
+    monkeypatch.setattr(openvino, "WORTH_CONVERTING", 30)
     code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--precision", "fp32", "--device", "cpu")
     assert code == 0 and err.count("OpenVINO is not used") == err.count("\n"), err
