@@ -6,7 +6,6 @@
 How a folder is read is in engine/folders.py, a table in engine/tables.py, which images belong together in groups.py.
 """
 
-import filecmp
 import hashlib
 import json
 import math
@@ -31,6 +30,7 @@ from engine.survey import Survey, survey
 from engine.tables import Source, read_source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FEW_GROUPS = 10  # of test images: their accuracy says little about images of other groups
 MAX_ORDERS = 50  # of the groups, that are tried at most until the held-out images have the wanted number of each class
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
@@ -145,19 +145,9 @@ def _look(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Ten
     """All images that can be read, the places of each part's images among them, and what is known of them."""
     images = Images.joined(parts.values())
     part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts.values()]))
-    _refuse_collisions(images)
     seen = survey(images.items, images.ids, folder)
     images, part_of = images.subset(seen.readable), part_of[seen.readable]
     return images, {name: (part_of == number).nonzero().flatten() for number, name in enumerate(parts)}, seen
-
-
-def _refuse_collisions(images: Images) -> None:
-    """Raises ValueError if files that differ have the same id: each would get the features of the other."""
-    firsts = {}
-    for item, identity in zip(images.items, images.ids, strict=True):
-        first = firsts.setdefault(identity, item)
-        if isinstance(item, Path) and first is not item and not filecmp.cmp(first, item, shallow=False):
-            raise ValueError(f"{first} and {item} differ but have the same hash: leave one of them out")
 
 
 def _limited(parts: dict[str, Images], limit: int, classes: int) -> tuple[dict[str, Images], dict[str, Tensor]]:
@@ -266,7 +256,10 @@ def _in_one_group(classes: tuple[str, ...], images: Images) -> str:
 
 def _remarks(classes: tuple[str, ...], parts: dict[str, Images]) -> list[str]:
     """What the user should know about a split."""
-    remarks = []
+    remarks, tested = [], parts["test"]
+    if (count := len(set(tested.groups))) < min(FEW_GROUPS, len(tested)):
+        few = f"of {count_of(count, 'group')} only"
+        remarks.append(f"the {len(tested):,} test images are {few}: other groups may have quite another accuracy")
     for part, name, others in (("test", "test", ("training", "validation")), ("val", "validation", ("training",))):
         if empty := classes_without_images(classes, parts[part]):
             remarks.append(f"no {name} image of {empty}")

@@ -32,17 +32,7 @@ from data import CIFAR10_SIZE, Data, load_data
 from engine import results
 from engine.audit import audit, summary
 from engine.batches import Batches, feature_loader
-from engine.console import (
-    HelpFormatter,
-    count_of,
-    first_line,
-    number,
-    optional_step,
-    pattern,
-    print_failure,
-    printable,
-    run_script,
-)
+from engine.console import HelpFormatter, count_of, number, optional_step, pattern, print_failure, printable, run_script
 from engine.device import PRECISIONS, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
 from engine.distributed import gather, is_first, with_process_group, world_size
 from engine.features import Extraction, extract_features
@@ -203,7 +193,7 @@ def new_model(name: str, data: Data, args: argparse.Namespace, seed: int) -> mod
     except ValueError as error:
         torch.manual_seed(seed)
         model = models.TransferModel(name, data.classes, pretrained=not args.demo)
-        print(f"{first_line(error)}; using {model.preprocessing['image_size']}")
+        print(f"{error}; using {model.preprocessing['image_size']}")
     model.preprocessing |= {"reading": data.reading} if data.reading else {}
     if args.demo:
         models.set_statistics(model, data.train.items[:128])

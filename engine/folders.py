@@ -28,7 +28,7 @@ OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", 
 # folders that describe images for detection or segmentation, and folders of such images
 DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
-PICTURES = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
+PHOTOS = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -139,9 +139,9 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
     """
     with os.scandir(root) as entries:  # also folders without images
         beside = [Path(entry.path) for entry in entries if entry.is_dir() and words_of(entry.name) & DESCRIPTIONS]
-    telling = set().union(PICTURES, DESCRIPTIONS, *SPLITS.values())
+    telling = set().union(PHOTOS, DESCRIPTIONS, *SPLITS.values())
     others = [name for name in folders if not words_of(name) & telling]
-    pictures = [path for name, path in folders.items() if words_of(name) & PICTURES and path not in beside]
+    pictures = [path for name, path in folders.items() if words_of(name) & PHOTOS and path not in beside]
     for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
         if not all(part_of(words_of(name)) for name in class_folders(images)[0]):  # as images/cat/1.jpg
             continue

@@ -71,7 +71,8 @@ def check_replacement(checkpoint: Path, model: nn.Module, origin: dict, limit: i
             "choose another --output, or delete it"
         )
     changed = "" if same_content else ", on other images at the same place"
-    print(f"{checkpoint}, trained on {count_of(images, 'image')}{changed}, will be replaced")
+    trained = f"trained on {count_of(images, 'image')} in {old.get('precision', 'fp32')}{changed}"
+    print(f"{checkpoint}, {trained}, will be replaced")
 
 
 def build_row(

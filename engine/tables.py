@@ -16,16 +16,7 @@ from statistics import mode
 import torch
 
 from engine.console import count_of, printable
-from engine.folders import (
-    DESCRIPTIONS,
-    PICTURES,
-    class_folders,
-    find_images,
-    name_below,
-    part_of,
-    read_folder,
-    words_of,
-)
+from engine.folders import DESCRIPTIONS, PHOTOS, class_folders, find_images, name_below, part_of, read_folder, words_of
 from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
@@ -52,7 +43,7 @@ def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
         for advice, _ in _tables_in(source):
             raise ValueError(f"{reason}; {advice}") from error
         raise
-    if all(words_of(name) & PICTURES for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
+    if all(words_of(name) & PHOTOS for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
         for advice, images in _tables_in(source):
             if len({*zip(map(os.path.dirname, images.names), images.labels.tolist(), strict=True)}) > len(classes):
                 raise ValueError(f"the folders in {source} seem to be no classes; {advice}")
