@@ -6,6 +6,7 @@
 How a folder is read is in engine/folders.py, a table in engine/tables.py, which images belong together in groups.py.
 """
 
+import filecmp
 import hashlib
 import json
 import math
@@ -145,9 +146,19 @@ def _look(parts: dict[str, Images], folder: Path) -> tuple[Images, dict[str, Ten
     """All images that can be read, the places of each part's images among them, and what is known of them."""
     images = Images.joined(parts.values())
     part_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts.values()]))
+    _refuse_collisions(images)
     seen = survey(images.items, images.ids, folder)
     images, part_of = images.subset(seen.readable), part_of[seen.readable]
     return images, {name: (part_of == number).nonzero().flatten() for number, name in enumerate(parts)}, seen
+
+
+def _refuse_collisions(images: Images) -> None:
+    """Raises ValueError if files that differ have the same id: each would get the features of the other."""
+    firsts = {}
+    for item, identity in zip(images.items, images.ids, strict=True):
+        first = firsts.setdefault(identity, item)
+        if isinstance(item, Path) and first is not item and not filecmp.cmp(first, item, shallow=False):
+            raise ValueError(f"{first} and {item} differ but have the same hash: leave one of them out")
 
 
 def _limited(parts: dict[str, Images], limit: int, classes: int) -> tuple[dict[str, Images], dict[str, Tensor]]:

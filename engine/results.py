@@ -26,8 +26,10 @@ COMPARABLE = ("content", "classes", "split")  # only models that agree in these 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute, of optional ones if they are in use."""
-    optional = [package for package in ("timm", "openvino", "nncf") if sys.modules.get(package)]
-    found = {package: version(package) for package in ("torchvision", "numpy", *optional)}
+    found = {package: version(package) for package in ("torchvision", "numpy")}
+    for package in ("timm", "openvino", "nncf"):
+        if used := getattr(sys.modules.get(package), "__version__", None):
+            found[package] = used
     return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
 
 
