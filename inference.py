@@ -354,10 +354,9 @@ def explain(args: Namespace, device: torch.device, model: TransferModel, answers
     images, records = zip(*islice(read_for_plot(answers, reading, size), PLOTTED_IMAGES), strict=True)
     rows = [[(image, caption(one, [("", one)]), None)] for image, one in zip(images, records, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
-        model.to(device)
         for row, image, record in zip(rows, images, records, strict=True):
             batch, label = read_and_preprocess(image, model.preprocessing, device), model.classes.index(record["label"])
-            row.append((image, "what decided it", heat_map(model, batch, label)))
+            row.append((image, "what decided it", heat_map(model.to(device), batch, label)))
     try:
         for row, similar in zip(rows, similar_training_images(model, images, args, device), strict=True):
             row += similar
@@ -385,9 +384,10 @@ def similar_training_images(
 ) -> Iterator[list[tuple]]:
     """Yields each image's most similar training images. Raises OSError or ValueError if these are not known."""
     data, cache = data_of(model, args.cache, args.data), args.cache / "features"
+    device = torch.device("cpu") if model.precision == "int8" else device  # also with --precision fp32
     features, known = known_features(model, data.train.ids, cache, device)
     if not len(known):
-        raise FileNotFoundError(f"their features are not in {cache}")
+        raise FileNotFoundError(f"their features are not in {cache}; those of other versions do not count")
     train, fast = data.train.subset(known), fastest_copy(model, device)
     rows = torch.cat([batch.outputs[0] for batch in run_images([fast], images, TransferModel.forward_features)])
     labels, reading = [printable(data.classes[label]) for label in train.labels], model.preprocessing.get("reading")

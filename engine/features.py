@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
+from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
 from engine.openvino import fastest_copy, openvino_copy, openvino_version, quantize, worth_converting
@@ -35,6 +36,7 @@ class Extraction:
     features: Features
     seconds: float  # time to compute the features, in this run and in earlier runs
     computed: int  # number of images whose features were computed in this run
+    openvino: str  # its version, or "" if others than it computed them
 
 
 def extract_features(
@@ -59,7 +61,8 @@ def extract_features(
         features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
         for error in errors.values():  # the survey of the data has left out those that never could be read
             raise error
-        found[part] = Extraction(features, seconds + preparing, computed)
+        version = openvino_version(device, model.precision) if program or model.precision == "int8" else ""
+        found[part] = Extraction(features, seconds + preparing, computed, version)
         preparing = 0.0  # it counts once
     return found
 
@@ -90,9 +93,9 @@ def _records(
 ) -> tuple[Records, Path | None]:
     """Where the features of a model are kept, and the file of OpenVINO's program, if that computes them.
 
-    The records' name holds a hash of all that determines the features, except the image. A run that resumes goes on as
-    it began, unless it had computed fewer images than OpenVINO is worth its conversion for. `everywhere`: all processes
-    call this, and do as the first one.
+    The records' name holds a hash of all that determines the features, except the image. OpenVINO has records of its
+    own. They are used if they know more of the images than the others; if there are many images, also where the others
+    know less than a tenth, as after a quick look. `everywhere`: all processes call this, and do as the first one.
     """
     key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
@@ -110,12 +113,12 @@ def _records(
         digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
         return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
 
-    plain, different = records(), sorted({image.encode() for image in ids})
-    known = len(plain.read(different)[1])
-    converted = records("openvino-", openvino=version)
+    plain, converted = records(), records("openvino-", openvino=version)
     program = folder / f"{converted.name}.program"
-    enough = known == len(different) or worth_converting(known)
-    convert = version and model.precision == "fp32" and not enough and (program.exists() or worth_converting(len(ids)))
+    different = sorted({image.encode() for image in ids})
+    known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
+    convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
+    convert = bool(version) and model.precision == "fp32" and convert
     return (converted, program) if (gather(convert)[0] if everywhere else convert) else (plain, None)
 
 
@@ -125,7 +128,7 @@ def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> 
         return fastest_copy(model, device)
     first = openvino_copy(model, program) if is_first() else None
     barrier()
-    return first or openvino_copy(model, program)
+    return first or (openvino_copy(model, program) if program.exists() else fast_copy(model, device))
 
 
 @torch.inference_mode()

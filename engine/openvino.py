@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.console import first_line
+from engine.distributed import world_size
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, locked, save_tensors
 from engine.images import ImageError, Item, read_and_preprocess
 from engine.run import run_images
 
-WORTH_CONVERTING = 4096  # images, from which on the conversion takes less time than it saves
+WORTH_CONVERTING = 2048  # images a core, from which on the conversion takes less time than it saves
 LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
@@ -51,7 +52,7 @@ def package_version(package: str) -> str:
 
 def worth_converting(images: int) -> bool:
     """Whether OpenVINO saves more time with so many images than its conversion takes."""
-    return images >= WORTH_CONVERTING
+    return images >= WORTH_CONVERTING * torch.get_num_threads() * world_size()
 
 
 def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precision: str | None = None) -> nn.Module:
@@ -75,15 +76,15 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
     except Exception as error:  # whatever a broken or an old installation raises
         print(f"OpenVINO is not used: {first_line(error)}", file=sys.stderr)
         return fast
-    with suppress(Exception):  # a network with operators that OpenVINO lacks
-        program = _load(file)
-        if program is None:
+    with suppress(Exception):  # a network with operators that OpenVINO lacks; a disk that is full
+        kept = program = _load(file)
+        if kept is None:
             converted = convert(openvino, model)
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
-            if file:
-                _keep(file, program)
         if program:
             fast.features = Program(openvino, program)
+        if file and kept is None:
+            _keep(file, program)
     return fast
 
 
@@ -212,7 +213,7 @@ def check_answers(model: nn.Module, precision: str | None = None) -> None:
 def _int8_copy(model: nn.Module, device: torch.device) -> nn.Module:
     check_answers(model, "int8")
     if device.type != "cpu":
-        raise ValueError(f"{model.name} answers in int8, on the CPU only: use --device cpu")
+        raise ValueError(f"{model.name} answers in int8, on the CPU only: use --device cpu, or --precision fp32")
     try:
         features = Program(_import(), model.program)
     except Exception as error:  # whatever a version that cannot read it raises
@@ -225,7 +226,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
     """OpenVINO's program of a TransferModel's features in int8, its graph and its weights as bytes, and the seconds.
 
     The ranges of activations are those of a sample of the images, chosen by their hashes. `folder` keeps the program.
-    It is used again as long as most of that sample are among the images, because features of another program are
+    It is used again as long as half of that sample are among the images, because features of another program are
     others. Raises ValueError if NNCF cannot quantise the network, OSError if a file cannot be written.
     """
     images = {identity: item for identity, item in zip(ids, items, strict=True)}  # once each
@@ -236,7 +237,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
     with locked(folder / f".{name}.lock", wait=True):
         for candidate in [file, *sorted(folder.glob(f"{name}-*.int8"))]:
             kept = _load(candidate)
-            if kept and 2 * sum(image in images for image in kept["sample"]) > len(kept["sample"]):
+            if kept and 2 * sum(image in images for image in kept["sample"]) >= max(len(kept["sample"]), len(sample)):
                 return kept["program"], kept["seconds"]
         print(f"{model.backbone}: preparing int8 with {len(sample)} training images")
         start = time.perf_counter()
