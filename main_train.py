@@ -231,11 +231,12 @@ def train_classifier(name: str, data: Data, args: argparse.Namespace) -> Trained
     logits, histories, seconds = zip(*map(train_one, range(args.seed, args.seed + args.seeds)), strict=True)
     extracted = features["train"], features["val"]  # test images do not count
     computed, extraction = sum(part.computed for part in extracted), sum(part.seconds for part in extracted)
+    in_openvino = {"openvino": extracted[0].openvino} if extracted[0].openvino else {}
     training = {
         "weights": model.weights,
         "weights_sha256": content_hash(model.features.state_dict()),
         "seed": args.seed,
-        "features": {"computed": computed, "cached": not computed, "openvino": features["train"].openvino},
+        "features": {"computed": computed, "cached": not computed, **in_openvino},
         "seconds": {"features": extraction, "classifier": seconds[0]},
         **describe(recipe, model.precision, precision, histories[0], data),
     }
