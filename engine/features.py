@@ -21,7 +21,7 @@ from engine.distributed import barrier, gather, is_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
-from engine.openvino import fastest_copy, openvino_copy, openvino_version, quantize, worth_converting
+from engine.openvino import fastest_copy, holds_program, openvino_copy, openvino_version, quantize, worth_converting
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -61,7 +61,8 @@ def extract_features(
         features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
         for error in errors.values():  # the survey of the data has left out those that never could be read
             raise error
-        version = openvino_version(device, model.precision) if program or model.precision == "int8" else ""
+        in_openvino = model.precision == "int8" or (program is not None and holds_program(program))
+        version = openvino_version(device, model.precision) if in_openvino else ""
         found[part] = Extraction(features, seconds + preparing, computed, version)
         preparing = 0.0  # it counts once
     return found

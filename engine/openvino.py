@@ -121,6 +121,11 @@ def _load(file: Path | None) -> dict | None:
     return None
 
 
+def holds_program(file: Path) -> bool:
+    """Whether what openvino_copy has kept is a program, not that the fast copy is faster."""
+    return bool(_load(file))
+
+
 def _keep(file: Path, content: dict) -> None:
     for leftover in file.parent.glob(f".{file.name}.*.part"):  # of a run that was killed
         leftover.unlink()
