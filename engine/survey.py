@@ -1,4 +1,7 @@
-"""What is known of each image before anything is trained: can it be read, how does it look, how are its values kept?"""
+"""What is known of each image before anything is trained: can it be read, how does it look, how are its values kept?
+
+One that cannot be read is left out of the data here, and named at the end of the run.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
