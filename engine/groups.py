@@ -1,7 +1,7 @@
 """Which images belong together? Those that --groups or a table names; else near-duplicates, found without a model.
 
-Both stay on one side of a split (data.py), but for groups of near-duplicates, identical files included, that are a
-large part of a class. Of sets of many images, only identical files are found.
+A group stays on one side of a split (data.py). Near-duplicates, identical files included, that are a large part of a
+class are no group. Of sets of many images, only identical files are found.
 
 An image is described by the 8x8 lowest frequencies of its thumbnail (a discrete cosine transform), each divided by its
 standard deviation over the set, so that what all images share counts little, and by contrast, brightness and color. Two
