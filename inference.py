@@ -346,17 +346,15 @@ def caption(record: dict, answers: Iterable[tuple[str, dict]]) -> str:
 
 
 def explain(args: Namespace, device: torch.device, model: TransferModel, answers: list[tuple[Item, dict]]) -> None:
-    """Draws a heat map of each image's label, and the training images with the most similar features.
-
-    `answers` are images with the model's records.
-    """
+    """Draws, for images with the model's records, heat maps of the labels and the most similar training images."""
     reading, size = model.preprocessing.get("reading"), model.preprocessing["image_size"]
     images, records = zip(*islice(read_for_plot(answers, reading, size), PLOTTED_IMAGES), strict=True)
     rows = [[(image, caption(one, [("", one)]), None)] for image, one in zip(images, records, strict=True)]
     if isinstance(model.features, torch.nn.Sequential):
+        model.to(device)
         for row, image, record in zip(rows, images, records, strict=True):
             batch, label = read_and_preprocess(image, model.preprocessing, device), model.classes.index(record["label"])
-            row.append((image, "what decided it", heat_map(model.to(device), batch, label)))
+            row.append((image, "what decided it", heat_map(model, batch, label)))
     try:
         for row, similar in zip(rows, similar_training_images(model, images, args, device), strict=True):
             row += similar

@@ -21,7 +21,15 @@ from engine.distributed import barrier, gather, is_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
-from engine.openvino import fastest_copy, holds_program, openvino_copy, openvino_version, quantize, worth_converting
+from engine.openvino import (
+    fastest_copy,
+    holds_program,
+    openvino_copy,
+    openvino_version,
+    package_version,
+    quantize,
+    worth_converting,
+)
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -61,11 +69,11 @@ def extract_features(
         features, _, seconds, computed, errors = records.complete(images.ids, compute, title, batch_size_for(device))
         for error in errors.values():  # the survey of the data has left out those that never could be read
             raise error
-        in_openvino = model.precision == "int8" or (program is not None and holds_program(program))
-        version = openvino_version(device, model.precision) if in_openvino else ""
-        found[part] = Extraction(features, seconds + preparing, computed, version)
+        found[part] = features, seconds + preparing, computed
         preparing = 0.0  # it counts once
-    return found
+    in_openvino = model.precision == "int8" or (program is not None and holds_program(program))
+    version = package_version("openvino") if in_openvino else ""
+    return {part: Extraction(*each, version) for part, each in found.items()}
 
 
 def _compute(
@@ -101,9 +109,8 @@ def _records(
     key = {name: getattr(model, name) for name in ("backbone", "width", "preprocessing", "precision", "views")}
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
     key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
-    version = openvino_version(device, model.precision)
     if model.precision == "int8":
-        key |= {"program": content_hash(model.program), "openvino": version}
+        key |= {"program": content_hash(model.program), "openvino": package_version("openvino")}
     kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
     if model.precision == "bf16":
         kinds = {".features": "<f2"}  # float16 holds more digits than bf16
@@ -114,13 +121,15 @@ def _records(
         digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
         return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
 
-    plain, converted = records(), records("openvino-", openvino=version)
-    program = folder / f"{converted.name}.program"
-    different = sorted({image.encode() for image in ids})
-    known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
-    convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
-    convert = bool(version) and model.precision == "fp32" and convert
-    return (converted, program) if (gather(convert)[0] if everywhere else convert) else (plain, None)
+    version = openvino_version(device, model.precision)
+    plain, converted, convert = records(), records("openvino-", openvino=version), False
+    if version:
+        different = sorted({image.encode() for image in ids})
+        known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
+        convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
+    if gather(convert)[0] if everywhere else convert:
+        return converted, folder / f"{converted.name}.program"
+    return plain, None
 
 
 def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:

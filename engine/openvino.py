@@ -29,7 +29,7 @@ from engine.console import first_line
 from engine.distributed import world_size
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, locked, save_tensors
-from engine.images import ImageError, Item, read_and_preprocess
+from engine.images import Item, read_and_preprocess
 from engine.run import run_images
 
 WORTH_CONVERTING = 2048  # images a core, from which on the conversion takes less time than it saves
@@ -38,8 +38,8 @@ CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
 def openvino_version(device: torch.device, precision: str) -> str:
-    """The version of OpenVINO if it is installed and can compute that, else ""."""
-    return package_version("openvino") if device.type == "cpu" and precision in ("fp32", "int8") else ""
+    """The version of OpenVINO if it is installed and may take the place of the fast copy, else ""."""
+    return package_version("openvino") if device.type == "cpu" and precision == "fp32" else ""
 
 
 def package_version(package: str) -> str:
@@ -234,7 +234,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
     It is used again as long as half of that sample are among the images, because features of another program are
     others. Raises ValueError if NNCF cannot quantise the network, OSError if a file cannot be written.
     """
-    images = {identity: item for identity, item in zip(ids, items, strict=True)}  # once each
+    images = dict(zip(ids, items, strict=True))  # once each
     sample = sorted(images)[:CALIBRATION]
     key = [model.backbone, model.width, model.preprocessing, *map(package_version, ("openvino", "nncf"))]
     name = f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}"
@@ -248,7 +248,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
         start = time.perf_counter()
         try:
             program = _quantized(model, [images[image] for image in sample])
-        except (ImageError, OSError):
+        except OSError:  # also an image that cannot be read
             raise
         except Exception as error:  # whatever a network with other operators makes them raise
             raise ValueError(f"{model.backbone} cannot run in int8: {first_line(error)}") from error
