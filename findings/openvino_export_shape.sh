@@ -4,7 +4,8 @@
 # an EfficientNet-B0 it kept 10 reference reorders and 16 unfused multiplications, and took up to 1.2 times as long as
 # after network.reshape([1, 3, 224, 224]), which restores what was known. TorchScript's way asks for a reshape anyway,
 # so that a comparison of the two blames torch.export.
-# (convert_model also imports packaging, which openvino does not require.) Seen with torch 2.14.1, openvino 2026.4.1: "input [?,3,?,?], then [1,3,224,224]".
+# (convert_model also imports packaging, which openvino does not require.) Seen with torch 2.14.1, openvino 2026.4.1:
+# "input [?,3,?,?], then [1,3,224,224]".
 # It matters here because features are computed in OpenVINO where it is installed: MobileNetV2 went from 488 to 516 images
 # a second, EfficientNet-B0 from 250 to 300 (two cores of an AMD EPYC with AVX-512, fp32, one image a request).
 set -eu
