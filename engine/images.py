@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -181,12 +182,12 @@ def _content(item: Item) -> bytes:
 
 def _read_file(path: Path | str, count: int = -1) -> bytes:
     """The first `count` bytes of a file, or all: Pillow itself would issue about 40 small reads."""
-    size = Path(path).stat().st_size
-    if not Path(path).is_file():  # opening a pipe would block
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
         raise OSError("not a file")
-    if count < 0 and size > MAX_BYTES:
-        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}")
-    with open(path, "rb") as file:
+    if count < 0 and status.st_size > MAX_BYTES:
+        raise ValueError(f"{status.st_size:,} bytes are more than {MAX_BYTES:,}")
+    with open(path, "rb", buffering=0) as file:
         return file.read(count)
 
 
@@ -272,7 +273,7 @@ def _decode(image: Image.Image, max_size: int, crop: bool, interpolation: str, r
 
 def _finish(image: Image.Image, max_size: int, crop: bool, interpolation: str) -> Tensor:
     """Crops and resizes an upright image in 8 bits, and turns it into sRGB, transparency on white: uint8 (3, H, W)."""
-    if crop:
+    if crop and image.width != image.height:
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
