@@ -342,6 +342,8 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     with optional_step("comparison", failed):
         print()
         results.print_table(results.comparison_table(list(compared.values())))
+        for sentence in results.explanations(list(compared.values())):
+            print(sentence)
         visualization.draw_comparison(compared, visualization.colors(rows | compared), plots)
     with optional_step("check of the data", failed):
         report = check_data(best, data, plots)

@@ -27,7 +27,7 @@ from engine.audit import summary
 from engine.console import printable
 from engine.files import atomic_write
 from engine.images import Images, Item, read_for_plot
-from engine.results import comparison_table, headline
+from engine.results import comparison_table, explanations, headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,11 +166,10 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> "F
     """Accuracy against confidence in bins, before and after scaling. A dot's area is its share of the images."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = new_figure(5, 5)
-    figure.suptitle(title, fontsize=14)
+    figure = new_figure(7, 6)
+    figure.suptitle(title, fontsize=15)
     axes = figure.subplots()
-    axes.plot((0, 1), (0, 1), color="#999999", linewidth=1)
-    axes.text(0.03, 0.06, "confidence = accuracy", color="#777777", fontsize=11, rotation=45, rotation_mode="anchor")
+    axes.plot((0, 1), (0, 1), "k:", linewidth=1.5, label="confidence = accuracy")
     for when, shade in (("before", "#999999"), ("after", color)):
         rows = np.array([calibration[when][key] for key in ("count", "confidence", "accuracy")])
         count, confidence, accuracy = rows[:, rows[0] > 0]
@@ -201,7 +200,7 @@ def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fo
             if heat is not None:
                 axes.imshow(heat, cmap="inferno", alpha=0.55, interpolation="bicubic", extent=(0, 1, 0, 1))
             color = MARK_COLORS.get(caption[:1], "black")
-            axes.set_title(shorten(caption), fontsize=fontsize, color=color, y=-0.04, va="top")
+            axes.set_title(shorten(caption), fontsize=fontsize, color=color, y=-0.07, va="top")
             axes.axis("off")
     return figure
 
@@ -215,7 +214,7 @@ def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
     longest = max(len(line) for caption in lines for line in caption)
     rows = [pictures[i : i + 4] for i in range(0, len(pictures), 4)]
-    return plot_images(rows, max(2.5, 0.095 * longest), 1.7, fontsize=12)
+    return plot_images(rows, max(2.2, 0.12 * longest), 1.9, fontsize=15)
 
 
 def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]], reading: dict | None) -> "Figure | None":
@@ -315,6 +314,7 @@ p { max-width: 46rem }
 table { border-collapse: collapse }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
+@media (max-width: 40rem) { table { font-size: 0.8rem } th, td { padding: 0.3rem } }
 section { columns: 24rem; column-gap: 2rem }
 figure { margin: 0 0 1.5rem; break-inside: avoid }
 figure.alone { column-span: all; max-width: 46rem }
@@ -326,7 +326,7 @@ dd { margin: 0 0 0.5rem }
 <h1>$title</h1>
 <p>$headline</p>
 <div class="wide"><table><thead><tr>$header</tr></thead><tbody>$rows</tbody></table></div>
-<p>A difference smaller than its ± is not significant (95%).</p>
+<p>$explanation</p>
 $sections
 <h2>How it was made</h2>
 <dl>$facts</dl>
@@ -357,6 +357,7 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
         title=escape(f"Transfer learning on {'CIFAR-10' if source == 'cifar10' else source}"),
         headline=escape(headline(list(rows.values()))),
         header="".join(f"<th>{escape(cell)}</th>" for cell in header),
+        explanation=escape(" ".join(explanations(list(rows.values())))),
         rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in table),
         sections=sections,
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(fact)}</dd>" for name, fact in facts.items()),

@@ -65,8 +65,9 @@ def summary(report: dict) -> str:
         return f"too many images to look for near-duplicates; {errors}"
     leaked, conflicts = report["test_images_with_near_duplicates"], report["conflicting_labels"]
     accuracy, near = report["test_accuracy_without_them"], report["test_images_with_near_neighbours"]
-    without = f" (test accuracy without them: {accuracy:.2%})" if leaked and accuracy is not None else ""
-    lines = [f"{count_of(leaked, 'test image')} {'has' if leaked == 1 else 'have'} near-duplicates{without}"]
+    lines = [f"{count_of(leaked, 'test image')} {'has' if leaked == 1 else 'have'} near-duplicates"]
+    if leaked and accuracy is not None:
+        lines[0] += f" (test accuracy of {report['model']} without them: {accuracy:.2%})"
     if near > report["test_images"] / 2:
         lines += [f"most test images have a near neighbour in training ({near:,} of {report['test_images']:,})"]
         lines += ["if they show the same object, film or patient, hold out whole groups: --groups"]

@@ -220,6 +220,14 @@ def print_table(table: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for name, *cells in table:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
-    if "difference" in table[0]:
-        print("difference: in points from the best model on validation.", end=" ")
-        print("A difference smaller than its ± is not significant (95%).")
+
+
+def explanations(rows: Sequence[dict]) -> list[str]:
+    """How the numbers in a comparison are read, in sentences."""
+    sentences = []
+    if len(rows) > 1:
+        sentences.append("Differences are in points from the best model on validation.")
+        sentences.append("One that is smaller than its ± is not significant (95%).")
+    if (seeds := max(len(row["accuracy_by_seed"]["test"]) for row in rows)) > 1:
+        sentences.append(f"Accuracies are means over up to {seeds} seeds; checkpoints and plots are of the first.")
+    return sentences

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from base64 import b64decode
 from statistics import mean, stdev
 
 import pytest
@@ -57,6 +58,9 @@ def best_frozen(runs: list[dict]) -> dict:
 def test_the_tables_are_the_results():
     runs = json.loads((ROOT / "plots" / "report" / "results.json").read_text())["runs"]
     assert runs
+    page = (ROOT / "plots" / "report" / "report.html").read_text()
+    for plot, content in re.findall(r'alt="(\w+)" src="data:image/png;base64,([^"]+)"', page):
+        assert b64decode(content) == (ROOT / "plots" / "report" / f"{plot}.png").read_bytes(), plot
     assert len(re.findall(r"million \|$", PAGES[ROOT], re.MULTILINE)) == len(runs)  # no row without its figures
     for run in runs:
         for row in rows(run, best_frozen(runs)):
