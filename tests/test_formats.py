@@ -85,6 +85,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 LEFT = X < 9
 GREY_AND_ALPHA = np.dstack([GREY, np.where(LEFT, 0, 255)]).astype(int) * 257
+STRETCHED = GREY / 252 * 255
 FRACTIONS, WITHOUT_9999 = GREY / 255, np.where(LEFT, -9999, GREY / 252).astype("<f4")
 WITHOUT_32768 = np.where(LEFT, -32768, GREY.astype(int) * 16).astype("<i2")
 DEEP = {  # files of values of more than 8 bits, and the picture that they hold
@@ -97,6 +98,13 @@ DEEP = {  # files of values of more than 8 bits, and the picture that they hold
     "TIFF, signed 16 bits": (tiff((GREY.astype("<i2") * 16, {})), grey(GREY)),
     "TIFF, 32 bits": (tiff((GREY.astype("<u4") << 24, {})), grey(GREY)),
     "TIFF, fractions": (tiff((FRACTIONS.astype("<f4"), {})), grey(GREY)),
+    "TIFF, floats to 252": (tiff((GREY.astype("<f4"), {})), grey(GREY)),
+    "TIFF, floats from -1 to 1": (
+        tiff((np.where(Y < 9, np.nan, STRETCHED / 127.5 - 1).astype("<f4"), {})),
+        grey(np.where(Y < 9, 0, STRETCHED)),
+    ),
+    "TIFF, Hounsfield units": (tiff((GREY.astype("<i4") * 16 - 1000, {})), grey(STRETCHED)),
+    "TIFF, 0 to 201,600": (tiff((GREY.astype("<i4") * 800, {})), grey(STRETCHED)),
     "TIFF, no data is -9999": (tiff((WITHOUT_9999, {42113: b"-9999\0"})), grey(np.where(LEFT, 0, GREY / 252 * 255))),
     "TIFF, no data is -32768": (tiff((WITHOUT_32768, {42113: b"-32768\0"})), grey(np.where(LEFT, 0, GREY))),
     "PNG, RGB, 12 bits": (png(RGB.astype(int) * 16, 2), RGB),
@@ -260,8 +268,9 @@ def test_where_pillow_fails_the_image_is_an_error():
     files, failed = written_by_pillow(), 0
     assert len(files) > 15
     for name, content in files.items():
-        cut = [content[: len(content) * share // 100] for share in (30, 60, 90)]
+        lengths = 0, 2, 4, 6, 8, *(len(content) * share // 100 for share in (30, 60, 90))
         places = np.random.default_rng(0).integers(0, len(content) - 8, 8).tolist()
+        cut = [content[:length] for length in lengths]
         for damaged in cut + [content[:at] + bytes(8) + content[at + 8 :] for at in places]:
             try:
                 with Image.open(io.BytesIO(damaged), formats=image_formats()) as image:
