@@ -29,14 +29,6 @@ def test_the_split_is_seeded_and_complete(photos):
     assert first.train.names == [str(path.relative_to(photos)) for path in first.train.items]
 
 
-def test_a_val_folder_is_the_validation_set(photos):
-    for name in ("blue", "green", "red"):
-        draw(photos / "val" / name / "a.png", (0, 0, 0), seed=5)
-    data = load_data(str(photos))
-    assert [path.parent.parent.name for path in data.val.items] == ["val"] * 3
-    assert len(data.train) == 60
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_every_class_has_images_in_every_part(tmp_path, seed):
     counts = [1, 2, 3, 3, 3, 4, 7, 10]

@@ -122,8 +122,6 @@ def test_a_failing_plot_costs_no_result(run, photos, tmp_path):
 BROKEN = {  # what the error speaks of, and what has happened
     "nowhere": lambda photos: photos.rename(photos.with_name("elsewhere")),
     "train/<class>/": lambda photos: shutil.rmtree(photos / "train"),
-    "one class": lambda photos: [shutil.rmtree(photos / "train" / name) for name in ("blue", "red")],
-    "bleu": lambda photos: (photos / "test" / "blue").rename(photos / "test" / "bleu"),
     "too few": lambda photos: [image.unlink() for image in photos.glob("train/*/*.png") if image.stem != "0"],
 }
 
