@@ -175,15 +175,15 @@ def run(tmp_path, weights, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def training(once, weights) -> Path:
-    """What one training of three models leaves: photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).
+def train_once(once, weights) -> Callable[..., Path]:
+    """Trains once in a session. Leaves photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).
 
     `code`, `out` and `err` are files of what it has said. It is for reading only.
     """
 
-    def train(folder: Path) -> None:
+    def train(folder: Path, *args: object) -> None:
         (folder / "cwd").mkdir(parents=True)
-        args = ["--data", draw_photos(folder / "photos"), "--models", *THREE, *QUICK, "--seeds", 2]
+        args = ["--data", draw_photos(folder / "photos"), *QUICK, *args]
         args += ["--output", folder / "my runs [v2]", "--cache", folder / "data"]
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -193,7 +193,13 @@ def training(once, weights) -> Path:
         for name, text in (("code", str(code)), ("out", out.getvalue()), ("err", without_progress(err.getvalue()))):
             (folder / name).write_text(text)
 
-    return once("training", train)
+    return lambda name, *args: once(name, lambda folder: train(folder, *args))
+
+
+@pytest.fixture(scope="session")
+def training(train_once) -> Path:
+    """What one training of three models leaves."""
+    return train_once("training", "--models", *THREE, "--seeds", 2)
 
 
 @pytest.fixture
