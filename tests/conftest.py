@@ -36,7 +36,7 @@ import inference  # noqa: E402
 import main_train  # noqa: E402
 import train_utils  # noqa: E402
 from engine.console import run_script  # noqa: E402
-from models import TransferModel  # noqa: E402
+from models import TransferModel, load_checkpoint, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
@@ -221,6 +221,12 @@ def trained(compared) -> Path:
     for name in THREE[:2]:
         (compared / "checkpoints" / f"{name}.pt").unlink()
     return compared
+
+
+def move_data(file: Path, photos: Path) -> None:
+    """Makes a checkpoint of the shared training one of a training on `photos`."""
+    model = load_checkpoint(file)
+    save_checkpoint(file, model, {**model.origin, "data": str(photos)})
 
 
 @pytest.fixture

@@ -4,20 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, THREE, checkpoints, draw, repeatable, same
+from conftest import QUICK, SMALL, THREE, checkpoints, draw, move_data, repeatable, same
 
 import main_train
-from models import load_checkpoint, save_checkpoint
+from models import load_checkpoint
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_an_old_or_a_damaged_checkpoint_is_replaced(run, trained, photos, damaged):
-    file = trained / "checkpoints" / "mobilenet_v3_small.pt"
+@pytest.mark.parametrize("damaged", [False, True])  # or of an earlier version
+def test_old_or_damaged_files_are_replaced(run, trained, photos, damaged):
+    file, rows = trained / "checkpoints" / "mobilenet_v3_small.pt", trained / "plots" / "results.json"
     torch.save(torch.load(file, weights_only=True) | {"schema": 1}, file)
-    file.write_bytes(file.read_bytes()[: 999 if damaged else None])
+    rows.write_text(rows.read_text().replace('"schema": 4', '"schema": 3'))
+    for each in (file, rows) if damaged else ():
+        each.write_bytes(each.read_bytes()[:999])
+    before = rows.read_text()
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
-    said = "cannot be read" if damaged else "mobilenet_v3_small.pt, trained on 48 images"
-    assert code == 0 and said in out and "will be replaced" in out and load_checkpoint(file)
+    assert code == 0 and ("cannot be read" if damaged else "trained on 48 images") in out and load_checkpoint(file)
+    assert rows.with_name("results.json.old").read_text() == before and list(repeatable(trained)) == [*SMALL[1:]]
 
 
 def fewer(photos: Path) -> None:
@@ -25,23 +28,12 @@ def fewer(photos: Path) -> None:
         (photos / "train" / "red" / f"{i}.png").unlink()
 
 
-def another(photos: Path) -> None:
-    draw(photos / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
-
-
-@pytest.mark.parametrize("change", [fewer, another])
-def test_a_data_set_may_change_at_its_place(run, trained, photos, change):
+def test_a_data_set_may_change_at_its_place(run, trained, photos):
     """As when its label errors are deleted."""
     move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)
-    change(photos)
+    fewer(photos)
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 0 and "on other images at the same place" in out
-
-
-def move_data(file: Path, photos: Path) -> None:
-    """Makes a checkpoint of the shared training one of a training on `photos`."""
-    model = load_checkpoint(file)
-    save_checkpoint(file, model, {**model.origin, "data": str(photos)})
 
 
 def much_less(photos: Path) -> None:
@@ -75,7 +67,7 @@ def test_a_model_of_more_or_other_images_is_not_replaced(run, trained, photos, c
 
 
 def test_a_model_of_another_place_is_not_replaced(run, trained, photos):
-    another(photos)
+    draw(photos / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
     code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 2 and "of other data" in err
 

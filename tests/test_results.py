@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, results
+from conftest import QUICK, SMALL, results, share_right
 
 import main_train
+from models import load_checkpoint
 
 
-@pytest.mark.parametrize("schema", [2, 3])  # of another version, or of this one without the keys of a row
-def test_unusable_results_are_moved_aside(run, known, photos, tmp_path, schema):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "results.json").write_text(f'{{"schema": {schema}, "runs": [{{"model": "x"}}]}}')
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 0 and "results.json.old" in err and '"x"' in (tmp_path / "plots" / "results.json.old").read_text()
-
-
-def test_a_row_contains_its_provenance(run, known, photos, fine_tuning_helps):
+def test_a_row_and_a_checkpoint_say_how_they_were_made(run, answers, known, photos, fine_tuning_helps):
     command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")
     assert run(main_train, *command)[0] == 0
     frozen, tuned = results(known)
@@ -26,6 +19,12 @@ def test_a_row_contains_its_provenance(run, known, photos, fine_tuning_helps):
         assert row["recipe"]["batch_size"] == (32 if row["fine_tuned"] else 512)
     assert frozen["precision"]["features"] == "bf16"
     assert tuned["precision"] == {"features": "fp32", "training": "fp32"}
+
+    file = known / "checkpoints" / "mobilenet_v3_small.pt"  # answers in the precision of its training
+    records, fp32 = (answers(photos / "test", "--checkpoint", file, *more) for more in ((), ("--precision", "fp32")))
+    assert share_right(records) == pytest.approx(frozen["test_accuracy"])
+    assert [record["probability"] for record in records] != [record["probability"] for record in fp32]
+    assert load_checkpoint(file).precision == "bf16"
 
 
 def test_class_weights_and_unequal_classes(run, known, photos, tmp_path):
