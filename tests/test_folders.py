@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SMALL, draw
+from conftest import QUICK, ROOT, SMALL, draw, finish, start
 from PIL import Image
 
 import main_train
@@ -234,6 +234,12 @@ def test_own_output_is_not_read_as_input(training, photos, output):
     shutil.copytree(training / "data", photos / "train" / "data")
     after = load_data(str(photos / "train"))
     assert (after.classes, after.content) == (before.classes, before.content)
+
+
+def test_extensions_are_known_in_a_fresh_process(tmp_path):
+    (tmp_path / "0.jpg").touch()
+    found = f"from engine.folders import find_images, Path; print(*find_images(Path({str(tmp_path)!r}))[0])"
+    assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
 
 
 def test_a_folder_of_files_of_another_kind_names_it(run, tmp_path):
