@@ -43,7 +43,6 @@ COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 QUICK = ("--image-size", 32, "--epochs", 3)
 SMALL = ("--models", "mobilenet_v3_small")
 THREE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 # a small member of every family of torchvision's classification models, and both ways of reading MobileNetV3-Large
 FAMILIES = [
