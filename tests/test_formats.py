@@ -154,7 +154,7 @@ def test_a_scale_travels_with_the_checkpoint(run, answers, photos, tmp_path):
     for file in sorted(photos.rglob("*.png")):
         file.write_bytes(png(np.array(Image.open(file)).astype(int) * 16, 2))
     code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert (code, err) == (0, "") and "16-bit images: 0 to 4,095 is black to white" in out
+    assert (code, err) == (0, "") and "4,095" in out
     checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
     preprocessing = load_checkpoint(checkpoint).preprocessing
     assert preprocessing["reading"] == {"uint16": [0, 4095]}

