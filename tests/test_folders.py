@@ -17,19 +17,6 @@ from engine.folders import find_images
 from engine.images import Images
 
 
-def test_labels_are_folder_names(photos):
-    for image in (photos / "test" / "blue").iterdir():
-        image.unlink()
-    (photos / "test" / "blue").rmdir()
-    (photos / "train" / ".ipynb_checkpoints").mkdir()
-    draw(photos / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
-    data = load_data(str(photos))
-    assert data.classes == ("blue", "green", "red") and "no test image of 'blue'" in data.notes
-    assert all(
-        data.classes[label] == path.parent.name for label, path in zip(data.test.labels, data.test.items, strict=True)
-    )
-
-
 @pytest.mark.parametrize(
     "parts",
     [
@@ -60,17 +47,21 @@ def test_unused_files_are_counted_by_reason(photos):
         draw(red / folder / "x.png", (200, 50, 40), seed=1)
     for part in ("train", "test"):
         draw(photos / part / "loose.png", (0, 0, 0), seed=1)
-    draw(photos / "more" / "x.png", (0, 0, 0), seed=1)
+    for folder in ("more", "train/.ipynb_checkpoints"):
+        draw(photos / folder / "x.png", (0, 0, 0), seed=1)
     shutil.rmtree(photos / "test" / "green")
     data = load_data(str(photos))
     assert len(data.train) + len(data.val) == 63  # 60, two by their content, one deeper
-    assert data.notes[0].startswith("10 files not used: ")
+    assert data.notes[0].startswith("11 files not used: ")
     for reason in (
-        *("2 .mp4", "1 .txt", "1 hidden", "1 without extension", "2 in hidden folders"),
+        *("2 .mp4", "1 .txt", "1 hidden", "1 without extension", "3 in hidden folders"),
         *("2 beside the class folders", "1 in more/"),
     ):
         assert reason in data.notes[0]
-    assert data.notes[1:] == ("no test image of 'green'",)
+    assert data.classes == ("blue", "green", "red") and data.notes[1:] == ("no test image of 'green'",)
+    for part in data.parts.values():
+        labels = [name.split("/")[1] for name in part.names]
+        assert [data.classes[label] for label in part.labels] == labels
 
 
 @pytest.mark.parametrize(("extension", "package"), [(".heic", "pillow-heif"), (".jxl", "pillow-jxl-plugin")])

@@ -129,12 +129,3 @@ def test_no_image_starts_a_program(tmp_path, monkeypatch):
             read_image(tmp_path / name)
     images, skipped = find_images(tmp_path)
     assert [path.name for path in images] == ["x.jpg"] and skipped == {".eps": 1}
-
-
-def test_arrays_must_be_uint8():
-    random = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
-    for array in (random, random[..., 0], random[..., 2::-1]):  # with transparency, grey, BGR turned into RGB
-        assert read_image(array).shape == (3, 8, 8)
-    assert read_image(random[..., 2::-1]).equal(torch.from_numpy(random[..., 2::-1].copy()).permute(2, 0, 1))
-    with pytest.raises(ImageError, match=r"^image: "):
-        read_image(random[..., :3] / np.float32(255))

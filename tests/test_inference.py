@@ -128,30 +128,8 @@ def test_explanations_show_training_images_only(run, photos, tmp_path, texts):
         assert sum(text.endswith(", 1.00") for text in texts) == 4 * shown
 
 
-def test_every_file_gets_a_record(run, trained, photos, monkeypatch):
-    folder = trained / "mixed"
-    shutil.copytree(photos / "test" / "red", folder)
-    (folder / "broken.png").write_bytes(b"\x89PNG")
-    (folder / "text.jpg").write_text("hello")
-    (folder / "notes.txt").write_text("not a image, and not named like one")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{'x' * 5000}.png"))  # longer than a name may be
-    code, out, err = run(inference, folder, "gone.png", "-", "--format", "json", "--top-k", 2)
-    records = {record["path"]: record for record in map(json.loads, out.splitlines())}
-    assert code == 1 and len(records) == 6 + 2 + 2
-    failed = sorted(Path(path).name for path in records if "error" in records[path] and len(path) < 4096)
-    assert failed == ["broken.png", "gone.png", "text.jpg"]
-    good = records[str(folder / "0.png")]
-    assert len(good["top"]) == 2 and good["label"] == good["top"][0]["label"] in ("blue", "green", "red")
-    assert good["probability"] == good["top"][0]["probability"] >= good["top"][1]["probability"]
-    code, out, err = run(inference, folder, "--format", "csv")
-    rows = list(csv.DictReader(out.splitlines()))
-    assert code == 1 and len(rows) == 8 and sum(bool(row["error"]) for row in rows) == 2 and "\r" not in out
-    code, out, err = run(inference, "gone.png")
-    assert code == 2 and "gone.png" in err
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="names and files that Windows doesn't have")
-def test_unusual_names_formats_and_files(run, trained):
+def test_every_file_gets_a_record(run, trained, monkeypatch):
     folder = trained / "everything"
     good = ["new\nline.png", "-dash.png", "émoji😀.png", "1x1.png", "1x10000.png", "animated.gif", "cmyk.jpg", "16.png"]
     draw(folder / good[0], (9, 99, 9), seed=0)
@@ -168,11 +146,23 @@ def test_unusual_names_formats_and_files(run, trained):
     (folder / "round").symlink_to(".")
     (folder / "zero.png").touch()
     (folder / "text.png").write_text("hello")
+    (folder / "notes.txt").write_text("not an image, and not named like one")
     (folder / "cut.png").write_bytes((folder / good[0]).read_bytes()[:200])
     Image.new("1", (20000, 20000)).save(folder / "bomb.png")
-    code, out, err = run(inference, folder, "--format", "json")
+    missing = "gone.png", f"{'x' * 5000}.png"  # longer than a name may be
+    monkeypatch.setattr(sys, "stdin", io.StringIO(missing[1]))
+    code, out, err = run(inference, folder, missing[0], "-", "--format", "json", "--top-k", 2)
     records = {record["path"].split("/")[-1]: record for record in map(json.loads, out.splitlines())}
-    assert code == 1 and err.startswith("2 files not used") and err.count("\n") == 1
-    assert len(out.splitlines()) == len(good) + len(bad)
-    assert all("label" in records[name] for name in good)
-    assert all(name in records[name]["error"] for name in bad)
+    assert code == 1 and err.startswith("3 files not used") and err.count("\n") == 1
+    assert len(out.splitlines()) == len(records) and {*records} == {*good, *bad, *missing}
+    assert all(name in records[name]["error"] for name in bad) and all("error" in records[name] for name in missing)
+    for record in map(records.get, good):
+        first, second = record["top"]
+        assert record["label"] == first["label"] in ("blue", "green", "red")
+        assert record["probability"] == first["probability"] >= second["probability"]
+    code, out, _ = run(inference, folder, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out, newline="")))
+    assert code == 1 and len(rows) == len(good + bad) and "\r" not in out
+    assert {Path(row["path"]).name for row in rows if row["error"]} == {*bad}
+    code, _, err = run(inference, "gone.png")
+    assert code == 2 and "gone.png" in err
