@@ -173,6 +173,12 @@ def run(tmp_path, weights, monkeypatch, capsys):
     return command
 
 
+@pytest.fixture
+def train(run):
+    """Runs main_train.py on a data set: a small model and few epochs, unless more arguments say otherwise."""
+    return lambda data, *args: run(main_train, "--data", data, *SMALL, *QUICK, *args)
+
+
 @pytest.fixture(scope="session")
 def train_once(once, weights) -> Callable[..., Path]:
     """Trains once in a session. Leaves photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import CPU, QUICK, checkpoints, noise, results
+from conftest import CPU, checkpoints, noise, results
 from PIL import Image
 
 import inference
@@ -89,13 +89,13 @@ def test_a_checkpoint_without_timm_or_with_an_old_one_is_not_called_damaged(tmp_
         assert "damaged" not in message and "pip install 'timm>=" in message and f"timm {timm.__version__}" in message
 
 
-def test_weights_by_name_and_from_files(run, photos, tmp_path):
+def test_weights_by_name_and_from_files(run, train, photos, tmp_path):
     network = torch.nn.DataParallel(TransferModel("mobilenet_v3_small", "ab", 32, pretrained=False)).state_dict()
     own = {name: tensor for name, tensor in network.items() if "classifier" not in name}
     torch.save({"state_dict": own}, tmp_path / "x-rays.pth")
     torch.save({"model": "resnet18", 1: None}, tmp_path / "none.pth")
     names = ["mobilenet_v3_small", "mobilenet_v3_small:IMAGENET1K_V1", "mobilenet_v3_small:x-rays.pth"]
-    code, out, err = run(main_train, "--data", photos, *QUICK, "--models", "vgg16", "resnet18:none.pth", *names)
+    code, out, err = train(photos, "--models", "vgg16", "resnet18:none.pth", *names)
     download, file = err.splitlines()  # the other models are trained
     assert code == 1 and "checkpoints/vgg16-397923af.pth" in download and "--demo" in download and "none.pth" in file
     weights, rows = checkpoints(tmp_path), results(tmp_path)

@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, draw, finish, start
+from conftest import ROOT, draw, finish, start
 from PIL import Image
 
 import main_train
@@ -188,7 +188,7 @@ DETECTION = {
 
 
 @pytest.mark.parametrize("layout", DETECTION.values(), ids=DETECTION)
-def test_folders_of_images_and_descriptions_are_no_classes(run, tmp_path, layout):
+def test_folders_of_images_and_descriptions_are_no_classes(train, tmp_path, layout):
     for part in ("train", "val"):
         for i in range(12):
             for name in layout:
@@ -196,7 +196,7 @@ def test_folders_of_images_and_descriptions_are_no_classes(run, tmp_path, layout
                 draw(file if file.suffix == ".png" else file.with_name("z.png"), (9, 99, 9), seed=i)
                 if file.suffix != ".png":
                     file.with_name("z.png").rename(file)
-    code, _, err = run(main_train, "--data", tmp_path / "x", *SMALL, *QUICK)
+    code, _, err = train(tmp_path / "x")
     assert code == 2 and ("seems to be made for" in err or "no class folders" in err)
 
 
@@ -233,9 +233,9 @@ def test_extensions_are_known_in_a_fresh_process(tmp_path):
     assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
 
 
-def test_a_folder_of_files_of_another_kind_names_it(run, tmp_path):
+def test_a_folder_of_files_of_another_kind_names_it(train, tmp_path):
     (tmp_path / "scans").mkdir()
     for i in range(3):
         (tmp_path / "scans" / f"{i}.dcm").write_bytes(bytes(128) + b"DICM" + bytes(300))
-    code, _, err = run(main_train, "--data", tmp_path / "scans", *SMALL, *QUICK)
+    code, _, err = train(tmp_path / "scans")
     assert code == 2 and "3 .dcm (a DICOM file" in err

@@ -9,11 +9,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SMALL, draw, share_right
+from conftest import draw, share_right
 from PIL import Image
 
 import inference
-import main_train
 from engine.depth import agree
 from engine.images import ImageError, image_formats, peculiarity, read_image
 from models import load_checkpoint
@@ -149,11 +148,11 @@ def test_values_without_a_known_scale_are_refused():
     assert np.abs(read(tiff(((GREY / 255).astype("<f4"), {}))) - grey(GREY)).max() == 0
 
 
-def test_a_scale_travels_with_the_checkpoint(run, answers, photos, tmp_path):
+def test_a_scale_travels_with_the_checkpoint(run, train, answers, photos, tmp_path):
     """Colour of 12 bits in files of 16 is trained on, plotted, compared and answered as the same colour in 8 bits."""
     for file in sorted(photos.rglob("*.png")):
         file.write_bytes(png(np.array(Image.open(file)).astype(int) * 16, 2))
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = train(photos)
     assert (code, err) == (0, "") and "4,095" in out
     checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
     preprocessing = load_checkpoint(checkpoint).preprocessing

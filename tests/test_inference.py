@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, SMALL, draw, move_data
+from conftest import draw, move_data
 from PIL import Image
 
 import inference
-import main_train
 from models import TransferModel, save_checkpoint
 
 
@@ -118,9 +117,9 @@ def test_explain_draws_heat_maps_and_similar_training_images(run, compared, phot
     assert code == 0 and "features are not in data/features" in err and len(texts) == 2 * 2
 
 
-def test_explanations_show_training_images_only(run, photos, tmp_path, texts):
+def test_explanations_show_training_images_only(run, train, photos, tmp_path, texts):
     """An image that a classifier was trained on is most similar to itself."""
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--limit", 30)[0] == 0
+    assert train(photos, "--limit", 30)[0] == 0
     [split] = (tmp_path / "checkpoints").glob("split-*.json")
     trained = [photos / name for name in json.loads(split.read_text())["train"]]
     for images, shown in ((trained, True), ([*{*(photos / "train").rglob("*.png")} - {*trained}], False)):

@@ -5,10 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, checkpoints, noise, random_model, repeatable, same
+from conftest import SMALL, checkpoints, noise, random_model, repeatable, same
 
 import inference
-import main_train
 from engine import openvino
 from engine.images import preprocess
 from engine.openvino import fastest_copy, quantize
@@ -30,16 +29,16 @@ def quantized(train_once, tmp_path, packages):
     assert ((done / "code").read_text(), (done / "err").read_text()) == ("0", "")
     shutil.copytree(done / "data", tmp_path / "data")
     shutil.copytree(done / "my runs [v2]", tmp_path, dirs_exist_ok=True)
-    return tmp_path, ("--data", done / "photos", *SMALL, *QUICK, *INT8)
+    return tmp_path, (done / "photos", *INT8)
 
 
-def test_a_second_run_has_the_same_program(quantized, run):
+def test_a_second_run_has_the_same_program(quantized, train):
     folder, command = quantized
     [program] = (folder / "data" / "features").glob("*.int8")
     before, row, content = checkpoints(folder), repeatable(folder), program.read_bytes()
     for file in (folder / "data" / "features").glob("*.features"):
         file.unlink()
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     assert same(checkpoints(folder), before) and repeatable(folder) == row and program.read_bytes() == content
 
 
@@ -54,9 +53,9 @@ def test_the_checkpoint_answers_as_in_training(quantized, run, photos):
     assert run(inference, "--export", "model.pt2", "--checkpoint", file)[0] == 2
 
 
-def test_it_can_be_fine_tuned(quantized, run):
+def test_it_can_be_fine_tuned(quantized, train):
     folder, command = quantized
-    assert run(main_train, *command, "--fine-tune", 1)[0] == 0
+    assert train(*command, "--fine-tune", 1)[0] == 0
     assert repeatable(folder)["mobilenet_v3_small_finetuned"]["precision"]["features"] in ("fp32", "int8")
 
 
@@ -95,9 +94,9 @@ def test_a_program_is_used_again_or_refused(packages, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["openvino", "nncf"])
-def test_training_needs_both_packages(missing, run, photos, tmp_path, monkeypatch):
+def test_training_needs_both_packages(missing, train, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, *INT8)
+    code, _, err = train(photos, *INT8)
     assert code == 2 and err.count("\n") == 1 and "pip install" in err
     assert not (tmp_path / "checkpoints").exists()
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, ROOT, SMALL, THREE, draw, finish, repeatable, results, share_right, start
+from conftest import ROOT, SMALL, THREE, draw, finish, repeatable, results, share_right, start
 
 import inference
 import main_train
@@ -70,11 +70,11 @@ def test_evaluation_agrees_with_the_results(run, compared, photos):
 
 
 @pytest.mark.parametrize("broken", [True, False])  # or not there
-def test_a_class_without_a_test_image(run, known, photos, broken):
+def test_a_class_without_a_test_image(train, known, photos, broken):
     """Images that cannot be read are named and left out."""
     for image in (photos / "train" / "red" / "3.png", *(photos / "test" / "red").iterdir()):
         image.write_bytes(b"oops" if image.stem != "2" else b"") if broken else image.unlink()
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = train(photos)
     assert code == broken and "no test image of 'red'" in out
     assert ("red/3.png" in err) == ("red/2.png" in err) == ("7 images" in err) == broken
     [row] = results(known)
@@ -83,10 +83,10 @@ def test_a_class_without_a_test_image(run, known, photos, broken):
     assert len(shown) == 2 and f"{min(shown):.2%}" in out and f"{row['macro']['f1']:.3f}" in out
 
 
-def test_a_class_without_a_readable_training_image(run, photos):
+def test_a_class_without_a_readable_training_image(train, photos):
     for image in (photos / "train" / "red").iterdir():
         image.write_bytes(b"oops")
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, _, err = train(photos)
     assert code == 2 and "no training image of 'red'" in err and "0.png: not an image" in err
 
 
@@ -96,10 +96,10 @@ def test_cifar10_without_a_network(run, tmp_path):
     assert err.count("\n") == 1 and list((tmp_path / "data").glob("*cifar*")) == []
 
 
-def test_a_failing_plot_costs_no_result(run, photos, tmp_path):
+def test_a_failing_plot_costs_no_result(train, photos, tmp_path):
     for name in ("mobilenet_small.png", "comparison.png"):  # there are folders in their places
         (tmp_path / "plots" / name / "x").mkdir(parents=True)
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = train(photos)
     assert code == 1 and err.count("error:") == err.count("\n") and "mobilenet_v3_small" in out
     assert "mobilenet_small.png" in err and "comparison.png" in err
     assert load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
@@ -114,14 +114,14 @@ BROKEN = {  # what the error speaks of, and what has happened
 
 
 @pytest.mark.parametrize("expected", BROKEN)
-def test_a_folder_that_is_no_data_set(run, photos, expected):
+def test_a_folder_that_is_no_data_set(train, photos, expected):
     BROKEN[expected](folder := photos.rename(photos.with_name("nowhere")))
-    code, _, err = run(main_train, "--data", folder, *SMALL)
+    code, _, err = train(folder)
     assert code == 2 and err.startswith("error: ") and expected in err
 
 
 @pytest.mark.parametrize("how", ["two images in all", "all the same", "noise"])
-def test_uninformative_images_give_finite_results(run, photos, how):
+def test_uninformative_images_give_finite_results(run, train, photos, how):
     for label, name in enumerate(("blue", "green", "red")):
         for i, image in enumerate(sorted((photos / "train" / name).iterdir())):
             if how == "two images in all" and i > 1:
@@ -130,7 +130,7 @@ def test_uninformative_images_give_finite_results(run, photos, how):
                 shutil.copy(photos / "test" / "red" / "0.png", image)
             elif how == "noise":
                 draw(image, (90, 90, 90), seed=100 * label + i)
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = train(photos)
     assert (code, err) == (0, "") and "nan" not in out
     assert run(inference, photos / "test")[0] == 0
 

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, results, share_right
+from conftest import results, share_right
 
-import main_train
 from models import load_checkpoint
 
 
-def test_a_row_and_a_checkpoint_say_how_they_were_made(run, answers, known, photos, fine_tuning_helps):
-    command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")
-    assert run(main_train, *command)[0] == 0
+def test_a_row_and_a_checkpoint_say_how_they_were_made(train, answers, known, photos, fine_tuning_helps):
+    assert train(photos, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")[0] == 0
     frozen, tuned = results(known)
     for row in (frozen, tuned):
         assert row["date"][:2] == "20" and row["device"] and row["versions"]["torch"] == str(torch.__version__)
@@ -27,18 +25,17 @@ def test_a_row_and_a_checkpoint_say_how_they_were_made(run, answers, known, phot
     assert load_checkpoint(file).precision == "bf16"
 
 
-def test_class_weights_and_unequal_classes(run, known, photos, tmp_path):
+def test_class_weights_and_unequal_classes(train, known, photos, tmp_path):
     """Each class of 20, 4 and 1 images for training counts the same with --class-weights."""
     for name, count in (("green", 4), ("red", 1)):
         for image in sorted((photos / "train" / name).iterdir())[count:]:
             image.unlink()
     for image in sorted((photos / "test" / "red").iterdir())[1:]:
         image.unlink()
-    command = ("--data", photos, "--models", "mobilenet_v2", *QUICK)
-    code, out, err = run(main_train, *command)
+    code, out, err = train(photos)
     assert (code, err) == (0, "") and "macro F1" in out and "no validation image of 'red'" in out
     [plain] = results(tmp_path)
-    code, out, err = run(main_train, *command, "--class-weights", "--output", "weighted")
+    code, out, err = train(photos, "--class-weights", "--output", "weighted")
     [weighted] = results(tmp_path / "weighted")
     assert (code, err) == (0, "") and weighted["recipe"]["class_weights"] and not plain["recipe"]["class_weights"]
     plain, weighted = ([epoch["train_loss"] for epoch in row["history"]] for row in (plain, weighted))
