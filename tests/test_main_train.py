@@ -96,14 +96,14 @@ def test_cifar10_without_a_network(run, tmp_path):
     assert err.count("\n") == 1 and list((tmp_path / "data").glob("*cifar*")) == []
 
 
-def test_a_failing_plot_costs_no_result(train, photos, tmp_path):
+def test_a_failing_plot_costs_no_result(train, known, photos):
     for name in ("mobilenet_small.png", "comparison.png"):  # there are folders in their places
-        (tmp_path / "plots" / name / "x").mkdir(parents=True)
+        (known / "plots" / name / "x").mkdir(parents=True)
     code, out, err = train(photos)
     assert code == 1 and err.count("error:") == err.count("\n") and "mobilenet_v3_small" in out
     assert "mobilenet_small.png" in err and "comparison.png" in err
-    assert load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
-    assert results(tmp_path)[0]["test_accuracy"] >= 0
+    assert load_checkpoint(known / "checkpoints" / "mobilenet_v3_small.pt").predict(photos / "test/red/0.png")
+    assert results(known)[0]["test_accuracy"] >= 0
 
 
 BROKEN = {  # what the error speaks of, and what has happened
