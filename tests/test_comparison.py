@@ -81,6 +81,6 @@ def test_a_copy_of_the_images_is_the_same_data_set(train, compared, photos):
     assert [len(row["history"]) for row in rows.values()] == [3, 3, 1]
 
 
-def test_models_of_other_images_are_not_compared(train, known, compared, photos):
+def test_models_of_other_images_are_not_compared(train, compared, photos):
     code, out, _ = train(photos, "--models", "efficientnet_b0", "--limit", 30)
     assert code == 0 and "mobilenet_v2" not in out and list(repeatable(compared)) == [*THREE, "efficientnet_b0"]

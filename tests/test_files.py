@@ -28,7 +28,7 @@ def test_a_held_lock_differs_from_missing_support(tmp_path, monkeypatch, capsys)
             assert "No locks available" in capsys.readouterr().err
 
 
-def test_two_runs_cannot_share_an_output_folder(run, train, photos, tmp_path):
+def test_two_runs_cannot_share_an_output_folder(train, photos, tmp_path):
     with locked(tmp_path / "checkpoints" / ".lock", wait=False):
         code, _, err = train(photos)
     assert code == 2 and "another run" in err

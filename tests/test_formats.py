@@ -166,7 +166,7 @@ def test_a_scale_travels_with_the_checkpoint(run, train, answers, photos, tmp_pa
     assert run(inference, photos / "test", "--plot", "seen.png")[0] == 0 and (tmp_path / "seen.png").exists()
 
 
-def test_a_fourth_band_that_is_not_transparency(tmp_path):
+def test_a_fourth_band_that_is_not_transparency():
     bands = np.dstack([RGB, INFRARED])
     for extra in (0, 1, 2):  # unspecified, or marked as transparency
         content = tiff((bands, {338: extra}))
@@ -223,7 +223,7 @@ def test_what_pillow_cannot_read_names_the_package_that_can(monkeypatch):
             read(content)
 
 
-def test_png_details(tmp_path):
+def test_png_details():
     image = Image.fromarray(RGB)
     content = io.BytesIO()
     image.save(content, "png")

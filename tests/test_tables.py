@@ -71,7 +71,7 @@ def test_train_classify_evaluate_and_explain_by_a_table(run, train, pets, tmp_pa
     assert code == 0 and len(out.splitlines()) == len(split["test"]) + 1 and "gone" not in err
 
 
-def test_the_folder_names_the_command_that_reads_its_table(train, pets, tmp_path):
+def test_the_folder_names_the_command_that_reads_its_table(train, pets):
     (pets.parent / "my pets").mkdir()
     folder = pets.rename(pets.parent / "my pets" / "pets")
     write(folder / "train.csv", ("id", "breed"), *ROWS)

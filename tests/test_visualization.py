@@ -15,7 +15,7 @@ import inference
 import visualization
 
 
-def test_the_report_page_is_complete(run, train, photos, tmp_path):
+def test_the_report_page_is_complete(train, photos, tmp_path):
     photos = photos.rename(tmp_path / "<b>&pets")
     shutil.copy(photos / "train" / "red" / "1.png", photos / "test" / "red" / "copy.png")
     train(photos, "--models", "mobilenet_v2", "mobilenet_v3_small")
