@@ -36,14 +36,13 @@ import inference  # noqa: E402
 import main_train  # noqa: E402
 import train_utils  # noqa: E402
 from engine.console import run_script  # noqa: E402
-from models import TransferModel  # noqa: E402
+from models import TransferModel, load_checkpoint, save_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 QUICK = ("--image-size", 32, "--epochs", 3)
 SMALL = ("--models", "mobilenet_v3_small")
 THREE = ("mobilenet_v2", "mobilenet_v3_large", "mobilenet_v3_small")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 # a small member of every family of torchvision's classification models, and both ways of reading MobileNetV3-Large
 FAMILIES = [
@@ -174,16 +173,22 @@ def run(tmp_path, weights, monkeypatch, capsys):
     return command
 
 
+@pytest.fixture
+def train(run):
+    """Runs main_train.py on a data set: a small model and few epochs, unless more arguments say otherwise."""
+    return lambda data, *args: run(main_train, "--data", data, *SMALL, *QUICK, *args)
+
+
 @pytest.fixture(scope="session")
-def training(once, weights) -> Path:
-    """What one training of three models leaves: photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).
+def train_once(once, weights) -> Callable[..., Path]:
+    """Trains once in a session. Leaves photos/, data/ (the cache), my runs [v2]/ (the output), cwd/ (empty).
 
     `code`, `out` and `err` are files of what it has said. It is for reading only.
     """
 
-    def train(folder: Path) -> None:
+    def train(folder: Path, *args: object) -> None:
         (folder / "cwd").mkdir(parents=True)
-        args = ["--data", draw_photos(folder / "photos"), "--models", *THREE, *QUICK, "--seeds", 2]
+        args = ["--data", draw_photos(folder / "photos"), *QUICK, *args]
         args += ["--output", folder / "my runs [v2]", "--cache", folder / "data"]
         out, err = io.StringIO(), io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -193,7 +198,13 @@ def training(once, weights) -> Path:
         for name, text in (("code", str(code)), ("out", out.getvalue()), ("err", without_progress(err.getvalue()))):
             (folder / name).write_text(text)
 
-    return once("training", train)
+    return lambda name, *args: once(name, lambda folder: train(folder, *args))
+
+
+@pytest.fixture(scope="session")
+def training(train_once) -> Path:
+    """What one training of three models leaves."""
+    return train_once("training", "--models", *THREE, "--seeds", 2)
 
 
 @pytest.fixture
@@ -215,6 +226,12 @@ def trained(compared) -> Path:
     for name in THREE[:2]:
         (compared / "checkpoints" / f"{name}.pt").unlink()
     return compared
+
+
+def move_data(file: Path, photos: Path) -> None:
+    """Makes a checkpoint of the shared training one of a training on `photos`."""
+    model = load_checkpoint(file)
+    save_checkpoint(file, model, {**model.origin, "data": str(photos)})
 
 
 @pytest.fixture

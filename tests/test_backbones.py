@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import CPU, QUICK, checkpoints, noise, results
+from conftest import CPU, checkpoints, noise, results
 from PIL import Image
 
 import inference
@@ -89,14 +89,15 @@ def test_a_checkpoint_without_timm_or_with_an_old_one_is_not_called_damaged(tmp_
         assert "damaged" not in message and "pip install 'timm>=" in message and f"timm {timm.__version__}" in message
 
 
-def test_weights_by_name_and_from_files(run, photos, tmp_path):
+def test_weights_by_name_and_from_files(run, train, photos, tmp_path):
     network = torch.nn.DataParallel(TransferModel("mobilenet_v3_small", "ab", 32, pretrained=False)).state_dict()
     own = {name: tensor for name, tensor in network.items() if "classifier" not in name}
     torch.save({"state_dict": own}, tmp_path / "x-rays.pth")
     torch.save({"model": "resnet18", 1: None}, tmp_path / "none.pth")
     names = ["mobilenet_v3_small", "mobilenet_v3_small:IMAGENET1K_V1", "mobilenet_v3_small:x-rays.pth"]
-    code, out, err = run(main_train, "--data", photos, *QUICK, "--models", *names, "resnet18:none.pth")
-    assert code == 1 and "none.pth" in err and err.count("\n") == 1  # the others are trained
+    code, out, err = train(photos, "--models", "vgg16", "resnet18:none.pth", *names)
+    download, file = err.splitlines()  # the other models are trained
+    assert code == 1 and "checkpoints/vgg16-397923af.pth" in download and "--demo" in download and "none.pth" in file
     weights, rows = checkpoints(tmp_path), results(tmp_path)
     assert [row["weights"].partition("'")[0] for row in rows] == ["IMAGENET1K_V1"] * 2 + ["x-rays.pth (state_dict)"]
     assert all(row["weights"] in out for row in rows)
@@ -111,21 +112,15 @@ def test_weights_by_name_and_from_files(run, photos, tmp_path):
     assert "x-rays.pth" in load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small_x-rays.pth.pt").weights
 
 
-def test_a_cached_file_is_compared_with_the_hash_in_its_name(weights, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(weights))  # random weights at the place of torchvision's
-    file = weights / "hub" / "checkpoints" / "mobilenet_v3_small-047dcff4.pth"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+def test_a_cached_file_is_compared_with_the_hash_in_its_name(weights, tmp_path, monkeypatch):
+    official = torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1
+    folder, name = tmp_path / "hub" / "checkpoints", Path(official.url).name
+    shutil.copytree(weights / "hub" / "checkpoints", folder)  # random weights at the place of torchvision's
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()[:8]
     found = TransferModel("mobilenet_v3_small", "ab", 32).weights
     assert found == f"IMAGENET1K_V1's place, another file: sha256 {digest}"
-
-
-def test_a_file_with_the_right_hash_is_not_spoken_of(weights, tmp_path, monkeypatch):
-    official = torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1
-    file = weights / "hub" / "checkpoints" / Path(official.url).name
-    right = file.name.replace("047dcff4", hashlib.sha256(file.read_bytes()).hexdigest()[:8])
-    shutil.copytree(file.parent, tmp_path / "hub" / "checkpoints")
-    shutil.copy(file, tmp_path / "hub" / "checkpoints" / right)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    right = (folder / name).rename(folder / name.replace("047dcff4", digest)).name
     monkeypatch.setattr(official.value, "url", f"https://127.0.0.1/{right}")
     assert TransferModel("mobilenet_v3_small", "ab", 32).weights == "IMAGENET1K_V1"
 

@@ -4,20 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, THREE, checkpoints, draw, repeatable, same
+from conftest import THREE, checkpoints, draw, move_data, repeatable, same
 
-import main_train
-from models import load_checkpoint, save_checkpoint
+from models import load_checkpoint
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_an_old_or_a_damaged_checkpoint_is_replaced(run, trained, photos, damaged):
-    file = trained / "checkpoints" / "mobilenet_v3_small.pt"
+@pytest.mark.parametrize("damaged", [False, True])  # or of an earlier version
+def test_old_or_damaged_files_are_replaced(train, trained, photos, damaged):
+    file, rows = trained / "checkpoints" / "mobilenet_v3_small.pt", trained / "plots" / "results.json"
     torch.save(torch.load(file, weights_only=True) | {"schema": 1}, file)
-    file.write_bytes(file.read_bytes()[: 999 if damaged else None])
-    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
-    said = "cannot be read" if damaged else "mobilenet_v3_small.pt, trained on 48 images"
-    assert code == 0 and said in out and "will be replaced" in out and load_checkpoint(file)
+    rows.write_text(rows.read_text().replace('"schema": 4', '"schema": 3'))
+    for each in (file, rows) if damaged else ():
+        each.write_bytes(each.read_bytes()[:999])
+    before = rows.read_text()
+    code, out, _ = train(photos)
+    assert code == 0 and ("cannot be read" if damaged else "trained on 48 images") in out and load_checkpoint(file)
+    assert rows.with_name("results.json.old").read_text() == before and list(repeatable(trained)) == [
+        "mobilenet_v3_small"
+    ]
 
 
 def fewer(photos: Path) -> None:
@@ -25,23 +29,12 @@ def fewer(photos: Path) -> None:
         (photos / "train" / "red" / f"{i}.png").unlink()
 
 
-def another(photos: Path) -> None:
-    draw(photos / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
-
-
-@pytest.mark.parametrize("change", [fewer, another])
-def test_a_data_set_may_change_at_its_place(run, trained, photos, change):
+def test_a_data_set_may_change_at_its_place(train, trained, photos):
     """As when its label errors are deleted."""
     move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)
-    change(photos)
-    code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
+    fewer(photos)
+    code, out, _ = train(photos)
     assert code == 0 and "on other images at the same place" in out
-
-
-def move_data(file: Path, photos: Path) -> None:
-    """Makes a checkpoint of the shared training one of a training on `photos`."""
-    model = load_checkpoint(file)
-    save_checkpoint(file, model, {**model.origin, "data": str(photos)})
 
 
 def much_less(photos: Path) -> None:
@@ -64,30 +57,30 @@ def other_class(photos: Path) -> None:
         (lambda photos: None, ["--image-size", 48]),
     ],
 )
-def test_a_model_of_more_or_other_images_is_not_replaced(run, trained, photos, change, options):
+def test_a_model_of_more_or_other_images_is_not_replaced(train, trained, photos, change, options):
     move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)
     change(photos)
     before, state = repeatable(trained), checkpoints(trained)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, *options)
+    code, _, err = train(photos, *options)
     assert code == 2 and err.count("\n") == 1
-    assert "checkpoints/mobilenet_v3_small.pt was trained on 48 images of 3 classes at 32 pixels" in err
+    assert all(text in err for text in ("checkpoints/mobilenet_v3_small.pt", "48 images", "3 classes", "32 pixels"))
     assert repeatable(trained) == before and same(checkpoints(trained), state)
 
 
-def test_a_model_of_another_place_is_not_replaced(run, trained, photos):
-    another(photos)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+def test_a_model_of_another_place_is_not_replaced(train, trained, photos):
+    draw(photos / "train" / "red" / "0.png", (200, 50, 40), seed=9, size=(30, 30))
+    code, _, err = train(photos)
     assert code == 2 and "of other data" in err
 
 
-def test_a_copy_of_the_images_is_the_same_data_set(run, compared, photos):
+def test_a_copy_of_the_images_is_the_same_data_set(train, compared, photos):
     """Rows of other models stay, and are compared, in whatever order they were trained."""
-    code, out, _ = run(main_train, "--data", f"{photos}/", *SMALL, *QUICK, "--epochs", 1)
+    code, out, _ = train(f"{photos}/", "--epochs", 1)
     rows = repeatable(compared)
     assert code == 0 and "mobilenet_v2" in out and list(rows) == list(THREE)
     assert [len(row["history"]) for row in rows.values()] == [3, 3, 1]
 
 
-def test_models_of_other_images_are_not_compared(run, known, compared, photos):
-    code, out, _ = run(main_train, "--data", photos, "--models", "efficientnet_b0", *QUICK, "--limit", 30)
+def test_models_of_other_images_are_not_compared(train, compared, photos):
+    code, out, _ = train(photos, "--models", "efficientnet_b0", "--limit", 30)
     assert code == 0 and "mobilenet_v2" not in out and list(repeatable(compared)) == [*THREE, "efficientnet_b0"]

@@ -67,11 +67,6 @@ def test_a_run_whose_reader_is_gone_saves_its_model(started, tmp_path):
     assert [row["model"] for row in results(tmp_path)] == ["mobilenet_v3_small"]
 
 
-def test_help_shows_defaults(run):
-    _, out, _ = run(main_train, "--help")
-    assert "(default: 0)" in out and "(default: fp32)" in out and "(default: False)" not in out
-
-
 @pytest.mark.parametrize(
     ("script", "args", "expected"),
     [

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, TORCHRUN, checkpoints, finish, repeatable, same, start
+from conftest import QUICK, ROOT, SMALL, checkpoints, finish, repeatable, same, start
 
 import inference
 import main_train
@@ -55,7 +55,8 @@ def test_two_processes_give_the_results_of_one(run, known, photos, weights, tmp_
 
     program = PROGRAM.format(root=str(ROOT), train=train, infer=infer, dropout=dropout)
     (tmp_path / "program.py").write_text(program)
-    code, out, err = finish(start(*TORCHRUN, "program.py", cwd=tmp_path))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    code, out, err = finish(start(*torchrun, "program.py", cwd=tmp_path))
     assert code == 0, err  # torchrun would take 1 for a crash
     trained, rest = out.split("TRAINED 1\n")
     answered, rest = rest.split("ANSWERED 1\n")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, SMALL, checkpoints, draw, finish, limited_files, repeatable, results, same, start
 
-import main_train
 from data import load_data
 from engine import features
 from engine.features import Features, extract_features
@@ -23,55 +22,50 @@ def of_small(folder: Path) -> dict:
     return {row["model"]: row for row in results(folder)}[NAME]
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_second_run_is_identical(run, trained, photos, cached):
+def test_a_second_run_is_identical_and_only_reads_the_features(train, trained, photos):
     first, state = repeatable(trained)[NAME], checkpoints(trained)
     seconds = of_small(trained)["seconds"]["features"]
     files = {path: path.stat().st_mtime_ns for path in (trained / "data").rglob("*")}
-    if not cached:
-        shutil.rmtree(trained / "data")
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--seeds", 2)[0] == 0
-    assert of_small(trained)["features"] == {"computed": 0 if cached else 60, "cached": cached}
+    assert train(photos, "--seeds", 2)[0] == 0
+    assert of_small(trained)["features"] == {"computed": 0, "cached": True}
     assert repeatable(trained)[NAME] | {"data": first["data"]} == first and same(checkpoints(trained), state)
-    if cached:  # which is only read
-        assert {path: path.stat().st_mtime_ns for path in (trained / "data").rglob("*")} == files
-        assert of_small(trained)["seconds"]["features"] == seconds
+    assert {path: path.stat().st_mtime_ns for path in (trained / "data").rglob("*")} == files
+    assert of_small(trained)["seconds"]["features"] == seconds
 
 
 @pytest.mark.parametrize(("size", "decoder"), [(48, PIL.__version__), (32, "0.1")])
-def test_features_belong_to_the_size_and_the_decoder(run, known, photos, monkeypatch, size, decoder):
+def test_features_belong_to_the_size_and_the_decoder(train, known, photos, monkeypatch, size, decoder):
     """Those of another precision are in test_results.py."""
     monkeypatch.setattr(PIL, "__version__", decoder)
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--image-size", size)[0] == 0
+    assert train(photos, "--image-size", size)[0] == 0
     assert of_small(known)["features"] == {"computed": 60, "cached": False}
 
 
-def test_damaged_features_are_computed_again(run, trained, photos):
+def test_damaged_features_are_computed_again(train, trained, photos):
     for file in (trained / "data" / "features").glob(f"{NAME}*.features"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
     first = repeatable(trained)[NAME]
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--seeds", 2)
+    code, _, err = train(photos, "--seeds", 2)
     assert code == 0 and err.count("\n") == 1 and "1 images' records are damaged" in err
     assert repeatable(trained)[NAME] | {"data": first["data"]} == first
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_an_interrupted_extraction_resumes(run, compared, training, photos):
-    """A disk that is full in the middle leaves whole records and the beginning of another."""
+def test_an_interrupted_extraction_resumes(train, compared, photos):
+    """A disk that is full in the middle leaves whole records and the beginning of another. The models are the same."""
     [file] = (compared / "data" / "features").glob(f"{NAME}*.features")
-    first, size = repeatable(compared)[NAME], file.stat().st_size // 78
+    first, state, size = repeatable(compared)[NAME], checkpoints(compared), file.stat().st_size // 78
     shutil.rmtree(compared / "data" / "features")
-    command = ("--data", photos, *SMALL, *QUICK, "--seeds", 2)
     with limited_files(30 * size + 100):
-        assert run(main_train, *command)[0] == 2
+        assert train(photos, "--seeds", 2)[0] == 2
     written = file.stat().st_size // size
     assert 10 < written <= 30
-    assert run(main_train, *command)[0] == 0
+    assert train(photos, "--seeds", 2)[0] == 0
     row = of_small(compared)
     assert file.stat().st_size == 78 * size and 60 > row["features"]["computed"] > 0
-    assert repeatable(compared)[NAME] | {"data": first["data"]} == first
+    assert repeatable(compared)[NAME] | {"data": first["data"]} == first and same(checkpoints(compared), state)
     content, data = file.read_bytes(), load_data(str(photos), compared / "data")
     records = [content[i * size : (i + 1) * size] for i in range(78)]
     seconds = {record[:32].decode(): np.frombuffer(record[32:36], "<f4")[0] for record in records}
@@ -79,16 +73,15 @@ def test_an_interrupted_extraction_resumes(run, compared, training, photos):
     assert row["seconds"]["features"] == pytest.approx(of_both) and of_both > 0
 
 
-def test_only_new_images_are_computed(run, trained, photos):
+def test_only_new_images_are_computed(train, trained, photos):
     """An image that is there again, under whatever name, is known."""
     image = photos / "train" / "red" / "0.png"
     whole = image.read_bytes()
     image.write_bytes(whole[:50])
-    command = ("--data", photos, *SMALL, *QUICK, "--output")
-    assert run(main_train, *command, "one")[0] == 1 and of_small(trained / "one")["features"]["computed"] == 0
+    assert train(photos, "--output", "one")[0] == 1 and of_small(trained / "one")["features"]["computed"] == 0
     draw(image, (200, 40, 40), seed=99)
     image.with_name("again.png").write_bytes(whole)
-    assert run(main_train, *command, "two")[0] == 0
+    assert train(photos, "--output", "two")[0] == 0
     assert of_small(trained / "two")["features"] == {"computed": 1, "cached": False}
 
 

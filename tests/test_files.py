@@ -8,9 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import QUICK, ROOT, SMALL, limited_files, results, without_progress
+from conftest import QUICK, ROOT, limited_files, results, without_progress
 
-import main_train
 from engine.files import locked
 
 
@@ -29,19 +28,19 @@ def test_a_held_lock_differs_from_missing_support(tmp_path, monkeypatch, capsys)
             assert "No locks available" in capsys.readouterr().err
 
 
-def test_two_runs_cannot_share_an_output_folder(run, photos, tmp_path):
+def test_two_runs_cannot_share_an_output_folder(train, photos, tmp_path):
     with locked(tmp_path / "checkpoints" / ".lock", wait=False):
-        code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+        code, _, err = train(photos)
     assert code == 2 and "another run" in err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_failed_write_keeps_the_old_file(run, trained):
+def test_a_failed_write_keeps_the_old_file(train, trained):
     [row] = [row for row in results(trained) if row["model"] == "mobilenet_v3_small"]
     checkpoint = trained / "checkpoints" / "mobilenet_v3_small.pt"
     before = checkpoint.read_bytes()
     with limited_files(10**6):
-        code, _, err = run(main_train, "--data", row["data"], *SMALL, *QUICK, "--seed", 1)
+        code, _, err = train(row["data"], "--seed", 1)
     assert code == 2 and str(checkpoint.relative_to(trained)) in err and "MB are free" in err
     assert checkpoint.read_bytes() == before and not list(trained.rglob("*.part"))
 
@@ -81,8 +80,8 @@ def test_a_full_disk_and_a_read_only_folder(photos, weights, tmp_path, monkeypat
     assert code == 2 and "Read-only file system" in err and err.count("error") == 1
 
 
-def test_no_home(run, photos, monkeypatch):
+def test_no_home(train, photos, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     monkeypatch.delenv("TORCH_HOME")
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, _, err = train(photos)
     assert code == 2 and "/proc/nowhere" in err.splitlines()[-1]

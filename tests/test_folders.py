@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, draw, finish, start
+from conftest import ROOT, draw, finish, start
 from PIL import Image
 
 import main_train
@@ -17,29 +17,24 @@ from engine.folders import find_images
 from engine.images import Images
 
 
-def test_labels_are_folder_names(photos):
-    for image in (photos / "test" / "blue").iterdir():
-        image.unlink()
-    (photos / "test" / "blue").rmdir()
-    (photos / "train" / ".ipynb_checkpoints").mkdir()
-    draw(photos / "train" / ".ipynb_checkpoints" / "x.png", (0, 0, 0), seed=0)
-    data = load_data(str(photos))
-    assert data.classes == ("blue", "green", "red") and "no test image of 'blue'" in data.notes
-    assert all(
-        data.classes[label] == path.parent.name for label, path in zip(data.test.labels, data.test.items, strict=True)
-    )
-
-
-def test_part_folders_have_several_spellings(photos):
+@pytest.mark.parametrize(
+    "parts",
+    [
+        ("training_set", "val_set", "test_set"),
+        ("seg_train/seg_train", "seg_val/seg_val", "seg_test/seg_test"),
+        ("asl_train", "asl_validation", "asl_test"),
+        ("Training", "Validation", "TEST"),
+    ],
+)
+def test_part_folders_have_several_spellings(photos, parts):
     for name in ("blue", "green", "red"):
-        draw(photos / "Validation" / name / "a.png", (0, 0, 0), seed=5)
-    (photos / "train").rename(photos / "Training")
-    (photos / "test").rename(photos / "TEST")
+        draw(photos / "val" / name / "a.png", (0, 0, 0), seed=5)
+    for part, name in zip(("train", "val", "test"), parts, strict=True):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / part).rename(photos / name)
     data = load_data(str(photos))
-    assert (len(data.train), len(data.val), len(data.test), data.notes) == (60, 3, 18, ())
-    (photos / "TEST").rename(photos / "holdout")
-    data = load_data(str(photos))
-    assert data.notes[0] == "18 files not used: 18 in holdout/" and len(data.test) == 12
+    assert data.classes == ("blue", "green", "red") and data.notes == ()
+    assert (len(data.train), len(data.val), len(data.test)) == (60, 3, 18)
 
 
 def test_unused_files_are_counted_by_reason(photos):
@@ -52,17 +47,21 @@ def test_unused_files_are_counted_by_reason(photos):
         draw(red / folder / "x.png", (200, 50, 40), seed=1)
     for part in ("train", "test"):
         draw(photos / part / "loose.png", (0, 0, 0), seed=1)
-    draw(photos / "more" / "x.png", (0, 0, 0), seed=1)
+    for folder in ("more", "train/.ipynb_checkpoints"):
+        draw(photos / folder / "x.png", (0, 0, 0), seed=1)
     shutil.rmtree(photos / "test" / "green")
     data = load_data(str(photos))
     assert len(data.train) + len(data.val) == 63  # 60, two by their content, one deeper
-    assert data.notes[0].startswith("10 files not used: ")
+    assert data.notes[0].startswith("11 files not used: ")
     for reason in (
-        *("2 .mp4", "1 .txt", "1 hidden", "1 without extension", "2 in hidden folders"),
+        *("2 .mp4", "1 .txt", "1 hidden", "1 without extension", "3 in hidden folders"),
         *("2 beside the class folders", "1 in more/"),
     ):
         assert reason in data.notes[0]
-    assert data.notes[1:] == ("no test image of 'green'",)
+    assert data.classes == ("blue", "green", "red") and data.notes[1:] == ("no test image of 'green'",)
+    for part in data.parts.values():
+        labels = [name.split("/")[1] for name in part.names]
+        assert [data.classes[label] for label in part.labels] == labels
 
 
 @pytest.mark.parametrize(("extension", "package"), [(".heic", "pillow-heif"), (".jxl", "pillow-jxl-plugin")])
@@ -113,18 +112,6 @@ def test_ids_and_content_follow_the_images(photos, tmp_path):
         assert len(set(ids)) == 2, name
 
 
-PARTS = [("training_set", "test_set"), ("seg_train/seg_train", "seg_test/seg_test"), ("asl_train", "asl_test")]
-
-
-@pytest.mark.parametrize(("train", "test"), PARTS)
-def test_names_that_contain_train_and_test_are_parts(photos, train, test):
-    for part, name in (("train", train), ("test", test)):
-        (photos / name).parent.mkdir(exist_ok=True)
-        (photos / part).rename(photos / name)
-    data = load_data(str(photos))
-    assert data.classes == ("blue", "green", "red") and len(data.test) == 18 and len(data.train) + len(data.val) == 60
-
-
 def test_parts_with_other_names_are_no_classes(photos):
     for part, name in (("train", "one"), ("test", "two")):
         (photos / part).rename(photos / name)
@@ -138,20 +125,6 @@ def test_a_class_may_have_the_name_of_a_part(tmp_path, layout):
         for i in range(4):
             draw(tmp_path / "vehicles" / layout.format(**{"class": name}) / f"{i}.png", (9, 99, 9), seed=i)
     assert load_data(str(tmp_path / "vehicles")).classes == ("bus", "car", "train")
-
-
-def test_images_without_labels_are_no_class_and_no_part(photos):
-    """As in competitions, whose test images have no class folders."""
-    for folder in [*(photos / "test").iterdir()]:
-        for image in [*folder.iterdir()]:
-            image.rename(photos / "test" / f"{folder.name}{image.name}")
-        folder.rmdir()
-    data = load_data(str(photos))
-    assert data.notes[0] == "18 files not used: 18 in test/" and len(data.test) == 12
-    shutil.rmtree(photos / "train")
-    draw(photos / "train" / "1.png", (9, 99, 9), seed=0)
-    with pytest.raises(ValueError, match=r"no class folders in .*train; a data set looks like this"):
-        load_data(str(photos))
 
 
 def test_names_that_look_the_same_are_the_same(photos, monkeypatch):
@@ -215,7 +188,7 @@ DETECTION = {
 
 
 @pytest.mark.parametrize("layout", DETECTION.values(), ids=DETECTION)
-def test_folders_of_images_and_descriptions_are_no_classes(run, tmp_path, layout):
+def test_folders_of_images_and_descriptions_are_no_classes(train, tmp_path, layout):
     for part in ("train", "val"):
         for i in range(12):
             for name in layout:
@@ -223,7 +196,7 @@ def test_folders_of_images_and_descriptions_are_no_classes(run, tmp_path, layout
                 draw(file if file.suffix == ".png" else file.with_name("z.png"), (9, 99, 9), seed=i)
                 if file.suffix != ".png":
                     file.with_name("z.png").rename(file)
-    code, _, err = run(main_train, "--data", tmp_path / "x", *SMALL, *QUICK)
+    code, _, err = train(tmp_path / "x")
     assert code == 2 and ("seems to be made for" in err or "no class folders" in err)
 
 
@@ -260,9 +233,9 @@ def test_extensions_are_known_in_a_fresh_process(tmp_path):
     assert finish(start("-c", found, cwd=ROOT)) == (0, f"{tmp_path / '0.jpg'}\n", "")
 
 
-def test_a_folder_of_files_of_another_kind_names_it(run, tmp_path):
+def test_a_folder_of_files_of_another_kind_names_it(train, tmp_path):
     (tmp_path / "scans").mkdir()
     for i in range(3):
         (tmp_path / "scans" / f"{i}.dcm").write_bytes(bytes(128) + b"DICM" + bytes(300))
-    code, _, err = run(main_train, "--data", tmp_path / "scans", *SMALL, *QUICK)
+    code, _, err = train(tmp_path / "scans")
     assert code == 2 and "3 .dcm (a DICOM file" in err

@@ -9,11 +9,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SMALL, draw, share_right
+from conftest import draw, share_right
 from PIL import Image
 
 import inference
-import main_train
 from engine.depth import agree
 from engine.images import ImageError, image_formats, peculiarity, read_image
 from models import load_checkpoint
@@ -85,6 +84,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 LEFT = X < 9
 GREY_AND_ALPHA = np.dstack([GREY, np.where(LEFT, 0, 255)]).astype(int) * 257
+STRETCHED = GREY / 252 * 255
 FRACTIONS, WITHOUT_9999 = GREY / 255, np.where(LEFT, -9999, GREY / 252).astype("<f4")
 WITHOUT_32768 = np.where(LEFT, -32768, GREY.astype(int) * 16).astype("<i2")
 DEEP = {  # files of values of more than 8 bits, and the picture that they hold
@@ -97,6 +97,13 @@ DEEP = {  # files of values of more than 8 bits, and the picture that they hold
     "TIFF, signed 16 bits": (tiff((GREY.astype("<i2") * 16, {})), grey(GREY)),
     "TIFF, 32 bits": (tiff((GREY.astype("<u4") << 24, {})), grey(GREY)),
     "TIFF, fractions": (tiff((FRACTIONS.astype("<f4"), {})), grey(GREY)),
+    "TIFF, floats to 252": (tiff((GREY.astype("<f4"), {})), grey(GREY)),
+    "TIFF, floats from -1 to 1": (
+        tiff((np.where(Y < 9, np.nan, STRETCHED / 127.5 - 1).astype("<f4"), {})),
+        grey(np.where(Y < 9, 0, STRETCHED)),
+    ),
+    "TIFF, Hounsfield units": (tiff((GREY.astype("<i4") * 16 - 1000, {})), grey(STRETCHED)),
+    "TIFF, 0 to 201,600": (tiff((GREY.astype("<i4") * 800, {})), grey(STRETCHED)),
     "TIFF, no data is -9999": (tiff((WITHOUT_9999, {42113: b"-9999\0"})), grey(np.where(LEFT, 0, GREY / 252 * 255))),
     "TIFF, no data is -32768": (tiff((WITHOUT_32768, {42113: b"-32768\0"})), grey(np.where(LEFT, 0, GREY))),
     "PNG, RGB, 12 bits": (png(RGB.astype(int) * 16, 2), RGB),
@@ -141,12 +148,12 @@ def test_values_without_a_known_scale_are_refused():
     assert np.abs(read(tiff(((GREY / 255).astype("<f4"), {}))) - grey(GREY)).max() == 0
 
 
-def test_a_scale_travels_with_the_checkpoint(run, answers, photos, tmp_path):
+def test_a_scale_travels_with_the_checkpoint(run, train, answers, photos, tmp_path):
     """Colour of 12 bits in files of 16 is trained on, plotted, compared and answered as the same colour in 8 bits."""
     for file in sorted(photos.rglob("*.png")):
         file.write_bytes(png(np.array(Image.open(file)).astype(int) * 16, 2))
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert (code, err) == (0, "") and "16-bit images: 0 to 4,095 is black to white" in out
+    code, out, err = train(photos)
+    assert (code, err) == (0, "") and "4,095" in out
     checkpoint = tmp_path / "checkpoints" / "mobilenet_v3_small.pt"
     preprocessing = load_checkpoint(checkpoint).preprocessing
     assert preprocessing["reading"] == {"uint16": [0, 4095]}
@@ -159,7 +166,7 @@ def test_a_scale_travels_with_the_checkpoint(run, answers, photos, tmp_path):
     assert run(inference, photos / "test", "--plot", "seen.png")[0] == 0 and (tmp_path / "seen.png").exists()
 
 
-def test_a_fourth_band_that_is_not_transparency(tmp_path):
+def test_a_fourth_band_that_is_not_transparency():
     bands = np.dstack([RGB, INFRARED])
     for extra in (0, 1, 2):  # unspecified, or marked as transparency
         content = tiff((bands, {338: extra}))
@@ -216,7 +223,7 @@ def test_what_pillow_cannot_read_names_the_package_that_can(monkeypatch):
             read(content)
 
 
-def test_png_details(tmp_path):
+def test_png_details():
     image = Image.fromarray(RGB)
     content = io.BytesIO()
     image.save(content, "png")
@@ -260,8 +267,9 @@ def test_where_pillow_fails_the_image_is_an_error():
     files, failed = written_by_pillow(), 0
     assert len(files) > 15
     for name, content in files.items():
-        cut = [content[: len(content) * share // 100] for share in (30, 60, 90)]
+        lengths = 0, 2, 4, 6, 8, *(len(content) * share // 100 for share in (30, 60, 90))
         places = np.random.default_rng(0).integers(0, len(content) - 8, 8).tolist()
+        cut = [content[:length] for length in lengths]
         for damaged in cut + [content[:at] + bytes(8) + content[at + 8 :] for at in places]:
             try:
                 with Image.open(io.BytesIO(damaged), formats=image_formats()) as image:

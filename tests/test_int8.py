@@ -1,17 +1,17 @@
 """Models in int8: OpenVINO's program is trained on, saved, and answers. Without the packages, one line says so."""
 
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, checkpoints, noise, random_model, repeatable, same
+from conftest import SMALL, checkpoints, noise, random_model, repeatable, same
 
 import inference
-import main_train
 from engine import openvino
 from engine.images import preprocess
 from engine.openvino import fastest_copy, quantize
-from models import load_checkpoint, save_checkpoint, set_statistics
+from models import TransferModel, load_checkpoint, save_checkpoint, set_statistics
 
 INT8 = ("--precision", "int8", "--device", "cpu")
 
@@ -23,21 +23,22 @@ def packages():
 
 
 @pytest.fixture
-def quantized(run, photos, tmp_path, packages):
+def quantized(train_once, tmp_path, packages):
     """A folder with a model in int8, and the arguments of its training."""
-    command = ("--data", photos, *SMALL, *QUICK, *INT8)
-    code, _, err = run(main_train, *command)
-    assert (code, err) == (0, ""), err
-    return tmp_path, command
+    done = train_once("int8", *SMALL, *INT8)
+    assert ((done / "code").read_text(), (done / "err").read_text()) == ("0", "")
+    shutil.copytree(done / "data", tmp_path / "data")
+    shutil.copytree(done / "my runs [v2]", tmp_path, dirs_exist_ok=True)
+    return tmp_path, (done / "photos", *INT8)
 
 
-def test_a_second_run_has_the_same_program(quantized, run):
+def test_a_second_run_has_the_same_program(quantized, train):
     folder, command = quantized
     [program] = (folder / "data" / "features").glob("*.int8")
     before, row, content = checkpoints(folder), repeatable(folder), program.read_bytes()
     for file in (folder / "data" / "features").glob("*.features"):
         file.unlink()
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     assert same(checkpoints(folder), before) and repeatable(folder) == row and program.read_bytes() == content
 
 
@@ -52,38 +53,50 @@ def test_the_checkpoint_answers_as_in_training(quantized, run, photos):
     assert run(inference, "--export", "model.pt2", "--checkpoint", file)[0] == 2
 
 
-def test_it_can_be_fine_tuned(quantized, run):
+def test_it_can_be_fine_tuned(quantized, train):
     folder, command = quantized
-    assert run(main_train, *command, "--fine-tune", 1)[0] == 0
+    assert train(*command, "--fine-tune", 1)[0] == 0
     assert repeatable(folder)["mobilenet_v3_small_finetuned"]["precision"]["features"] in ("fp32", "int8")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
-def test_features_stay_alike_or_are_refused(name, packages, tmp_path, monkeypatch):
-    model, ids = random_model(name, 64), [f"{i:04}" for i in range(40)]
+def sample_of(name: str) -> tuple[TransferModel, list[torch.Tensor], list[str]]:
+    """A model for int8, 40 images, and their hashes."""
+    model = random_model(name, 64)
     images = [(255 * image).to(torch.uint8) for image in noise(model, 40).sigmoid()]
     set_statistics(model, images)
     model.precision, model.views = "int8", 1
-    quantize(model, images[:8], ids[:8], tmp_path)  # a quick look, whose sample is too small for what follows
-    model.program, seconds = quantize(model, images[:24], ids[:24], tmp_path)
-    _, kept = sorted(tmp_path.glob("*.int8"), key=lambda file: file.stat().st_mtime_ns)
-    assert quantize(model, images[:32], ids[:32], tmp_path)[1] == seconds  # most of the sample is the same
+    return model, images, [f"{i:04}" for i in range(40)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_features_stay_alike(name, packages, tmp_path):
+    model, images, ids = sample_of(name)
+    model.program, _ = quantize(model, images[:24], ids[:24], tmp_path)
     batch = preprocess(images[32:], model.preprocessing)
     with torch.inference_mode():
         copies = [fastest_copy(model, torch.device("cpu"), precision=kind) for kind in ("fp32", "int8")]
         rows = [copy.forward_features(batch) for copy in copies]
     assert torch.nn.functional.cosine_similarity(*(row - row.mean(dim=0) for row in rows)).mean() > 0.8
+
+
+def test_a_program_is_used_again_or_refused(packages, tmp_path, monkeypatch):
+    model, images, ids = sample_of("squeezenet1_1")
+    quantize(model, images[:8], ids[:8], tmp_path)  # a quick look, whose sample is too small for what follows
+    _, seconds = quantize(model, images[:24], ids[:24], tmp_path)
+    _, kept = sorted(tmp_path.glob("*.int8"), key=lambda file: file.stat().st_mtime_ns)
+    assert quantize(model, images[:32], ids[:32], tmp_path)[1] == seconds  # most of the sample is the same
     monkeypatch.setattr(openvino, "LEAST_SIMILAR", 2)
+    with pytest.raises(ValueError, match="squeezenet1_1 cannot run in int8"):
+        quantize(model, images[20:], ids[20:], tmp_path)  # most of the sample are other images
     kept.write_bytes(b"oops")
-    for first in (0, 20):  # the kept program is damaged; most of the sample are other images
-        with pytest.raises(ValueError, match=f"{name} cannot run in int8"):
-            quantize(model, images[first:], ids[first:], tmp_path)
+    with pytest.raises(ValueError, match="squeezenet1_1 cannot run in int8"):
+        quantize(model, images, ids, tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["openvino", "nncf"])
-def test_training_needs_both_packages(missing, run, photos, tmp_path, monkeypatch):
+def test_training_needs_both_packages(missing, train, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, *INT8)
+    code, _, err = train(photos, *INT8)
     assert code == 2 and err.count("\n") == 1 and "pip install" in err
     assert not (tmp_path / "checkpoints").exists()
 

@@ -1,16 +1,14 @@
 """Every family of backbones: frozen, pretrained, saved and loaded."""
 
 import gzip
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import FAMILIES, ONE_SIZE, SMALL_FAMILIES, draw, noise, random_model, randomize_statistics
+from conftest import FAMILIES, ONE_SIZE, SMALL_FAMILIES, noise, random_model, randomize_statistics
 
-import inference
 from engine.backbones import torchvision_weights
 from models import BACKBONES, TransferModel, load_checkpoint, save_checkpoint
 
@@ -100,37 +98,10 @@ def test_pretrained_weights_give_torchvisions_logits(name, tmp_path, monkeypatch
     assert torch.allclose(last(features), stock(images), atol=1e-4)
 
 
-def test_an_unknown_backbone_gets_a_suggestion():
-    with pytest.raises(ValueError, match="resnet50"):
-        TransferModel("resnet", "ab")
-
-
 @pytest.mark.parametrize(("name", "size"), ONE_SIZE.items())
 def test_some_backbones_accept_one_size_only(name, size):
     with pytest.raises(ValueError, match=f"{name} does not accept 97-pixel images; its weights are for {size}"):
         TransferModel(name, "ab", 97, pretrained=False)
-
-
-def test_predict_agrees_with_inference(run, tmp_path):
-    model = random_model("mobilenet_v3_small", 64)
-    model.temperature = 2.0
-    save_checkpoint(tmp_path / "x.pt", model, {})
-    for i, size in enumerate([(20, 30), (64, 64), (400, 300)]):
-        draw(tmp_path / f"{i}.png", (40 * i, 90, 200), seed=i, size=size)
-    (tmp_path / "3.png").write_bytes(b"x")
-    files = [str(tmp_path / f"{i}.png") for i in range(4)]
-    _, out, _ = run(inference, *files, "--checkpoint", "x.pt", "--format", "json")
-    *records, unread = map(json.loads, out.splitlines())
-    loaded = load_checkpoint("x.pt")
-    *answers, error = loaded.predict(files)
-    assert error == unread and "3.png" in error["error"]
-    for answer, record in zip(answers, records, strict=True):
-        assert answer.keys() == record.keys() and answer["label"] == record["label"] == answer["top"][0]["label"]
-        assert answer["probability"] == pytest.approx(record["probability"], abs=1e-5)
-    alone = loaded.predict(Path(files[0]))
-    assert alone["path"] == files[0] and alone["probability"] == pytest.approx(answers[0]["probability"], abs=1e-5)
-    loaded.temperature = 1e-3  # probabilities are calibrated
-    assert loaded.predict(files[0])["probability"] > answers[0]["probability"]
 
 
 @pytest.mark.parametrize("schema", [4, 5])

@@ -4,10 +4,9 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, noise, random_model, repeatable, results
+from conftest import noise, random_model, repeatable, results
 
 import inference
-import main_train
 from engine import openvino
 from engine.files import load_tensors, save_tensors
 from engine.openvino import Program, convert, fastest_copy, holds_program, openvino_copy, package_version
@@ -43,24 +42,24 @@ def features_of(folder):
     return *([file for file in kinds[0] if ("openvino" in file.name) == yes] for yes in (False, True)), kinds[1]
 
 
-def test_what_is_kept_is_used(run, trained, photos, monkeypatch):
+def test_what_is_kept_is_used(run, train, trained, photos, monkeypatch):
     pytest.importorskip("openvino")
     plain = repeatable(trained)["mobilenet_v3_small"]
     [known], *_ = features_of(trained)
-    content, command = known.read_bytes(), ("--data", photos, *SMALL, *QUICK, "--seeds", 2, "--device", "cpu")
+    content, command = known.read_bytes(), (photos, "--seeds", 2, "--device", "cpu")
     monkeypatch.setattr(openvino, "WORTH_CONVERTING", 30)
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     assert features_of(trained) == ([known], [], [])  # all are known
     known.write_bytes(content[: len(content) // 2])
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     assert features_of(trained) == ([known], [], [])  # many are known
     known.write_bytes(content[: len(content) // 20])  # few, as after a quick look with --limit
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     _, [converted], [program] = features_of(trained)
     written = program.stat().st_mtime_ns
     converted.write_bytes(converted.read_bytes()[: converted.stat().st_size // 2])
     monkeypatch.setattr(openvino, "WORTH_CONVERTING", 2048)
-    assert run(main_train, *command)[0] == 0
+    assert train(*command)[0] == 0
     _, [_], [program] = features_of(trained)
     assert program.stat().st_mtime_ns == written  # not converted again
     row = repeatable(trained)["mobilenet_v3_small"]
@@ -71,7 +70,7 @@ def test_what_is_kept_is_used(run, trained, photos, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["", "raise OSError('libfoo.so: no such file')"])
-def test_a_broken_or_old_one_is_named_in_one_line(broken, run, trained, photos, monkeypatch):
+def test_a_broken_or_old_one_is_named_in_one_line(broken, train, trained, photos, monkeypatch):
     installed = trained / "installed"
     (installed / "openvino-2022.1.dist-info").mkdir(parents=True)
     (installed / "openvino-2022.1.dist-info" / "METADATA").write_text("Name: openvino\nVersion: 2022.1\n")
@@ -81,5 +80,5 @@ def test_a_broken_or_old_one_is_named_in_one_line(broken, run, trained, photos, 
         monkeypatch.delitem(sys.modules, name)
     features_of(trained)[0][0].unlink()
     monkeypatch.setattr(openvino, "WORTH_CONVERTING", 30)
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK, "--precision", "fp32", "--device", "cpu")
+    code, _, err = train(photos, "--precision", "fp32", "--device", "cpu")
     assert code == 0 and err.count("OpenVINO is not used") == err.count("\n"), err

@@ -1,16 +1,14 @@
 """TransferModel.predict in other people's programs: what it accepts, threads, modes, precision, foreign modules."""
 
 import io
+import json
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT, draw, finish, random_model, start
 from PIL import Image
 
 import inference
@@ -23,14 +21,15 @@ def test_what_is_an_image_and_what_is_not():
     model, file = random_model("mobilenet_v3_small", 64), io.BytesIO()
     Image.fromarray(PIXELS).save(file, "PNG")
     forms = [PIXELS, Image.fromarray(PIXELS), file.getvalue(), torch.from_numpy(PIXELS).permute(2, 0, 1)]
+    forms += [np.dstack([PIXELS, np.full_like(PIXELS[..., 0], 255)]), PIXELS[..., ::-1].copy()[..., ::-1]]  # RGBA, BGR
     grey = [PIXELS[..., 0], PIXELS[..., :1]]
     bad = [np.zeros((0, 50, 3), np.uint8), PIXELS / 255, torch.rand(3, 8, 8), b"oops", 7, None, np.uint8(3), "none.png"]
     for several in ([*forms, *grey, *bad], (*forms, *grey, *bad), iter([*forms, *grey, *bad])):
         records = model.predict(several)
         answers = [record.get("probability") for record in records]
-        assert answers[:4] == pytest.approx([answers[0]] * 4) and answers[4] == pytest.approx(answers[5])
-        assert all("error" in record for record in records[6:]) and len(records) == 14
-    for record in records[6:9]:
+        assert answers[:6] == pytest.approx([answers[0]] * 6) and answers[6] == pytest.approx(answers[7])
+        assert all("error" in record for record in records[8:]) and len(records) == 16
+    for record in records[8:11]:
         assert "a uint8 array (H, W)" in record["error"] and "not " in record["error"]
     assert [one["label"] for one in model.predict(PIXELS[None])] == [model.predict(PIXELS)["label"]]
 
@@ -42,6 +41,7 @@ def test_what_other_programs_pass(tmp_path):
         Image.fromarray(np.roll(PIXELS, i)).save(file)
     names = [str(file) for file in files]
     expected = [pytest.approx(record["probability"]) for record in model.predict(files)]
+    assert model.predict(files[0])["path"] == names[0]
     content = files[0].read_bytes()
     with open(files[0], "rb") as opened, open(files[0], errors="replace") as text:
         forms = content, bytearray(content), memoryview(content), io.BytesIO(content)
@@ -113,19 +113,27 @@ def test_predict_follows_changes_of_the_preprocessing(tmp_path):
     assert model.predict(wide)["probability"] != cropped
 
 
-def test_predict_inference_and_export_agree(run, answers, photos, tmp_path):
+def test_predict_inference_and_export_agree(run, photos, tmp_path):
     """In bf16, where a second path would show."""
     model = random_model("mobilenet_v3_small", 32)
-    model.precision = "bf16"
+    model.precision, model.temperature = "bf16", 2.0
     save_checkpoint(tmp_path / "checkpoints" / "x.pt", model, {})
-    records = answers(photos / "test")
-    images = [Image.open(record["path"]).resize((32, 32)) for record in records]
-    paths, arrays = model.predict([record["path"] for record in records]), model.predict(images)
-    assert [record["probability"] for record in paths] == pytest.approx([r["probability"] for r in records], abs=1e-4)
+    draw(photos / "test" / "large.png", (40, 90, 200), seed=0, size=(400, 300))
+    (photos / "test" / "none.png").write_bytes(b"x")
+    code, out, _ = run(inference, photos / "test", "--format", "json")
+    *records, unread = sorted(map(json.loads, out.splitlines()), key=lambda record: "error" in record)
+    paths = [record["path"] for record in records]
+    *predicted, error = model.predict([*paths, unread["path"]])
+    assert code == 1 and error == unread and len(records) == 19
+    for one, record in zip(predicted, records, strict=True):
+        assert one.keys() == record.keys() and one["label"] == record["label"] == one["top"][0]["label"]
+        assert one["probability"] == pytest.approx(record["probability"], abs=1e-4)
+    assert model.features[0][0].weight.dtype == torch.float32
+    images = [Image.open(path).resize((32, 32)) for path in paths]
     assert run(inference, "--export", "x.pt2")[0] == 0
     batch = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     exported = torch.export.load("x.pt2").module()(batch).max(dim=1).values.tolist()
-    assert exported == pytest.approx([record["probability"] for record in arrays], abs=0.02)
+    assert exported == pytest.approx([record["probability"] for record in model.predict(images)], abs=0.02)
     code, _, err = run(inference, "--export", "x.onnx")
     assert code == 2 and "ONNX keeps fp32 only" in err
 
@@ -140,6 +148,5 @@ def test_a_program_with_modules_of_the_same_names(tmp_path):
     (tmp_path / "program.py").write_text(
         f"import sys\n{line}\nfrom models import load_checkpoint\nprint(load_checkpoint('x.pt').predict('cat.png'))\n"
     )
-    done = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "'label'" in done.stdout, done.stderr
-    assert Path(tmp_path / "x.pt").exists()
+    code, out, err = finish(start("program.py", cwd=tmp_path))
+    assert code == 0 and "'label'" in out, err

@@ -2,22 +2,13 @@
 
 import pytest
 import torch
-from conftest import QUICK, SMALL, results
+from conftest import results, share_right
 
-import main_train
-
-
-@pytest.mark.parametrize("schema", [2, 3])  # of another version, or of this one without the keys of a row
-def test_unusable_results_are_moved_aside(run, known, photos, tmp_path, schema):
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "plots" / "results.json").write_text(f'{{"schema": {schema}, "runs": [{{"model": "x"}}]}}')
-    code, _, err = run(main_train, "--data", photos, *SMALL, *QUICK)
-    assert code == 0 and "results.json.old" in err and '"x"' in (tmp_path / "plots" / "results.json.old").read_text()
+from models import load_checkpoint
 
 
-def test_a_row_contains_its_provenance(run, known, photos, fine_tuning_helps):
-    command = ("--data", photos, *SMALL, *QUICK, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")
-    assert run(main_train, *command)[0] == 0
+def test_a_row_and_a_checkpoint_say_how_they_were_made(train, answers, known, photos, fine_tuning_helps):
+    assert train(photos, "--fine-tune", 1, "--precision", "bf16", "--device", "cpu")[0] == 0
     frozen, tuned = results(known)
     for row in (frozen, tuned):
         assert row["date"][:2] == "20" and row["device"] and row["versions"]["torch"] == str(torch.__version__)
@@ -27,21 +18,24 @@ def test_a_row_contains_its_provenance(run, known, photos, fine_tuning_helps):
     assert frozen["precision"]["features"] == "bf16"
     assert tuned["precision"] == {"features": "fp32", "training": "fp32"}
 
+    file = known / "checkpoints" / "mobilenet_v3_small.pt"  # answers in the precision of its training
+    records, fp32 = (answers(photos / "test", "--checkpoint", file, *more) for more in ((), ("--precision", "fp32")))
+    assert share_right(records) == pytest.approx(frozen["test_accuracy"])
+    assert [record["probability"] for record in records] != [record["probability"] for record in fp32]
+    assert load_checkpoint(file).precision == "bf16"
 
-def test_class_weights_and_unequal_classes(run, known, photos, tmp_path):
+
+def test_class_weights_and_unequal_classes(train, known, photos, tmp_path):
     """Each class of 20, 4 and 1 images for training counts the same with --class-weights."""
     for name, count in (("green", 4), ("red", 1)):
         for image in sorted((photos / "train" / name).iterdir())[count:]:
             image.unlink()
     for image in sorted((photos / "test" / "red").iterdir())[1:]:
         image.unlink()
-    command = ("--data", photos, "--models", "mobilenet_v2", *QUICK)
-    code, out, err = run(main_train, *command)
-    header, row = out.split("\n\n")[1].splitlines()
-    assert (code, err) == (0, "") and "macro F1  worst recall" in header and "no validation image of 'red'" in out
+    code, out, err = train(photos)
+    assert (code, err) == (0, "") and "macro F1" in out and "no validation image of 'red'" in out
     [plain] = results(tmp_path)
-    assert f"{plain['macro']['f1']:.3f}" in row and f"{min(plain['per_class']['recall']):.2%}" in row
-    code, out, err = run(main_train, *command, "--class-weights", "--output", "weighted")
+    code, out, err = train(photos, "--class-weights", "--output", "weighted")
     [weighted] = results(tmp_path / "weighted")
     assert (code, err) == (0, "") and weighted["recipe"]["class_weights"] and not plain["recipe"]["class_weights"]
     plain, weighted = ([epoch["train_loss"] for epoch in row["history"]] for row in (plain, weighted))

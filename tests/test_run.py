@@ -5,14 +5,13 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, SMALL, noise, random_model, results, share_right
+from conftest import ROOT, noise, random_model
 from PIL import Image
 
-import main_train
 from engine.backbones import torchvision_weights
 from engine.run import run_images
 from inference import heat_map
-from models import TransferModel, load_checkpoint
+from models import TransferModel
 
 
 def test_run_images_keeps_the_order_and_names_unreadable_images(tmp_path):
@@ -86,18 +85,6 @@ def test_predictions_are_batch_invariant(answers, trained, photos, precision, to
     for path, record in [pair for other in others for pair in other.items()]:
         assert record["probability"] == pytest.approx(together[path]["probability"], abs=tolerance)
         assert precision == "bf16" or record["label"] == together[path]["label"]
-
-
-def test_predictions_have_the_precision_of_the_training(run, answers, photos, tmp_path):
-    run(main_train, "--data", photos, *SMALL, *QUICK, "--precision", "bf16", "--device", "cpu")
-    [row], records = results(tmp_path), answers(photos / "test")
-    assert row["precision"]["features"] == "bf16" and share_right(records) == pytest.approx(row["test_accuracy"])
-    model = load_checkpoint(tmp_path / "checkpoints" / "mobilenet_v3_small.pt")
-    predicted = model.predict([record["path"] for record in records])
-    fp32 = answers(photos / "test", "--precision", "fp32")
-    bf16, predicted, fp32 = ([record["probability"] for record in each] for each in (records, predicted, fp32))
-    assert np.allclose(predicted, bf16, atol=0.02) and fp32 != bf16
-    assert model.features[0][0].weight.dtype == torch.float32
 
 
 def test_multiply_adds_agree_with_torchvision(monkeypatch):

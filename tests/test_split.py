@@ -8,23 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, SMALL, draw, results
+from conftest import draw, results
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
 import inference
-import main_train
 from data import load_data, load_split
 
 
-def test_the_split_outlives_a_change_of_the_folder(run, photos, tmp_path):
+def test_the_split_outlives_a_change_of_the_folder(run, train, photos, tmp_path):
     for part in photos.iterdir():
         for image in part.rglob("*.png"):
             target = tmp_path / "pets" / image.parent.name / f"{part.name}_{image.name}"
             target.parent.mkdir(parents=True, exist_ok=True)
             image.rename(target)
     pets = tmp_path / "pets"
-    assert run(main_train, "--data", pets, *SMALL, *QUICK)[0] == 0
+    assert train(pets)[0] == 0
     [row] = results(tmp_path)
     file = tmp_path / "checkpoints" / f"split-{row['split']}.json"
     tested = json.loads(file.read_text())["test"]
@@ -46,7 +45,7 @@ def test_the_split_outlives_a_change_of_the_folder(run, photos, tmp_path):
     assert code == 2 and file.name in err and err.count("\n") == 1
 
 
-def test_the_given_validation_images_may_be_the_test_images(run, known, photos):
+def test_the_given_validation_images_may_be_the_test_images(train, known, photos):
     """As in public data sets that have train/ and val/ only, for which others report the accuracy on val/."""
     with pytest.raises(ValueError, match="without test images"):
         load_data(str(photos), test_split="val")
@@ -56,7 +55,7 @@ def test_the_given_validation_images_may_be_the_test_images(run, known, photos):
     assert (
         {name.split("/")[0] for name in data.val.names} == {"val"} != {name.split("/")[0] for name in data.test.names}
     )
-    assert run(main_train, "--data", photos, *SMALL, *QUICK, "--test-split", "val")[0] == 0
+    assert train(photos, "--test-split", "val")[0] == 0
     [row] = results(known)
     split = json.loads((known / "checkpoints" / f"split-{row['split']}.json").read_text())
     assert len(split["test"]) == 18 and all(name.startswith("val/") for name in split["test"])
@@ -109,11 +108,11 @@ def test_groups_stay_together_and_classes_keep_their_shares(tmp_path, seed):
     assert deviation(split["test"]) <= max(np.median(theirs), 0.05)
 
 
-def test_groups_by_name(run, tmp_path):
+def test_groups_by_name(train, tmp_path):
     names = [f"{name}/{name}{film}_{i}.png" for name in ("cat", "dog") for film in range(6) for i in range(5)]
     folder = folder_of(tmp_path / "films", names)
-    code, out, _ = run(main_train, "--data", folder, *SMALL, *QUICK, "--groups", "([a-z]+[0-9])_")
-    assert code == 0 and "12 groups" in out and "10 test images are of 2 groups" in out
+    code, out, _ = train(folder, "--groups", "([a-z]+[0-9])_")
+    assert code == 0 and "12 groups" in out and " 2 groups" in out
     [row] = results(tmp_path)
     stored = json.loads((tmp_path / "checkpoints" / f"split-{row['split']}.json").read_text())
     assert {*stored["groups"]["test"]}.isdisjoint(stored["groups"]["train"] + stored["groups"]["val"])
@@ -121,7 +120,7 @@ def test_groups_by_name(run, tmp_path):
     low, high = row["test_interval"]
     assert high - low > 0.7  # two groups say little
     for pattern, message in (("film", "matches"), ("^[a-z]+", "one group"), ("(", "regular expression")):
-        code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK, "--groups", pattern, "--output", "other")
+        code, _, err = train(folder, "--groups", pattern, "--output", "other")
         assert code == 2 and message in err
 
 
@@ -147,7 +146,7 @@ def test_identical_and_similar_images_stay_together(tmp_path):
     assert any("2 identical" in note for note in load_data(str(tmp_path / "given"), tmp_path / "cache").notes)
 
 
-def test_two_files_of_one_hash_are_refused(run, tmp_path, monkeypatch):
+def test_two_files_of_one_hash_are_refused(train, tmp_path, monkeypatch):
     """Whatever makes a hash of different files the same."""
 
     class Same:
@@ -163,7 +162,7 @@ def test_two_files_of_one_hash_are_refused(run, tmp_path, monkeypatch):
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)]
     folder = folder_of(tmp_path / "pets", names)
     monkeypatch.setattr(hashlib, "blake2b", Same)
-    code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK)
+    code, _, err = train(folder)
     assert code == 2 and "0.png" in err and "1.png" in err and err.count("\n") == 1
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLORS, QUICK, SMALL, draw, results
+from conftest import COLORS, draw, results
 
 import inference
 import main_train
@@ -42,14 +42,13 @@ def labels_of(data) -> dict[str, str]:
     }
 
 
-def test_train_classify_evaluate_and_explain_by_a_table(run, pets, tmp_path):
+def test_train_classify_evaluate_and_explain_by_a_table(run, train, pets, tmp_path):
     """As in competitions: a table of names without extensions beside train/, and unlabelled images in test/."""
     rows = [(*row, "a b"[i % 2]) for i, row in enumerate(ROWS)]
     table = write(pets / "labels [1].csv", ("id", "kind", "note"), *rows)
-    code, _, err = run(main_train, "--data", table, *SMALL, *QUICK)
+    code, _, err = train(table)
     assert code == 2 and all(name in err for name in ("'id'", "'kind'", "'note'", "--columns"))
-    command = ("--data", table, *SMALL, *QUICK, "--columns", "id", "kind", "--epochs", 20)
-    code, out, err = run(main_train, *command)
+    code, out, err = train(table, "--columns", "id", "kind", "--epochs", 20)
     assert (code, err) == (0, "") and "6 other images" in out
     [row] = results(tmp_path)
     assert (row["data"], row["columns"], row["classes"]) == (str(table), ["id", "kind"], sorted(COLORS))
@@ -72,12 +71,12 @@ def test_train_classify_evaluate_and_explain_by_a_table(run, pets, tmp_path):
     assert code == 0 and len(out.splitlines()) == len(split["test"]) + 1 and "gone" not in err
 
 
-def test_the_folder_names_the_command_that_reads_its_table(run, pets, tmp_path):
+def test_the_folder_names_the_command_that_reads_its_table(train, pets):
     (pets.parent / "my pets").mkdir()
     folder = pets.rename(pets.parent / "my pets" / "pets")
     write(folder / "train.csv", ("id", "breed"), *ROWS)
     write(folder / "submission.csv", ("id", "breed"), *[(f"t{i}", "blue") for i in range(6)])
-    code, _, err = run(main_train, "--data", folder, *SMALL, *QUICK)
+    code, _, err = train(folder)
     assert code == 2 and err.count("\n") == 1
     assert err.endswith(f"python main_train.py --data '{folder / 'train.csv'}'\n")
     assert main_train.parse_args(["--data", str(folder / "train.csv")]).output == Path("runs/pets")
@@ -207,11 +206,11 @@ def test_what_a_label_is(pets):
         ("labels.csv", None, "no table"),
     ],
 )
-def test_what_is_no_table(run, tmp_path, name, content, reason):
+def test_what_is_no_table(train, tmp_path, name, content, reason):
     (tmp_path / "x").mkdir()
     if content is not None:
         (tmp_path / "x" / name).write_bytes(content)
-    code, _, err = run(main_train, "--data", tmp_path / "x" / name, *SMALL)
+    code, _, err = train(tmp_path / "x" / name)
     assert code == 2 and reason in err and err.count("\n") == 1
 
 
@@ -229,11 +228,11 @@ def test_lists_beside_masks(tmp_path):
     assert data.classes == ("1", "2", "3") and all(name.startswith("images/") for name in data.train.names)
 
 
-def test_a_table_without_a_usable_row_says_why(run, tmp_path):
+def test_a_table_without_a_usable_row_says_why(train, tmp_path):
     rows = []
     for i in range(4):
         draw(tmp_path / "images" / f"{i}.png", (9, 9, 9), seed=i)
         rows += [f"{i}.png,cat", f"{i}.png,dog"]
     (tmp_path / "two.csv").write_text("\n".join(["image,label", *rows]))
-    code, _, err = run(main_train, "--data", tmp_path / "two.csv", *SMALL, *QUICK)
+    code, _, err = train(tmp_path / "two.csv")
     assert code == 2 and "8 rows of two.csv not used" in err and err.count("\n") == 1

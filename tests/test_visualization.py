@@ -7,19 +7,18 @@ import sys
 from html import escape
 
 import pytest
-from conftest import QUICK, SMALL, results
+from conftest import results
 from matplotlib.text import Text
 from PIL import Image
 
 import inference
-import main_train
 import visualization
 
 
-def test_the_report_page_is_complete(run, photos, tmp_path):
+def test_the_report_page_is_complete(train, photos, tmp_path):
     photos = photos.rename(tmp_path / "<b>&pets")
     shutil.copy(photos / "train" / "red" / "1.png", photos / "test" / "red" / "copy.png")
-    run(main_train, "--data", photos, "--models", "mobilenet_v2", "mobilenet_v3_small", *QUICK)
+    train(photos, "--models", "mobilenet_v2", "mobilenet_v3_small")
     page = (tmp_path / "plots" / "report.html").read_text()
     for row in results(tmp_path):
         assert f"<td>{row['model']}</td>" in page and f"<td>{row['test_accuracy']:.2%}</td>" in page
@@ -41,7 +40,7 @@ def test_the_report_page_is_complete(run, photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that only Linux allows")
-def test_class_names_are_not_interpreted(run, answers, photos):
+def test_class_names_are_not_interpreted(run, train, answers, photos):
     """Class names with mathtext, escape sequences, foreign scripts, and bytes that are no text."""
     names = ["Ba$$in_{x}", "\x1b[31mred", os.fsdecode(b"caf\xe9"), "犬" * 50, "😀"]
     for part in ("train", "test"):
@@ -49,7 +48,7 @@ def test_class_names_are_not_interpreted(run, answers, photos):
             (photos / part / old).rename(photos / part / new)
         for name in names[3:]:
             shutil.copytree(photos / part / names[0], photos / part / name)
-    code, out, err = run(main_train, "--data", photos, *SMALL, *QUICK)
+    code, out, err = train(photos)
     assert (code, err) == (0, "")
     code, out, err = run(inference, photos / "test")
     assert code == 0 and len(out.splitlines()) == 30 and "Ba$$in_{x} " in out
