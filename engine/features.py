@@ -91,10 +91,7 @@ def _compute(
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:
     """The features that `folder` has, and the indices (M,) of their images."""
     records, _ = _records(model, ids, folder, device, everywhere=False)
-    encoded = [image.encode() for image in ids]
-    tables, places, _ = records.read(encoded)
-    found = {i: places[image] for i, image in enumerate(encoded) if image in places}
-    return records.located(tables, found)[:2]
+    return records.known(ids)[:2]
 
 
 def _records(
@@ -124,7 +121,7 @@ def _records(
     version = openvino_version(device, model.precision)
     plain, converted, convert = records(), records("openvino-", openvino=version), False
     if version:
-        different = sorted({image.encode() for image in ids})
+        different = sorted(set(ids))
         known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
         convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
     if gather(convert)[0] if everywhere else convert:
