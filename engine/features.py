@@ -16,20 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import openvino
 from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
-from engine.openvino import (
-    fastest_copy,
-    holds_program,
-    openvino_copy,
-    openvino_version,
-    package_version,
-    quantize,
-    worth_converting,
-)
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -44,7 +36,7 @@ class Extraction:
     features: Features
     seconds: float  # time to compute the features, in this run and in earlier runs
     computed: int  # number of images whose features were computed in this run
-    openvino: str  # its version, or "" if others than it computed them
+    openvino: str  # its version, or "" if it did not compute them
 
 
 def extract_features(
@@ -59,7 +51,9 @@ def extract_features(
     preparing = 0.0
     if model.precision == "int8" and not model.program:
         sample = next(iter(parts.values()))
-        model.program, preparing = gather(quantize(model, sample.items, sample.ids, folder) if is_first() else None)[0]
+        model.program, preparing = gather(
+            openvino.quantize(model, sample.items, sample.ids, folder) if is_first() else None
+        )[0]
     ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
     fast, found = cache(partial(_fast_copy, model, device, program)), {}
@@ -71,8 +65,8 @@ def extract_features(
             raise error
         found[part] = features, seconds + preparing, computed
         preparing = 0.0  # it counts once
-    in_openvino = model.precision == "int8" or (program is not None and holds_program(program))
-    version = package_version("openvino") if in_openvino else ""
+    in_openvino = model.precision == "int8" or (program is not None and openvino.holds_program(program))
+    version = openvino.package_version("openvino") if in_openvino else ""
     return {part: Extraction(*each, version) for part, each in found.items()}
 
 
@@ -107,7 +101,7 @@ def _records(
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
     key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
     if model.precision == "int8":
-        key |= {"program": content_hash(model.program), "openvino": package_version("openvino")}
+        key |= {"program": content_hash(model.program), "openvino": openvino.package_version("openvino")}
     kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
     if model.precision == "bf16":
         kinds = {".features": "<f2"}  # float16 holds more digits than bf16
@@ -118,12 +112,12 @@ def _records(
         digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
         return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
 
-    version = openvino_version(device, model.precision)
+    version = openvino.openvino_version(device, model.precision)
     plain, converted, convert = records(), records("openvino-", openvino=version), False
     if version:
         different = sorted(set(ids))
         known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
-        convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
+        convert = known_converted > known or (openvino.worth_converting(len(different)) and 10 * known < len(different))
     if gather(convert)[0] if everywhere else convert:
         return converted, folder / f"{converted.name}.program"
     return plain, None
@@ -132,10 +126,10 @@ def _records(
 def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:
     """The copy of the model that computes the features. The first process keeps OpenVINO's program for all."""
     if not program:
-        return fastest_copy(model, device)
-    first = openvino_copy(model, program) if is_first() else None
+        return openvino.fastest_copy(model, device)
+    first = openvino.openvino_copy(model, program) if is_first() else None
     barrier()
-    return first or (openvino_copy(model, program) if program.exists() else fast_copy(model, device))
+    return first or (openvino.openvino_copy(model, program) if program.exists() else fast_copy(model, device))
 
 
 @torch.inference_mode()

@@ -79,7 +79,7 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
     with suppress(Exception):  # a network with operators that OpenVINO lacks; a disk that is full
         kept = program = _load(file)
         if kept is None:
-            converted = convert(openvino, model)
+            converted = as_bytes(openvino, convert(openvino, model))
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
         if program:
             fast.features = Program(openvino, program)
@@ -143,12 +143,8 @@ class _View(nn.Module):
         return self.model.forward_view(images.permute(0, 3, 1, 2))
 
 
-def convert(openvino: ModuleType, model: nn.Module) -> dict[str, Tensor]:
-    """OpenVINO's program for one view of one image: its graph and its weights, as bytes."""
-    return _as_bytes(openvino, _converted(openvino, model))
-
-
-def _converted(openvino: ModuleType, model: nn.Module) -> object:
+def convert(openvino: ModuleType, model: nn.Module) -> object:
+    """OpenVINO's network for one view of one image."""
     with _quiet(), torch.no_grad():
         image = model.example().permute(0, 2, 3, 1).contiguous()
         network = openvino.convert_model(torch.export.export(_View(model).eval(), (image,)))
@@ -156,7 +152,8 @@ def _converted(openvino: ModuleType, model: nn.Module) -> object:
         return network
 
 
-def _as_bytes(openvino: ModuleType, network: object) -> dict[str, Tensor]:
+def as_bytes(openvino: ModuleType, network: object) -> dict[str, Tensor]:
+    """A network's graph and weights: the program, as a file or a checkpoint keeps it."""
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, Path(folder, "x.xml"), compress_to_fp16=False)
         files = {"graph": Path(folder, "x.xml"), "weights": Path(folder, "x.bin")}
@@ -264,9 +261,8 @@ def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
     with _quiet():
         openvino, nncf = _import(), _import_nncf()
         mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
-        network = _converted(openvino, model)
-        network = nncf.quantize(network, nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
-    program = _as_bytes(openvino, network)
+        network = nncf.quantize(convert(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
+    program = as_bytes(openvino, network)
     cosine = _similarity(model, Program(openvino, program), arrays[:64])
     if not cosine >= LEAST_SIMILAR:  # also if it is not a number
         raise ValueError(f"its features become others (cosine {cosine:.2f})")
