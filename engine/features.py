@@ -72,14 +72,10 @@ def extract_features(
 
 def _compute(
     fast: Callable[[], nn.Module], items: Sequence[Item], forward: Output, images: list[int]
-) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
-    """Yields, batch by batch, the images that could be read, their rows, and the errors of the others."""
-    todo = iter(images)
+) -> Iterator[tuple[np.ndarray, dict[int, ImageError]]]:
+    """Yields the rows of images and the errors of those that cannot be read, batch by batch."""
     for batch in run_images([fast()], (items[i] for i in images), forward):
-        positions = [next(todo) for _ in batch.items]
-        good = [k for k in range(len(positions)) if k not in batch.errors]
-        errors = {positions[k]: error for k, error in batch.errors.items()}
-        yield [positions[k] for k in good], batch.outputs[0][good].numpy(), errors
+        yield batch.outputs[0].numpy(), batch.errors
 
 
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:

@@ -19,9 +19,9 @@ from engine.distributed import barrier, gather, is_first, rank, share, world_siz
 from engine.files import explain_write_error, locked
 from engine.images import ImageError
 
-# Given the positions of images that have no record: yields, batch by batch, the positions of those that could be read,
-# their rows, an array (B, length), and the errors of the others by position.
-Compute = Callable[[list[int]], Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]]
+# Given the indices of images without a record: yields, batch by batch, their rows, an array (B, length), and why images
+# of the batch cannot be read, by their position in it. The rows of such images mean nothing.
+Compute = Callable[[list[int]], Iterator[tuple[np.ndarray, dict[int, ImageError]]]]
 
 
 @dataclass
@@ -137,30 +137,34 @@ class Records:
             print(f"{title}: {len(ids) - len(missing):,} of {len(ids):,} images are known")
         own, errors = [missing[i] for i in share(len(missing), batch_size)], {}
         with Progress(len(ids), title, len(ids) - len(missing)) as bar:
-            for count, unreadable in self._append(ids, compute(own)):
+            for count, unreadable in self._append(ids, own, compute(own)):
                 errors |= unreadable
                 bar.update(count * world_size())
         errors = {i: error for part in gather(errors) for i, error in part.items()}  # waits until all have written
         of_all = {i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors}
         return len(missing) - len(errors), of_all
 
-    def _append(self, ids: Sequence[str], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
-        """Appends each batch's records to this process's file. Yields its size and errors when it is written."""
+    def _append(
+        self, ids: Sequence[str], images: list[int], batches: Iterator
+    ) -> Iterator[tuple[int, dict[int, ImageError]]]:
+        """Appends the images' records, batch by batch, to this process's file. Yields what is written: size, errors."""
         file, layout = self.folder / f"{self.name}.{rank()}{self.end}", self.layouts[self.end]
-        before = time.perf_counter()
+        before, start = time.perf_counter(), 0
         with explain_write_error(file), file.open("ab") as stream:
             stream.truncate(stream.tell() // layout.itemsize * layout.itemsize)  # a killed run's last record
-            for images, rows, errors in batches:
-                records = np.zeros(len(images), layout)
-                records["image"] = [ids[i] for i in images]
+            for rows, errors in batches:
+                batch, start = images[start : start + len(rows)], start + len(rows)
+                good = [k for k in range(len(batch)) if k not in errors]
+                records = np.zeros(len(good), layout)
+                records["image"] = [ids[batch[k]] for k in good]
                 with np.errstate(over="ignore"):  # the next lines raise an error
-                    records["features"] = rows
+                    records["features"] = rows[good]
                 if not np.isfinite(records["features"]).all():
                     raise FloatingPointError(f"{self.name}: values overflow in {layout['features'].base}")
                 records["checksum"] = [zlib.crc32(row) for row in records["features"]]
                 now = time.perf_counter()
-                records["seconds"] = (now - before) / max(1, len(images)) / world_size()
+                records["seconds"] = (now - before) / max(1, len(good)) / world_size()
                 stream.write(records.tobytes())
                 stream.flush()
                 before = now
-                yield len(images) + len(errors), errors
+                yield len(batch), {batch[k]: error for k, error in errors.items()}

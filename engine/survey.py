@@ -47,25 +47,22 @@ def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
     Raises OSError if a file in `folder` cannot be written.
     """
 
-    def look(i: int) -> np.ndarray | ImageError:
+    def look(i: int) -> tuple[np.ndarray, ImageError | None]:
         unusual = peculiarity(items[i])
         reading = agree([unusual])[0] if unusual else None  # as if it were alone: enough for a thumbnail
         try:
             pixels = thumbnail(read_image(items[i], SIZE, crop=False, reading=reading))
         except ImageError as error:
             # without the path, because files of one content share an error, and without a traceback, which keeps pixels
-            return ImageError(str(error).removeprefix(f"{items[i]}: "))
+            return np.zeros(PIXELS + WORDS, np.uint8), ImageError(str(error).removeprefix(f"{items[i]}: "))
         words = json.dumps(unusual, separators=(",", ":")).encode() if unusual else b""
-        return np.concatenate([pixels.flatten().numpy(), np.frombuffer(words.ljust(WORDS), np.uint8)])
+        return np.concatenate([pixels.flatten().numpy(), np.frombuffer(words.ljust(WORDS), np.uint8)]), None
 
-    def compute(images: list[int]) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
+    def compute(images: list[int]) -> Iterator[tuple[np.ndarray, dict[int, ImageError]]]:
         with ThreadPoolExecutor(available_cpus(), initializer=torch.set_num_threads, initargs=[1]) as pool:
             for start in range(0, len(images), BATCH):
-                batch = images[start : start + BATCH]
-                found = dict(zip(batch, pool.map(look, batch), strict=True))
-                errors = {i: each for i, each in found.items() if isinstance(each, ImageError)}
-                good = [i for i in batch if i not in errors]
-                yield good, np.array([found[i] for i in good]).reshape(-1, PIXELS + WORDS), errors
+                rows, errors = zip(*pool.map(look, images[start : start + BATCH]), strict=True)
+                yield np.stack(rows), {k: error for k, error in enumerate(errors) if error}
 
     records = Records(folder, "thumbnails-1", {".thumbnails": "u1"}, PIXELS + WORDS)
     rows, readable, _, _, errors = records.complete(ids, compute, "looking at images", BATCH)
