@@ -193,7 +193,7 @@ def check_int8(device: torch.device) -> None:
         raise ValueError(f"int8 runs on the CPU only, not on {device.type}: use --device cpu")
     try:
         with _quiet():
-            _import(), _import_nncf()
+            _import(), importlib.import_module("nncf")
     except Exception as error:  # whatever a broken or an old installation raises
         needed = f"int8 needs OpenVINO and NNCF ({first_line(error)}): pip install --upgrade openvino nncf"
         raise ValueError(needed) from error
@@ -259,7 +259,7 @@ def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
     images = (read_and_preprocess(item, model.preprocessing) for item in items)
     arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
     with _quiet():
-        openvino, nncf = _import(), _import_nncf()
+        openvino, nncf = _import(), importlib.import_module("nncf")
         mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
         network = nncf.quantize(convert(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
     program = as_bytes(openvino, network)
@@ -267,12 +267,6 @@ def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
     if not cosine >= LEAST_SIMILAR:  # also if it is not a number
         raise ValueError(f"its features become others (cosine {cosine:.2f})")
     return program
-
-
-def _import_nncf() -> ModuleType:
-    nncf = importlib.import_module("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf
 
 
 @torch.inference_mode()
