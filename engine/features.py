@@ -108,7 +108,7 @@ def _records(
         digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
         return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
 
-    version = openvino.openvino_version(device, model.precision)
+    version = openvino.usable_version(device, model.precision)
     plain, converted, convert = records(), records("openvino-", openvino=version), False
     if version:
         different = sorted(set(ids))

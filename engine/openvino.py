@@ -37,7 +37,7 @@ LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained netwo
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
-def openvino_version(device: torch.device, precision: str) -> str:
+def usable_version(device: torch.device, precision: str) -> str:
     """The version of OpenVINO if it is installed and may take the place of the fast copy, else ""."""
     return package_version("openvino") if device.type == "cpu" and precision == "fp32" else ""
 
@@ -60,7 +60,7 @@ def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precis
     precision = precision or model.precision
     if precision == "int8":
         return _int8_copy(model, device)
-    if worth_converting(images) and openvino_version(device, precision):
+    if worth_converting(images) and usable_version(device, precision):
         return openvino_copy(model)
     return fast_copy(model, device, precision)
 
