@@ -104,7 +104,7 @@ def load_data(
     if limit is not None:
         parts, sizes = _limited(parts, limit, len(classes))
     images, places, seen = _look(parts, root / "features")
-    similar = find_near_duplicates(images.ids, seen.thumbnails(), root / "features")
+    similar = find_near_duplicates(images.ids, seen.thumbnails, root / "features")
     named = groups is not None or images.groups is not None
     images.groups, remarks = assign_groups(images, places["train"], groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
@@ -114,7 +114,7 @@ def load_data(
     if "test" in missing:
         given = "" if "val" in missing else " (--test-split val tests on val/ instead)"
         notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
-    reading, lines = agree(seen.peculiarities(places["train"]))
+    reading, lines = agree([unusual for i in places["train"].tolist() if (unusual := seen.unusual[i])])
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
     unreadable = tuple(sorted(map(str, seen.errors)))
