@@ -51,9 +51,8 @@ def extract_features(
     preparing = 0.0
     if model.precision == "int8" and not model.program:
         sample = next(iter(parts.values()))
-        model.program, preparing = gather(
-            openvino.quantize(model, sample.items, sample.ids, folder) if is_first() else None
-        )[0]
+        made = openvino.quantize(model, sample.items, sample.ids, folder) if is_first() else None
+        model.program, preparing = gather(made)[0]
     ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
     fast, found = cache(partial(_fast_copy, model, device, program)), {}
@@ -65,7 +64,7 @@ def extract_features(
             raise error
         found[part] = features, seconds + preparing, computed
         preparing = 0.0  # it counts once
-    in_openvino = model.precision == "int8" or (program is not None and openvino.holds_program(program))
+    in_openvino = model.precision == "int8" or openvino.holds_program(program)
     version = openvino.package_version("openvino") if in_openvino else ""
     return {part: Extraction(*each, version) for part, each in found.items()}
 

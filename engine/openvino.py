@@ -121,7 +121,7 @@ def _load(file: Path | None) -> dict | None:
     return None
 
 
-def holds_program(file: Path) -> bool:
+def holds_program(file: Path | None) -> bool:
     """Whether what openvino_copy has kept is a program, not that the fast copy is faster."""
     return bool(_load(file))
 
