@@ -137,26 +137,23 @@ class Records:
             print(f"{title}: {len(ids) - len(missing):,} of {len(ids):,} images are known")
         own, errors = [missing[i] for i in share(len(missing), batch_size)], {}
         with Progress(len(ids), title, len(ids) - len(missing)) as bar:
-            for count, unreadable in self._append(ids, own, compute(own)):
-                errors |= unreadable
+            for count, unreadable in self._append([ids[i] for i in own], compute(own)):
+                errors |= {own[k]: error for k, error in unreadable.items()}
                 bar.update(count * world_size())
         errors = {i: error for part in gather(errors) for i, error in part.items()}  # waits until all have written
         of_all = {i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors}
         return len(missing) - len(errors), of_all
 
-    def _append(
-        self, ids: Sequence[str], images: list[int], batches: Iterator
-    ) -> Iterator[tuple[int, dict[int, ImageError]]]:
-        """Appends the images' records, batch by batch, to this process's file. Yields what is written: size, errors."""
+    def _append(self, ids: list[str], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
+        """Appends the records of images to this process's file. Yields, for each batch, its size and errors."""
         file, layout = self.folder / f"{self.name}.{rank()}{self.end}", self.layouts[self.end]
         before, start = time.perf_counter(), 0
         with explain_write_error(file), file.open("ab") as stream:
             stream.truncate(stream.tell() // layout.itemsize * layout.itemsize)  # a killed run's last record
             for rows, errors in batches:
-                batch, start = images[start : start + len(rows)], start + len(rows)
-                good = [k for k in range(len(batch)) if k not in errors]
+                good = [k for k in range(len(rows)) if k not in errors]
                 records = np.zeros(len(good), layout)
-                records["image"] = [ids[batch[k]] for k in good]
+                records["image"] = [ids[start + k] for k in good]
                 with np.errstate(over="ignore"):  # the next lines raise an error
                     records["features"] = rows[good]
                 if not np.isfinite(records["features"]).all():
@@ -166,5 +163,5 @@ class Records:
                 records["seconds"] = (now - before) / max(1, len(good)) / world_size()
                 stream.write(records.tobytes())
                 stream.flush()
-                before = now
-                yield len(batch), {batch[k]: error for k, error in errors.items()}
+                yield len(rows), {start + k: error for k, error in errors.items()}
+                before, start = now, start + len(rows)
