@@ -25,7 +25,7 @@ from engine.console import count_of, first_line
 from engine.depth import agree
 from engine.files import atomic_write, locked
 from engine.folders import SPLITS
-from engine.groups import Pairs, assign_groups, draw, find_near_duplicates
+from engine.groups import Similar, assign_groups, draw, find_near_duplicates
 from engine.images import Images
 from engine.survey import Survey, survey
 from engine.tables import Source, read_source
@@ -47,8 +47,7 @@ class Data:
     content: str  # a hash: the same for every copy of the data set
     notes: tuple[str, ...]  # what the user should know, a line each
     unreadable: tuple[str, ...] = ()  # images that are left out, and why
-    # pairs of near-duplicates, and of images that are alike, numbered in the order of the parts; see groups.py
-    similar: tuple[Pairs, Pairs] | None = None
+    similar: Similar | None = None  # the images are numbered in the order of the parts
     reading: dict = field(default_factory=dict)  # how unusual images are read, see engine/depth.py
 
     @property
@@ -57,17 +56,16 @@ class Data:
 
     @property
     def identity(self) -> dict:
-        """What identifies the data set in a row of results.json. "split" is a hash of which image is in which part."""
+        """What identifies the data set in a row of results.json.
+
+        "split" is a hash of which image is in which part, "test_groups" the number of each test image's group, None if
+        every image is alone in its own.
+        """
         names = "\0\0".join("\0".join(images.names) for images in self.parts.values())
         split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-        groups = self.test_groups
-        return {"content": self.content, "split": split, "classes": list(self.classes), "test_groups": groups}
-
-    @property
-    def test_groups(self) -> list[int] | None:
-        """The number of each test image's group. None if every image is alone in its own."""
         numbers = {group: number for number, group in enumerate(dict.fromkeys(self.test.groups))}
-        return [numbers[group] for group in self.test.groups] if len(numbers) < len(self.test) else None
+        groups = [numbers[group] for group in self.test.groups] if len(numbers) < len(self.test) else None
+        return {"content": self.content, "split": split, "classes": list(self.classes), "test_groups": groups}
 
     def save_split(self, file: Path) -> None:
         """Saves which image is in which part, by name and hash, and the groups of several images."""
@@ -106,7 +104,7 @@ def load_data(
     if limit is not None:
         parts, sizes = _limited(parts, limit, len(classes))
     images, places, seen = _look(parts, root / "features")
-    similar = find_near_duplicates(images.ids, seen.thumbnails(), root / "features")
+    similar = find_near_duplicates(images.ids, seen.thumbnails, root / "features")
     named = groups is not None or images.groups is not None
     images.groups, remarks = assign_groups(images, places["train"], groups, similar[0] if similar else [])
     missing = [part for part in ("test", "val") if part not in places]
@@ -116,17 +114,13 @@ def load_data(
     if "test" in missing:
         given = "" if "val" in missing else " (--test-split val tests on val/ instead)"
         notes.append(f"no test images: 20% of the training images of each class are held out at random{given}")
-    reading, lines = agree(seen.peculiarities(places["train"]))
+    reading, lines = agree([unusual for i in places["train"].tolist() if (unusual := seen.unusual[i])])
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
     unreadable = tuple(sorted(map(str, seen.errors)))
-    return Data(classes, *parts.values(), content, tuple(notes), unreadable, _renumbered(similar, places), reading)
-
-
-def _renumbered(similar: tuple[Pairs, Pairs] | None, places: dict[str, Tensor]) -> tuple[Pairs, Pairs] | None:
-    """The pairs, with their images numbered in the order of the parts."""
-    place = torch.cat(list(places.values())).argsort().tolist()  # the inverse of a permutation
-    return similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
+    place = torch.cat([*places.values()]).argsort().tolist()  # of each image in the order of the parts
+    similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
+    return Data(classes, *parts.values(), content, tuple(notes), unreadable, similar, reading)
 
 
 def _split(

@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -156,11 +156,8 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Locks the folder, because two runs would mix their files. Removes what a killed run has left behind."""
-    if not is_first():
-        yield
-        return
-    with locked(folder / "checkpoints" / ".lock", wait=False):
-        for leftover in [*folder.glob("checkpoints/.*.part"), *folder.glob("plots/.*.part")]:
+    with locked(folder / "checkpoints" / ".lock", wait=False) if is_first() else nullcontext():
+        for leftover in [*folder.glob("checkpoints/.*.part"), *folder.glob("plots/.*.part")] if is_first() else ():
             leftover.unlink()
         yield
 
@@ -332,7 +329,7 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     Returns whether every step worked, all images were readable, and every training ran for all epochs.
     """
     new, plots = [each.row for each in trained], output / "plots"
-    compared = results.comparable(rows, new[0])
+    compared = {name: row for name, row in rows.items() if all(row[k] == new[0][k] for k in results.COMPARABLE)}
     best, report, failed = trained[new.index(results.best_model(new))], None, []
     if len(trained) > 1:
         with optional_step("ensemble", failed):

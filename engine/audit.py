@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from engine.console import count_of
-from engine.groups import Pairs, components
+from engine.groups import Pairs, Similar, components
 from engine.images import Images
 
 SOFTENING = 2.0  # a temperature: planted label errors rank a little higher if runners-up count more
@@ -14,11 +14,7 @@ IMPROBABLE = 0.5  # a label may be an error if its probability is less than this
 
 
 def audit(
-    parts: dict[str, Images],
-    similar: tuple[Pairs, Pairs] | None,
-    logits: Tensor,
-    classes: Sequence[str],
-    correct: list[int],
+    parts: dict[str, Images], similar: Similar | None, logits: Tensor, classes: Sequence[str], correct: list[int]
 ) -> dict:
     """A report of near-duplicates and label errors as plain values, for plots/data.json.
 

@@ -97,17 +97,6 @@ def pack_convolutions(model: nn.Module, images: Tensor) -> None:
         model.features = MicroBatches(model.features, model.levels, images)
 
 
-def _largest_map(layer: nn.Module, images: Tensor) -> int:
-    """The elements of the largest output of a convolution in the layer, for one image (1, C, H, W)."""
-    sizes = [1]
-    convs = [module for module in layer.modules() if isinstance(module, PackedConv)]
-    hooks = [conv.register_forward_hook(lambda *args: sizes.append(args[2].numel())) for conv in convs]
-    layer(images)
-    for hook in hooks:
-        hook.remove()
-    return max(sizes)
-
-
 def _pairs(model: nn.Module, images: Tensor, first: type, *second: type) -> list[tuple[str, str]]:
     """The names of modules of which the second reads the unchanged output of the first. Each is called once."""
     calls, outputs, pairs, hooks = Counter(), {}, [], []
@@ -161,10 +150,15 @@ class MicroBatches(nn.Module):
 
     def __init__(self, layers: nn.Sequential, levels: list[int], images: Tensor):
         super().__init__()
-        largest = []
+        sizes, largest = [], []  # of the outputs of a layer's convolutions; of the largest one in each layer
+        convs = [module for module in layers.modules() if isinstance(module, PackedConv)]
+        hooks = [conv.register_forward_hook(lambda *args: sizes.append(args[2].numel())) for conv in convs]
         for layer in layers:
-            largest.append(_largest_map(layer, images))
+            sizes[:] = [1]
             images = layer(images)
+            largest.append(max(sizes))
+        for hook in hooks:
+            hook.remove()
         count = sum(2 * CPU_BATCH * size > LARGEST_MAP for size in largest)  # maps become smaller and smaller
         self.early, self.late, self.levels = layers[:count], layers[count:], levels
         self.size = 2 ** int(math.log2(max(1, LARGEST_MAP // max(largest))))

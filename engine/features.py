@@ -16,20 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import openvino
 from engine.device import batch_size_for
 from engine.distributed import barrier, gather, is_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
-from engine.openvino import (
-    fastest_copy,
-    holds_program,
-    openvino_copy,
-    openvino_version,
-    package_version,
-    quantize,
-    worth_converting,
-)
 from engine.records import Features, Records
 from engine.run import Output, run_images
 
@@ -44,7 +36,7 @@ class Extraction:
     features: Features
     seconds: float  # time to compute the features, in this run and in earlier runs
     computed: int  # number of images whose features were computed in this run
-    openvino: str  # its version, or "" if others than it computed them
+    openvino: str  # its version, or "" if it did not compute them
 
 
 def extract_features(
@@ -59,7 +51,8 @@ def extract_features(
     preparing = 0.0
     if model.precision == "int8" and not model.program:
         sample = next(iter(parts.values()))
-        model.program, preparing = gather(quantize(model, sample.items, sample.ids, folder) if is_first() else None)[0]
+        made = openvino.quantize(model, sample.items, sample.ids, folder) if is_first() else None
+        model.program, preparing = gather(made)[0]
     ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
     fast, found = cache(partial(_fast_copy, model, device, program)), {}
@@ -71,30 +64,23 @@ def extract_features(
             raise error
         found[part] = features, seconds + preparing, computed
         preparing = 0.0  # it counts once
-    in_openvino = model.precision == "int8" or (program is not None and holds_program(program))
-    version = package_version("openvino") if in_openvino else ""
+    in_openvino = model.precision == "int8" or openvino.holds_program(program)
+    version = openvino.package_version("openvino") if in_openvino else ""
     return {part: Extraction(*each, version) for part, each in found.items()}
 
 
 def _compute(
     fast: Callable[[], nn.Module], items: Sequence[Item], forward: Output, images: list[int]
-) -> Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]:
-    """Yields, batch by batch, the images that could be read, their rows, and the errors of the others."""
-    todo = iter(images)
+) -> Iterator[tuple[np.ndarray, dict[int, ImageError]]]:
+    """Yields the rows of images and the errors of those that cannot be read, batch by batch."""
     for batch in run_images([fast()], (items[i] for i in images), forward):
-        positions = [next(todo) for _ in batch.items]
-        good = [k for k in range(len(positions)) if k not in batch.errors]
-        errors = {positions[k]: error for k, error in batch.errors.items()}
-        yield [positions[k] for k in good], batch.outputs[0][good].numpy(), errors
+        yield batch.outputs[0].numpy(), batch.errors
 
 
 def known_features(model: nn.Module, ids: list[str], folder: Path, device: torch.device) -> tuple[Features, Tensor]:
     """The features that `folder` has, and the indices (M,) of their images."""
     records, _ = _records(model, ids, folder, device, everywhere=False)
-    encoded = [image.encode() for image in ids]
-    tables, places, _ = records.read(encoded)
-    found = {i: places[image] for i, image in enumerate(encoded) if image in places}
-    return records.located(tables, found)[:2]
+    return records.known(ids)[:2]
 
 
 def _records(
@@ -110,7 +96,7 @@ def _records(
     key |= {"weights": content_hash(model.features.state_dict()), "device": device.type, "torch": torch.__version__}
     key["pillow"] = PIL.__version__  # versions of the decoder differ in a few files
     if model.precision == "int8":
-        key |= {"program": content_hash(model.program), "openvino": package_version("openvino")}
+        key |= {"program": content_hash(model.program), "openvino": openvino.package_version("openvino")}
     kinds = {**HALF, **SINGLE} if len(ids) > HALF_PRECISION_ABOVE else {**SINGLE, **HALF}
     if model.precision == "bf16":
         kinds = {".features": "<f2"}  # float16 holds more digits than bf16
@@ -121,12 +107,12 @@ def _records(
         digest = hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()
         return Records(folder, f"{name}-{infix}{digest[:16]}", kinds, model.width)
 
-    version = openvino_version(device, model.precision)
+    version = openvino.usable_version(device, model.precision)
     plain, converted, convert = records(), records("openvino-", openvino=version), False
     if version:
-        different = sorted({image.encode() for image in ids})
+        different = sorted(set(ids))
         known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
-        convert = known_converted > known or (worth_converting(len(different)) and 10 * known < len(different))
+        convert = known_converted > known or (openvino.worth_converting(len(different)) and 10 * known < len(different))
     if gather(convert)[0] if everywhere else convert:
         return converted, folder / f"{converted.name}.program"
     return plain, None
@@ -135,10 +121,10 @@ def _records(
 def _fast_copy(model: nn.Module, device: torch.device, program: Path | None) -> nn.Module:
     """The copy of the model that computes the features. The first process keeps OpenVINO's program for all."""
     if not program:
-        return fastest_copy(model, device)
-    first = openvino_copy(model, program) if is_first() else None
+        return openvino.fastest_copy(model, device)
+    first = openvino.openvino_copy(model, program) if is_first() else None
     barrier()
-    return first or (openvino_copy(model, program) if program.exists() else fast_copy(model, device))
+    return first or (openvino.openvino_copy(model, program) if program.exists() else fast_copy(model, device))
 
 
 @torch.inference_mode()

@@ -44,6 +44,7 @@ NEIGHBOURS = 8  # so many most similar images of each, in each tile, are enough 
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
+Similar = tuple[Pairs, Pairs]  # near-duplicates, and images that are alike by chance
 
 
 def draw(seed: object, name: str) -> int:
@@ -93,7 +94,7 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
     return groups, [remark] if large else []
 
 
-def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tuple[Pairs, Pairs] | None:
+def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> Similar | None:
     """`near_duplicates`, kept in `folder` for the next run with the same `ids`. None for more than COMPARED images."""
     if len(ids) > COMPARED:
         return None
@@ -116,7 +117,7 @@ def thumbnail(image: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(image.float(), SIZE).round().to(torch.uint8)
 
 
-def near_duplicates(thumbnails: Tensor) -> tuple[Pairs, Pairs]:
+def near_duplicates(thumbnails: Tensor) -> Similar:
     """Pairs of thumbnails (N, 3, SIZE, SIZE) that are near-duplicates, and others that are alike by chance.
 
     The most similar ones come first (at most 1). The pairs join the images of a group as a tree does.

@@ -37,7 +37,7 @@ LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained netwo
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
-def openvino_version(device: torch.device, precision: str) -> str:
+def usable_version(device: torch.device, precision: str) -> str:
     """The version of OpenVINO if it is installed and may take the place of the fast copy, else ""."""
     return package_version("openvino") if device.type == "cpu" and precision == "fp32" else ""
 
@@ -60,7 +60,7 @@ def fastest_copy(model: nn.Module, device: torch.device, images: int = 1, precis
     precision = precision or model.precision
     if precision == "int8":
         return _int8_copy(model, device)
-    if worth_converting(images) and openvino_version(device, precision):
+    if worth_converting(images) and usable_version(device, precision):
         return openvino_copy(model)
     return fast_copy(model, device, precision)
 
@@ -79,7 +79,7 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
     with suppress(Exception):  # a network with operators that OpenVINO lacks; a disk that is full
         kept = program = _load(file)
         if kept is None:
-            converted = convert(openvino, model)
+            converted = as_bytes(openvino, convert(openvino, model))
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
         if program:
             fast.features = Program(openvino, program)
@@ -121,7 +121,7 @@ def _load(file: Path | None) -> dict | None:
     return None
 
 
-def holds_program(file: Path) -> bool:
+def holds_program(file: Path | None) -> bool:
     """Whether what openvino_copy has kept is a program, not that the fast copy is faster."""
     return bool(_load(file))
 
@@ -143,12 +143,8 @@ class _View(nn.Module):
         return self.model.forward_view(images.permute(0, 3, 1, 2))
 
 
-def convert(openvino: ModuleType, model: nn.Module) -> dict[str, Tensor]:
-    """OpenVINO's program for one view of one image: its graph and its weights, as bytes."""
-    return _as_bytes(openvino, _converted(openvino, model))
-
-
-def _converted(openvino: ModuleType, model: nn.Module) -> object:
+def convert(openvino: ModuleType, model: nn.Module) -> object:
+    """OpenVINO's network for one view of one image."""
     with _quiet(), torch.no_grad():
         image = model.example().permute(0, 2, 3, 1).contiguous()
         network = openvino.convert_model(torch.export.export(_View(model).eval(), (image,)))
@@ -156,7 +152,8 @@ def _converted(openvino: ModuleType, model: nn.Module) -> object:
         return network
 
 
-def _as_bytes(openvino: ModuleType, network: object) -> dict[str, Tensor]:
+def as_bytes(openvino: ModuleType, network: object) -> dict[str, Tensor]:
+    """A network's graph and weights: the program, as a file or a checkpoint keeps it."""
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(network, Path(folder, "x.xml"), compress_to_fp16=False)
         files = {"graph": Path(folder, "x.xml"), "weights": Path(folder, "x.bin")}
@@ -196,7 +193,7 @@ def check_int8(device: torch.device) -> None:
         raise ValueError(f"int8 runs on the CPU only, not on {device.type}: use --device cpu")
     try:
         with _quiet():
-            _import(), _import_nncf()
+            _import(), importlib.import_module("nncf")
     except Exception as error:  # whatever a broken or an old installation raises
         needed = f"int8 needs OpenVINO and NNCF ({first_line(error)}): pip install --upgrade openvino nncf"
         raise ValueError(needed) from error
@@ -262,21 +259,14 @@ def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
     images = (read_and_preprocess(item, model.preprocessing) for item in items)
     arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
     with _quiet():
-        openvino, nncf = _import(), _import_nncf()
+        openvino, nncf = _import(), importlib.import_module("nncf")
         mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
-        network = _converted(openvino, model)
-        network = nncf.quantize(network, nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
-    program = _as_bytes(openvino, network)
+        network = nncf.quantize(convert(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
+    program = as_bytes(openvino, network)
     cosine = _similarity(model, Program(openvino, program), arrays[:64])
     if not cosine >= LEAST_SIMILAR:  # also if it is not a number
         raise ValueError(f"its features become others (cosine {cosine:.2f})")
     return program
-
-
-def _import_nncf() -> ModuleType:
-    nncf = importlib.import_module("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf
 
 
 @torch.inference_mode()

@@ -19,9 +19,9 @@ from engine.distributed import barrier, gather, is_first, rank, share, world_siz
 from engine.files import explain_write_error, locked
 from engine.images import ImageError
 
-# Given the positions of images that have no record: yields, batch by batch, the positions of those that could be read,
-# their rows, an array (B, length), and the errors of the others by position.
-Compute = Callable[[list[int]], Iterator[tuple[list[int], np.ndarray, dict[int, ImageError]]]]
+# Given the indices of images without a record: yields, batch by batch, their rows, an array (B, length), and why images
+# of the batch cannot be read, by their position in it. The rows of such images mean nothing.
+Compute = Callable[[list[int]], Iterator[tuple[np.ndarray, dict[int, ImageError]]]]
 
 
 @dataclass
@@ -73,9 +73,11 @@ class Records:
         self.layouts = {end: np.dtype([*head, ("features", kind, (width,))]) for end, kind in kinds.items()}
         self.end = next(iter(kinds))
 
-    def read(self, ids: Sequence[bytes]) -> tuple[list[np.ndarray], dict[bytes, tuple[int, int]], int]:
-        """The tables of all files, each image's table and row there, and how many images have only damaged records."""
-        tables, places, wanted, damaged = [], {}, set(ids), set()
+    def read(self, ids: Sequence[str]) -> tuple[list[np.ndarray], dict[int, tuple[int, int]], int]:
+        """The tables of all files, the table and row of each image that has one, and how many are damaged only."""
+        tables, places, damaged = [], {}, set()
+        encoded = [image.encode() for image in ids]
+        wanted = set(encoded)
         for end, layout in reversed(self.layouts.items()):  # where an image is in several files, the first kind counts
             for file in sorted(self.folder.glob(f"{self.name}.*[0-9]{end}")):
                 if not (count := file.stat().st_size // layout.itemsize):
@@ -88,79 +90,78 @@ class Records:
                     else:
                         damaged.add(image)
                 tables.append(table)
-        return tables or [np.zeros(0, self.layouts[self.end])], places, len(damaged - places.keys())
+        found = {i: places[image] for i, image in enumerate(encoded) if image in places}
+        return tables or [np.zeros(0, self.layouts[self.end])], found, len(damaged - places.keys())
 
-    def complete(
-        self, ids: Sequence[str], compute: Compute, title: str, batch_size: int
-    ) -> tuple[Features, Tensor, float, int, dict[int, ImageError]]:
-        """The rows of the images that can be read, computed where they are missing.
-
-        Returns the rows, the indices (M,) of these images, the seconds it took in this run and in earlier ones, how
-        many were computed now, and the errors of the other images. Under torchrun each process computes a share, then
-        reads the files of all. An interrupted run resumes; the next run tries unreadable images again.
-        Raises OSError if a file cannot be written.
-        """
-        ids, computed, errors = [image.encode() for image in ids], 0, {}
-        tables, places, _ = self.read(ids)
-        if not all(gather(all(image in places for image in ids))):
-            # one lock for all processes; another run may be computing the same rows
-            with locked(self.folder / f".{self.name}.lock", wait=True) if is_first() else nullcontext():
-                barrier()
-                computed, errors = self._compute_missing(ids, compute, title, batch_size)
-                tables, places, _ = self.read(ids)
-                barrier()  # every process has read the files
-        found = {i: places[image] for i, image in enumerate(ids) if image in places}
-        if len(found) + len(errors) < len(ids):
-            raise OSError(f"records of other processes are not in {self.folder}: is it on shared storage?")
-        return *self.located(tables, found), computed, errors
-
-    def located(self, tables: list[np.ndarray], found: dict[int, tuple[int, int]]) -> tuple[Features, Tensor, float]:
-        """The rows of images whose places have been `found`, these images' indices, and their seconds."""
+    def known(self, ids: Sequence[str]) -> tuple[Features, Tensor, float]:
+        """The rows of the images that have one, the indices (M,) of these images, and the seconds that it took."""
+        tables, found, _ = self.read(ids)
         seconds = sum(float(tables[number]["seconds"][row]) for number, row in found.values())
         places = torch.tensor(list(found.values()), dtype=torch.int64).reshape(-1, 2)
         rows = Features([torch.from_numpy(table["features"]) for table in tables], places)
         return rows, torch.tensor(list(found), dtype=torch.int64), seconds
 
+    def complete(
+        self, ids: Sequence[str], compute: Compute, title: str, batch_size: int
+    ) -> tuple[Features, Tensor, float, int, dict[int, ImageError]]:
+        """Computes what is missing. Returns what is `known` then, how many were computed, and the errors by image.
+
+        Under torchrun each process computes a share, then reads the files of all. An interrupted run resumes; the next
+        run tries unreadable images again. Raises OSError if a file cannot be written.
+        """
+        computed, errors, known = 0, {}, self.known(ids)
+        if not all(gather(len(known[1]) == len(ids))):
+            # one lock for all processes; another run may be computing the same rows
+            with locked(self.folder / f".{self.name}.lock", wait=True) if is_first() else nullcontext():
+                barrier()
+                computed, errors = self._compute_missing(ids, compute, title, batch_size)
+                known = self.known(ids)
+                barrier()  # every process has read the files
+        if len(known[1]) + len(errors) < len(ids):
+            raise OSError(f"records of other processes are not in {self.folder}: is it on shared storage?")
+        return *known, computed, errors
+
     def _compute_missing(
-        self, ids: list[bytes], compute: Compute, title: str, batch_size: int
+        self, ids: Sequence[str], compute: Compute, title: str, batch_size: int
     ) -> tuple[int, dict[int, ImageError]]:
         """Computes this process's share of the missing rows. Returns the total and the errors of all processes."""
-        _, places, damaged = self.read(ids)  # under the lock
+        _, found, damaged = self.read(ids)  # under the lock
         barrier()  # before any process writes
         first = {}  # identical images share a record
         for i, image in enumerate(ids):
             first.setdefault(image, i)
-        missing = [i for image, i in first.items() if image not in places]
+        missing = [i for i in first.values() if i not in found]
         if damaged:
             print(f"{self.name}: {damaged} images' records are damaged: computing them again", file=sys.stderr)
-        if missing and places:
+        if missing and found:
             print(f"{title}: {len(ids) - len(missing):,} of {len(ids):,} images are known")
         own, errors = [missing[i] for i in share(len(missing), batch_size)], {}
         with Progress(len(ids), title, len(ids) - len(missing)) as bar:
-            for count, unreadable in self._append(ids, compute(own)):
-                errors |= unreadable
+            for count, unreadable in self._append([ids[i] for i in own], compute(own)):
+                errors |= {own[k]: error for k, error in unreadable.items()}
                 bar.update(count * world_size())
         errors = {i: error for part in gather(errors) for i, error in part.items()}  # waits until all have written
         of_all = {i: errors[first[image]] for i, image in enumerate(ids) if first[image] in errors}
         return len(missing) - len(errors), of_all
 
-    def _append(self, ids: list[bytes], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
-        """Appends each batch's records to this process's file. Yields its size and errors when it is written."""
+    def _append(self, ids: list[str], batches: Iterator) -> Iterator[tuple[int, dict[int, ImageError]]]:
+        """Appends the records of images to this process's file. Yields, for each batch, its size and errors."""
         file, layout = self.folder / f"{self.name}.{rank()}{self.end}", self.layouts[self.end]
-        before = time.perf_counter()
+        before, start = time.perf_counter(), 0
         with explain_write_error(file), file.open("ab") as stream:
             stream.truncate(stream.tell() // layout.itemsize * layout.itemsize)  # a killed run's last record
-            for images, rows, errors in batches:
-                records = np.zeros(len(images), layout)
-                records["image"] = [ids[i] for i in images]
+            for rows, errors in batches:
+                good = [k for k in range(len(rows)) if k not in errors]
+                records = np.zeros(len(good), layout)
+                records["image"] = [ids[start + k] for k in good]
                 with np.errstate(over="ignore"):  # the next lines raise an error
-                    records["features"] = rows
+                    records["features"] = rows[good]
                 if not np.isfinite(records["features"]).all():
                     raise FloatingPointError(f"{self.name}: values overflow in {layout['features'].base}")
                 records["checksum"] = [zlib.crc32(row) for row in records["features"]]
                 now = time.perf_counter()
-                records["seconds"] = (now - before) / max(1, len(images)) / world_size()
+                records["seconds"] = (now - before) / max(1, len(good)) / world_size()
                 stream.write(records.tobytes())
                 stream.flush()
-                before = now
-                yield len(images) + len(errors), errors
+                yield len(rows), {start + k: error for k, error in errors.items()}
+                before, start = now, start + len(rows)

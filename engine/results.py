@@ -159,11 +159,6 @@ def write_results(file: Path, rows: dict[str, dict], ensemble: dict | None = Non
         stream.write(f'{{"schema": {SCHEMA}, "runs": [\n{runs}\n]{extra}}}\n'.encode())
 
 
-def comparable(rows: dict[str, dict], row: dict) -> dict[str, dict]:
-    """The rows of models that were tested on the same images as `row`."""
-    return {name: each for name, each in rows.items() if all(each[key] == row[key] for key in COMPARABLE)}
-
-
 def best_model(rows: Sequence[dict]) -> dict:
     """The row of the model with the highest validation accuracy."""
     return max((r for r in rows if r["backbone"] != "ensemble"), key=lambda r: mean(r["accuracy_by_seed"]["val"]))

@@ -9,13 +9,13 @@ from conftest import noise, random_model, repeatable, results
 import inference
 from engine import openvino
 from engine.files import load_tensors, save_tensors
-from engine.openvino import Program, convert, fastest_copy, holds_program, openvino_copy, package_version
+from engine.openvino import Program, as_bytes, convert, fastest_copy, holds_program, openvino_copy, package_version
 
 
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])  # mobilenet_v3_small is below
 def test_the_same_outputs(name, tmp_path):
     model, file, package = random_model(name, 97), tmp_path / "program", pytest.importorskip("openvino")
-    save_tensors(file, convert(package, model))
+    save_tensors(file, as_bytes(package, convert(package, model)))
     images = noise(model, 3)
     with torch.inference_mode():
         expected, copy = model.forward_features(images), openvino_copy(model, file)
