@@ -145,7 +145,7 @@ def test_equal_names_in_two_folders(pets):
 
 
 def test_rows_that_are_not_used_are_named(pets):
-    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", ""), ("t0", ""), ("t1", "purple")]
+    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", "N/A"), ("t0", "?"), ("t1", "purple")]
     rows.append(("005", "a", "b"))
     rows = [(*row, "test" if row[0][0] == "t" else "train") if len(row) == 2 else (*row, "train") for row in rows]
     data = load_data(str(write(pets / "labels.csv", ("id", "label", "split"), *rows)))
@@ -170,6 +170,33 @@ def test_parts_and_groups(pets):
     table = write(pets / "labels.csv", ("id", "label", "split"), *[(*row, i % 2) for i, row in enumerate(ROWS)])
     with pytest.raises(ValueError, match="'split' should say train, val or test, not 0, 1"):
         load_data(str(table))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ({"is_test": "test"}, (None, None, 6)),
+        ({"is_valid": "val"}, (None, 6, None)),
+        ({"Is Train": "train"}, (None, None, 12)),
+        ({"is_train": "train", "is_val": "val"}, (18, 6, 6)),
+    ],
+)
+def test_parts_by_flags(pets, flags, sizes):
+    parts = ["train"] * 18 + ["val"] * 6 + ["test"] * 6
+    rows = [(*row, *(str(parts[i] == part) for part in flags.values())) for i, row in enumerate(ROWS)]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", *flags), *rows)))
+    found = [len(images) for images in data.parts.values()]
+    assert all(size in (None, count) for size, count in zip(sizes, found, strict=True)) and sum(found) == 30
+
+
+@pytest.mark.parametrize("name", ["lesion_id", "CaseID", "StudyInstanceUID", "pid"])
+def test_other_names_of_groups(pets, name):
+    rows = [(*row, f"g{i // 2}", i, i % 5) for i, row in enumerate(ROWS)]
+    table = write(pets / "labels.csv", ("id", "label", name, "patient", "fold"), *rows)
+    data = load_data(str(table))
+    groups = [{f"g{int(Path(item).stem, 16) // 2}" for item in images.items} for images in data.parts.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 15
+    assert "not used: 'patient', 'fold'" in data.notes[0] and repr(name) in data.notes[0]
 
 
 def test_what_a_label_is(pets):
