@@ -128,6 +128,11 @@ def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
     """Raises ValueError if all class folders hold folders of the same names, which may be the real classes."""
     inner = list(class_folders(folders[0])[0])
     if len(inner) > 1 and all(list(class_folders(folder)[0]) == inner for folder in folders[1:]):
+        images = _without_descriptions(find_images(folders[0])[0])
+        if (
+            len({path.relative_to(folders[0]).parts[0] for path in images}) == 1
+        ):  # images/, and masks/ of the same names
+            return
         same, advice = ", ".join(inner[:5]), "if they are parts of the data set, call them train, val and test"
         raise ValueError(f"the folders in {root} all hold the same folders ({same}): {advice}")
 
@@ -211,10 +216,27 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     for label, name in enumerate(classes):
         if name in folders:
             found, more = find_images(folders[name])
-            items += found
-            labels += [label] * len(found)
+            images = _without_descriptions(found)
+            more["masks or other descriptions of images"] += len(found) - len(images)
+            items += images
+            labels += [label] * len(images)
             skipped += more
     return Images(items, torch.tensor(labels, dtype=torch.int64), [name_below(source, item) for item in items]), skipped
+
+
+def _without_descriptions(images: list[Path]) -> list[Path]:
+    """The images of a class but for those that describe others: 1_mask.png beside 1.jpg, masks/1.png beside images/."""
+    ends, plain, described = "|".join(DESCRIPTIONS), set(), {}
+    for path in images:
+        words, name = words_of(path.parent.name), path.stem.lower()
+        whole = re.sub(rf"[ _.-]+({ends})([ _-]?\d+)?$", "", name)
+        apart = set() < words <= DESCRIPTIONS
+        key = (path.parent.parent if apart or set() < words <= PHOTOS else path.parent, whole)
+        if apart or whole != name:
+            described[path] = key
+        else:
+            plain.add(key)
+    return [path for path in images if described.get(path) not in plain]
 
 
 def name_below(source: Path, item: Path) -> str:
