@@ -129,11 +129,10 @@ def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
     inner = list(class_folders(folders[0])[0])
     if len(inner) > 1 and all(list(class_folders(folder)[0]) == inner for folder in folders[1:]):
         images = _without_descriptions(find_images(folders[0])[0])
-        if (
-            len({path.relative_to(folders[0]).parts[0] for path in images}) == 1
-        ):  # images/, and masks/ of the same names
+        if len({path.relative_to(folders[0]).parts[0] for path in images}) == 1:  # beside masks/ of the same names
             return
-        same, advice = ", ".join(inner[:5]), "if they are parts of the data set, call them train, val and test"
+        same, advice = ", ".join(inner[:5]), "if either are parts of the data set, call them train, val and test"
+        advice += f"; if patients or films, put them into the files' names, as in CLASS/{inner[0]}_1.jpg"
         raise ValueError(f"the folders in {root} all hold the same folders ({same}): {advice}")
 
 

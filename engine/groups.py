@@ -15,6 +15,7 @@ inside a group are not random, so groups may be large; where all images look ali
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -42,6 +43,13 @@ LEAST_BOUND, LARGEST_BOUND = 0.925, 0.99999  # the least and the largest bound
 CHANCE_IMAGES = 2000  # the pairs of so many random images tell what chance does
 NEIGHBOURS = 8  # so many most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
+
+# what is added to the name of an image for a changed copy: 1_aug2.png, rot90_1.png, 1_jpg.rf.0a1b2c.jpg (Roboflow)
+WORDS = "(?:aug|augmented|augmentation|blur|blurred|copy|crop|cropped|[hv]?flip|flipped|mirror|mirrored|noise|noisy|"
+WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|thumbnail|zoom|zoomed)"
+CHANGES = rf"\.rf\.\w+$|(?<=/)(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WORDS}(?:[ _-]?(?:\d+|[hv]|lr|ud))?)+$"
+# what precedes the last number of a name, if it has a number, too: patient12/3.jpg, film12_3.jpg
+SERIES = r"([^/]*\d[^/]*\D)\d+[^\d/]*$"
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 
@@ -77,7 +85,7 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
     identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
     sizes, together = Counter(labels[i] for i in pool), defaultdict(list)
-    for i, number in enumerate(components(len(images), [*identical, *pairs]).tolist()):
+    for i, number in enumerate(components(len(images), [*identical, *pairs, *_named_copies(images.names)]).tolist()):
         together[number].append(i)
     for members in together.values():
         counts = Counter(labels[i] for i in members if i in pool)
@@ -90,7 +98,38 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
         "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
     )
-    return groups, [remark] if large else []
+    return groups, [*([remark] if large else []), *_series([images.names[i] for i in pool], [labels[i] for i in pool])]
+
+
+def _original(stem: str) -> str:
+    """The name without an extension, and without what marks a changed copy."""
+    return re.sub(CHANGES, "", stem, flags=re.IGNORECASE)
+
+
+def _named_copies(names: list[str]) -> Pairs:
+    """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
+    stems = [os.path.splitext(name)[0] for name in names]
+    known, firsts, pairs = {*stems}, {}, []
+    for i, stem in enumerate(stems):
+        original = _original(stem)
+        if original in known or re.search(r"\d[^/]*$", original):  # else "rotated_1", "rotated_2" would be one image
+            pairs.append((firsts.setdefault(original, i), i, 1.0))
+    return [pair for pair in pairs if pair[0] != pair[1]]
+
+
+def _series(names: list[str], labels: list[int]) -> list[str]:
+    """A remark if the names of most images come in series, several of most classes, which may be films or patients."""
+    found = [re.search(SERIES, _original(os.path.splitext(name)[0])) for name in names]
+    series = [(label, match[1]) for label, match in zip(labels, found, strict=True) if match]
+    counts = {each: count for each, count in Counter(series).items() if count > 1}
+    several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]
+    if 2 * sum(counts.values()) <= len(names) or 2 * len(several) <= len({*labels}):
+        return []
+    examples = " and ".join(repr(name) for _, name in [*counts][:2])
+    advice = (
+        f"if each shows one object, film or patient, its images are on both sides of the split: --groups '{SERIES}'"
+    )
+    return [f"the names of many images begin alike, such as those with {examples}; {advice} keeps them together"]
 
 
 def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tuple[Pairs, Pairs] | None:
