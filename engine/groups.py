@@ -48,8 +48,8 @@ TILE = 2048  # images: so many rows and columns of similarities fit in a process
 WORDS = "(?:aug|augmented|augmentation|blur|blurred|copy|crop|cropped|[hv]?flip|flipped|mirror|mirrored|noise|noisy|"
 WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|thumbnail|zoom|zoomed)"
 CHANGES = rf"\.rf\.\w+$|(?<=/)(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WORDS}(?:[ _-]?(?:\d+|[hv]|lr|ud))?)+$"
-# what precedes the last number of a name, if it has a number, too: patient12/3.jpg, film12_3.jpg
-SERIES = r"([^/]*\d[^/]*\D)\d+[^\d/]*$"
+# what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
+SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 
@@ -119,17 +119,16 @@ def _named_copies(names: list[str]) -> Pairs:
 
 def _series(names: list[str], labels: list[int]) -> list[str]:
     """A remark if the names of most images come in series, several of most classes, which may be films or patients."""
-    found = [re.search(SERIES, _original(os.path.splitext(name)[0])) for name in names]
-    series = [(label, match[1]) for label, match in zip(labels, found, strict=True) if match]
-    counts = {each: count for each, count in Counter(series).items() if count > 1}
-    several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]
-    if 2 * sum(counts.values()) <= len(names) or 2 * len(several) <= len({*labels}):
-        return []
-    examples = " and ".join(repr(name) for _, name in [*counts][:2])
-    advice = (
-        f"if each shows one object, film or patient, its images are on both sides of the split: --groups '{SERIES}'"
-    )
-    return [f"the names of many images begin alike, such as those with {examples}; {advice} keeps them together"]
+    for pattern in SERIES:
+        found = [re.search(pattern, _original(stem) + end) for stem, end in map(os.path.splitext, names)]
+        series = Counter((label, match[1]) for label, match in zip(labels, found, strict=True) if match)
+        counts = {each: count for each, count in series.items() if count > 1}
+        several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]
+        if 2 * sum(counts.values()) > len(names) and 2 * len(several) > len({*labels}):
+            examples = " and ".join(repr(name) for _, name in [*counts][:2])
+            problem = "if these are objects, films or patients, each is on both sides of the split"
+            return [f"many names begin alike, such as with {examples}; {problem}: --groups '{pattern}' mends that"]
+    return []
 
 
 def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> tuple[Pairs, Pairs] | None:

@@ -165,13 +165,14 @@ def test_copies_that_are_named_so_stay_together(tmp_path, copy):
     [
         ("{0}/patient{0}{1}/{2}.png", True),
         ("{0}/film{1}_{2}.png", True),
+        ("{0}/{1}{2}_left.png {0}/{1}{2}_right.png", True),
         ("{0}/{2}{1}.png", False),
         ("{0}12/{0}12_{1}{2}.png", False),
     ],
 )
 def test_names_in_series_are_told(tmp_path, pattern, told):
     names = [pattern.format(name, i, k) for name in ("cat", "dog") for i in range(6) for k in range(4)]
-    folder = folder_of(tmp_path / "pets", names)
+    folder = folder_of(tmp_path / "pets", " ".join(names).split())
     notes = "\n".join(load_data(str(folder), tmp_path / "cache").notes)
     assert told == ("begin alike" in notes)
     if told:
