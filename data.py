@@ -58,7 +58,7 @@ class Data:
     @property
     def identity(self) -> dict:
         """What identifies the data set in a row of results.json. "split" is a hash of which image is in which part."""
-        names = "\0\0".join("\0".join(images.names) for images in self.parts.values())
+        names = "\0\0".join("\0".join([*images.names, *images.ids]) for images in self.parts.values())
         split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         groups = self.test_groups
         return {"content": self.content, "split": split, "classes": list(self.classes), "test_groups": groups}

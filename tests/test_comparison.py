@@ -1,10 +1,12 @@
 """What is compared, is compared on the same images; nothing is replaced without a word."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import QUICK, SMALL, THREE, checkpoints, draw, repeatable, same
+from PIL import Image, ImageOps
 
 import main_train
 from models import load_checkpoint, save_checkpoint
@@ -36,6 +38,21 @@ def test_a_data_set_may_change_at_its_place(run, trained, photos, change):
     change(photos)
     code, out, _ = run(main_train, "--data", photos, *SMALL, *QUICK)
     assert code == 0 and "on other images at the same place" in out
+
+
+def test_models_of_images_that_changed_but_not_in_size_are_not_compared(run, photos, tmp_path):
+    """As when bitmaps are written anew: their names and their sizes stay."""
+    for image in [*photos.rglob("*.png")]:
+        Image.open(image).save(image.with_suffix(".bmp"))
+        image.unlink()
+    for part in ("val", "test"):
+        shutil.copytree(photos / "train", photos / part, dirs_exist_ok=True)
+    split = ("--data", photos, *SMALL, *QUICK)
+    assert run(main_train, *split)[0] == 0
+    for image in photos.rglob("test/*/*.bmp"):
+        ImageOps.invert(Image.open(image)).save(image)
+    code, out, _ = run(main_train, *split, "--models", "mobilenet_v3_large")
+    assert code == 0 and "difference" not in out and len([*(tmp_path / "checkpoints").glob("split-*.json")]) == 2
 
 
 def move_data(file: Path, photos: Path) -> None:
