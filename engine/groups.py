@@ -77,7 +77,7 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
             raise ValueError(f"--groups {pattern} matches no path of an image, such as {images.names[0]}")
     alone = sum(not name for name in names)
     rest = f"; {count_of(alone, 'image')} in no group" if alone else ""
-    remarks = [f"{count_of(len({*names} - {None, ''}), 'group')}, each on one side of the split{rest}"]
+    remarks = [f"{count_of(len({*names} - {None, ''}), 'group')}, held out as a whole{rest}"]
     return [name or identity for name, identity in zip(names, images.ids, strict=True)], remarks
 
 

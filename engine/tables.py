@@ -116,7 +116,7 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif not files:
             skipped["whose file is missing"].append(value)
         elif len(files) > 1:
-            raise ValueError(f"{rows.path}: {value!r} may be {files[0]} or {files[1]}: name its folder, too")
+            raise ValueError(f"{rows.path}: {value!r} may be {files[0]} or {files[1]}: give its whole path")
         elif label.lower() in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
@@ -193,6 +193,7 @@ class _Files:
         found = next(filter(None, fitting), [])
         if len(found) > 1:
             found = [path for path in found if part in map(part_of, map(words_of, self._folders(path)))] or found
+            found = [file for file in found if file.name == path.split("/")[-1]] or found  # not in the other case
         return found
 
     def _folders(self, path: Path) -> tuple[str, ...]:
@@ -290,9 +291,10 @@ class _Table:
         exact = [c for c in named if self.names[c].lower() in LABEL]
         groups = [c for c in candidates if words_of(self.names[c]) & {*GROUP} or self._squeezed(c) in GROUP]
         plain = [c for c in candidates if c not in groups and len(values[c]) > 1]
-        flags = [c for c in columns if values[c] <= {"0", "1", "0.0", "1.0"}]
+        flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]
         if not named and len(flags) > 1:
-            marked = [[c for c in flags if float(self.cells[c][row])] for row in range(len(self.cells[0]))]
+            rows = range(len(self.cells[0]))
+            marked = [[c for c in flags if self.cells[c][row].lower() in YES] for row in rows]
             if any(len(each) != 1 for each in marked):
                 raise self._unclear("an image has several labels, or none; this project needs one for each")
             return [self.names[c] for [c] in marked], flags

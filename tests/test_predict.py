@@ -24,13 +24,23 @@ def test_what_is_an_image_and_what_is_not():
     Image.fromarray(PIXELS).save(file, "PNG")
     forms = [PIXELS, Image.fromarray(PIXELS), file.getvalue(), torch.from_numpy(PIXELS).permute(2, 0, 1)]
     grey = [PIXELS[..., 0], PIXELS[..., :1]]
-    bad = [np.zeros((0, 50, 3), np.uint8), PIXELS / 255, torch.rand(3, 8, 8), b"oops", 7, None, np.uint8(3), "none.png"]
+    bad = [
+        np.zeros((0, 50, 3), np.uint8),
+        np.zeros((9, 9, 2), np.uint8),
+        PIXELS / 255,
+        torch.rand(3, 8, 8),
+        b"oops",
+        7,
+        None,
+        np.uint8(3),
+        "none.png",
+    ]
     for several in ([*forms, *grey, *bad], (*forms, *grey, *bad), iter([*forms, *grey, *bad])):
         records = model.predict(several)
         answers = [record.get("probability") for record in records]
         assert answers[:4] == pytest.approx([answers[0]] * 4) and answers[4] == pytest.approx(answers[5])
-        assert all("error" in record for record in records[6:]) and len(records) == 14
-    for record in records[6:9]:
+        assert all("error" in record for record in records[6:]) and len(records) == 6 + len(bad)
+    for record in records[6:10]:
         assert "a uint8 array (H, W)" in record["error"] and "not " in record["error"]
     assert [one["label"] for one in model.predict(PIXELS[None])] == [model.predict(PIXELS)["label"]]
 

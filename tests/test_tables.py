@@ -130,6 +130,17 @@ def test_a_column_of_numbers_is_not_taken_for_file_names(tmp_path):
         load_data(str(write(tmp_path / "labels.csv", *rows)))
 
 
+def test_names_that_differ_in_case_only(tmp_path):
+    names = [f"{letter}{i}.png" for letter in "aA" for i in range(15)]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "images" / name, (9, 9, 9), seed=seed)
+    if len([*(tmp_path / "images").iterdir()]) < len(names):
+        pytest.skip("this file system does not distinguish case")
+    labels = {name: "xy"[name[0] == "A"] for name in names}
+    data = load_data(str(write(tmp_path / "labels.csv", ("file", "label"), *labels.items())))
+    assert labels_of(data) == {name.removesuffix(".png"): label for name, label in labels.items()}
+
+
 def test_equal_names_in_two_folders(pets):
     for name in NAMES:
         draw(pets / "test" / f"{name}.png", (0, 0, 0), seed=1)
@@ -206,7 +217,11 @@ def test_what_a_label_is(pets):
     numbers, flags = [[10, 2, 1][i % 3] for i in range(30)], [[int(i % 3 == k) for i in range(30)] for k in range(3)]
     assert classes(("id", "level"), numbers) == ("1", "2", "10")
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
-    assert classes(("image", "MEL", "NV", "BCC"), *flags) == ("BCC", "MEL", "NV")
+    for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
+        marked = [[marks[flag] for flag in column] for column in flags]
+        assert classes(("image", "MEL", "NV", "BCC"), *marked) == ("BCC", "MEL", "NV")
+        others = [marks[not flag] for flag in flags[0]]
+        assert classes(("image", "cat", "dog"), [marks[flag] for flag in flags[0]], others) == ("cat", "dog")
     for header, columns, reason in (
         (("image", "cat", "dog", "bird"), [flags[0], flags[0], flags[2]], "several labels"),
         (("image", "Finding Labels"), [["a", "b", "a|b"] * 10], "several labels"),
