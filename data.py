@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Data:
         "split" is a hash of which image is in which part, "test_groups" the number of each test image's group, None if
         every image is alone in its own.
         """
-        names = "\0\0".join("\0".join(images.names) for images in self.parts.values())
+        names = "\0\0".join("\0".join([*images.names, *images.ids]) for images in self.parts.values())
         split = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
         numbers = {group: number for number, group in enumerate(dict.fromkeys(self.test.groups))}
         groups = [numbers[group] for group in self.test.groups] if len(numbers) < len(self.test) else None
@@ -302,6 +302,18 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
         if changed and groups:
             notes.append(f"{changed} of {len(ids)} {part} images have changed since the run")
     return Data(classes, **split, content="", notes=tuple(notes))
+
+
+def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
+    """A remark for each split (`Data.save_split`) that has some of these images in training or validation."""
+    remarks = []
+    for file in filter(Path.exists, splits):
+        stored = json.loads(file.read_text())
+        seen = {*stored["train"].values(), *stored["val"].values()}
+        if count := sum(identity in seen for identity in images.ids):
+            known = f"{count:,} of {count_of(len(images), 'image')} were used for training or validation"
+            remarks.append(f"{known}: the accuracy is too high for a test")
+    return remarks
 
 
 def _read_source(source: str, root: Path, columns: Sequence[str] | None) -> Source:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 import visualization
-from data import Data, load_data, load_split
+from data import Data, load_data, load_split, trained_on
 from engine.console import HelpFormatter, Progress, first_line, number, printable, run_script
 from engine.device import PRECISIONS, batch_size_for, pick_device, pick_precision
 from engine.distributed import is_first, shared_map, with_process_group
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.export}: images, uint8 (B, 3, {size}, {size}) in RGB -> probabilities (B, {classes})")
         print(f"prepare {advice(models[0])}")
         return 0
-    items, known, unused = choose_images(args, models[0])
+    items, known, unused = choose_images(args, models)
     if args.format == "csv":
         print_csv(COLUMNS)
     answers, unreadable = [], 0
@@ -163,20 +163,22 @@ def pick_ensemble(models: Sequence[TransferModel], args: Namespace) -> bool:
     return len(models) > 1 and same_classes and args.ensemble is not False
 
 
-def choose_images(args: Namespace, model: TransferModel) -> tuple[Iterable[Item], list[dict], Counter[str]]:
+def choose_images(args: Namespace, models: Sequence[TransferModel]) -> tuple[Iterable[Item], list[dict], Counter[str]]:
     """The images to classify, their paths, true labels and groups if known, and counts of unused files by reason."""
     skipped = Counter()
     if not args.paths:
-        data = data_of(model, args.cache, args.data)
+        data = data_of(models[0], args.cache, args.data)
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:PLOTTED_IMAGES]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
-        source, classes = Path(args.paths[0]), model.classes
+        source, classes, notes = Path(args.paths[0]), models[0].classes, []
         if source.is_dir():
             images, skipped = labelled_images(source, classes, source)
         else:
-            images, notes = labelled_rows(source, classes, model.origin.get("columns"))
-            print(*notes, sep="\n", file=sys.stderr)
+            images, notes = labelled_rows(source, classes, models[0].origin.get("columns"))
+        splits = {model.path.with_name(f"split-{model.origin.get('split')}.json") for model in models}
+        for note in [*notes, *trained_on(splits, images)]:
+            print(note, file=sys.stderr)
     else:
         return expand(args.paths, args.separator, skipped), [], skipped
     known = [{"path": path, "true": classes[label]} for path, label in zip(images.paths(), images.labels, strict=True)]

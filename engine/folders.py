@@ -65,7 +65,7 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
         given = f"one class only, {classes[0]!r}"
         raise ValueError(f"{train} has {given}: a classifier needs two or more{_unused(beside)}")
     _refuse_nested_classes(train, list(class_paths.values()))
-    parts, notes = {}, []
+    parts, notes = {}, _look_alikes(classes)
     for part, folder in part_folders.items():
         inside = class_folders(folder)[0]
         if len(inside) < 2 and not inside.keys() & classes:
@@ -77,6 +77,13 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
             parts[part], more = labelled_images(folder, classes, source)
             skipped += more
     return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
+
+
+def _look_alikes(classes: Iterable[str]) -> list[str]:
+    plain = {name: name.strip().casefold() for name in classes}
+    counts = Counter(plain.values())
+    alike = [printable(name) for name in plain if counts[plain[name]] > 1]
+    return [f"classes that look the same: {', '.join(alike)}"] if alike else []
 
 
 def _unused(skipped: Counter[str]) -> str:
@@ -125,11 +132,19 @@ def _unnested(folder: Path) -> Path:
 
 
 def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
-    """Raises ValueError if all class folders hold folders of the same names, which may be the real classes."""
-    inner = list(class_folders(folders[0])[0])
-    if len(inner) > 1 and all(list(class_folders(folder)[0]) == inner for folder in folders[1:]):
-        same, advice = ", ".join(inner[:5]), "if they are parts of the data set, call them train, val and test"
-        raise ValueError(f"the folders in {root} all hold the same folders ({same}): {advice}")
+    """Raises ValueError if all class folders hold folders of mostly the same names, which may be the real classes."""
+    inner = [{*class_folders(folder)[0]} for folder in folders]
+    counts = Counter(name for names in inner for name in names)
+    shared = sorted(name for name, count in counts.items() if count > 1)
+    if len(shared) < 2 or 2 * len(shared) <= len(counts) or not all(names & {*shared} for names in inner):
+        return
+    images = ((folder, path) for folder in folders for path in _without_descriptions(find_images(folder)[0]))
+    steps = {path.relative_to(folder).parts[0] for folder, path in images if path.parent != folder}
+    if len(steps) == 1:  # such as images/, beside masks/ of the same names
+        return
+    same, advice = ", ".join(shared[:5]), "if either are parts of the data set, call them train, val and test"
+    advice += f"; if patients or films, put them into the files' names, as in CLASS/{shared[0]}_1.jpg"
+    raise ValueError(f"the folders in {root} hold the same folders ({same}): {advice}")
 
 
 def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
@@ -211,10 +226,27 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     for label, name in enumerate(classes):
         if name in folders:
             found, more = find_images(folders[name])
-            items += found
-            labels += [label] * len(found)
+            images = _without_descriptions(found)
+            more["masks or other descriptions of images"] += len(found) - len(images)
+            items += images
+            labels += [label] * len(images)
             skipped += more
     return Images(items, torch.tensor(labels, dtype=torch.int64), [name_below(source, item) for item in items]), skipped
+
+
+def _without_descriptions(images: list[Path]) -> list[Path]:
+    """The images of a class but for those that describe others: 1_mask.png beside 1.jpg, masks/1.png beside images/."""
+    ends, plain, described = "|".join(DESCRIPTIONS), set(), {}
+    for path in images:
+        words, name = words_of(path.parent.name), path.stem.lower()
+        whole = re.sub(rf"[ _.-]+({ends})([ _-]?\d+)?$", "", name)
+        apart = set() < words <= DESCRIPTIONS
+        key = (path.parent.parent if apart or set() < words <= PHOTOS else path.parent, whole)
+        if apart or whole != name:
+            described[path] = key
+        else:
+            plain.add(key)
+    return [path for path in images if described.get(path) not in plain]
 
 
 def name_below(source: Path, item: Path) -> str:

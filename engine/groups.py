@@ -15,6 +15,7 @@ inside a group are not random, so groups may be large; where all images look ali
 import hashlib
 import json
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -43,6 +44,13 @@ CHANCE_IMAGES = 2000  # the pairs of so many random images tell what chance does
 NEIGHBOURS = 8  # so many most similar images of each, in each tile, are enough to connect a group
 TILE = 2048  # images: so many rows and columns of similarities fit in a processor's cache
 
+# what is added to the name of an image for a changed copy: 1_aug2.png, rot90_1.png, 1_jpg.rf.0a1b2c.jpg (Roboflow)
+WORDS = "(?:aug|augmented|augmentation|blur|blurred|copy|crop|cropped|[hv]?flip|flipped|mirror|mirrored|noise|noisy|"
+WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|thumbnail|zoom|zoomed)"
+CHANGES = rf"\.rf\.\w+$|(?<=/)(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WORDS}(?:[ _-]?(?:\d+|[hv]|lr|ud))?)+$"
+# what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
+SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
+
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 Similar = tuple[Pairs, Pairs]  # near-duplicates, and images that are alike by chance
 
@@ -70,7 +78,7 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
             raise ValueError(f"--groups {pattern} matches no path of an image, such as {images.names[0]}")
     alone = sum(not name for name in names)
     rest = f"; {count_of(alone, 'image')} in no group" if alone else ""
-    remarks = [f"{count_of(len({*names} - {None, ''}), 'group')}, each on one side of the split{rest}"]
+    remarks = [f"{count_of(len({*names} - {None, ''}), 'group')}, held out as a whole{rest}"]
     return [name or identity for name, identity in zip(names, images.ids, strict=True)], remarks
 
 
@@ -78,7 +86,7 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
     identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
     sizes, together = Counter(labels[i] for i in pool), defaultdict(list)
-    for i, number in enumerate(components(len(images), [*identical, *pairs]).tolist()):
+    for i, number in enumerate(components(len(images), [*identical, *pairs, *_named_copies(images.names)]).tolist()):
         together[number].append(i)
     for members in together.values():
         counts = Counter(labels[i] for i in members if i in pool)
@@ -91,7 +99,37 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
         "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
     )
-    return groups, [remark] if large else []
+    return groups, [*([remark] if large else []), *_series([images.names[i] for i in pool], [labels[i] for i in pool])]
+
+
+def _original(stem: str) -> str:
+    """The name without an extension, and without what marks a changed copy."""
+    return re.sub(CHANGES, "", stem, flags=re.IGNORECASE)
+
+
+def _named_copies(names: list[str]) -> Pairs:
+    """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
+    stems = [os.path.splitext(name)[0] for name in names]
+    known, firsts, pairs = {*stems}, {}, []
+    for i, stem in enumerate(stems):
+        original = _original(stem)
+        if original in known or re.search(r"\d[^/]*$", original):  # else "rotated_1", "rotated_2" would be one image
+            pairs.append((firsts.setdefault(original, i), i, 1.0))
+    return [pair for pair in pairs if pair[0] != pair[1]]
+
+
+def _series(names: list[str], labels: list[int]) -> list[str]:
+    """A remark if the names of most images come in series, several of most classes, which may be films or patients."""
+    for pattern in SERIES:
+        found = [re.search(pattern, _original(stem) + end) for stem, end in map(os.path.splitext, names)]
+        series = Counter((label, match[1]) for label, match in zip(labels, found, strict=True) if match)
+        counts = {each: count for each, count in series.items() if count > 1}
+        several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]
+        if 2 * sum(counts.values()) > len(names) and 2 * len(several) > len({*labels}):
+            examples = " and ".join(repr(name) for _, name in [*counts][:2])
+            problem = "if these are objects, films or patients, each is on both sides of the split"
+            return [f"many names begin alike, such as with {examples}; {problem}: --groups '{pattern}' mends that"]
+    return []
 
 
 def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> Similar | None:

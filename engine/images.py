@@ -211,7 +211,7 @@ def _pillow_image(item: np.ndarray | Tensor | Image.Image) -> Image.Image:
     if isinstance(item, Tensor) and item.ndim == 3:
         item = item.permute(1, 2, 0).cpu().numpy()
     if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.size:
-        if item.ndim == 2 or (item.ndim == 3 and item.shape[2] <= 4):
+        if item.ndim == 2 or item.shape[2:] in ((1,), (3,), (4,)):
             return Image.fromarray(item[..., 0] if item.shape[2:] == (1,) else item)
     raise TypeError(f"not an image: {type(item).__name__} {tuple(item.shape)} of {item.dtype}; {EXPECTED}")
 

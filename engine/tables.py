@@ -26,6 +26,10 @@ LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diag
 LABEL |= {"genus", "label", "labels", "species", "target", "variety", "y"}
 SPLIT = {"split", "subset", "partition"}
 GROUP = [name + end for name in ("patient", "subject", "group", "object") for end in ("", "id", "name")]
+GROUP += ["pid", *(name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide"))]
+GROUP += ["studyinstanceuid", *(name + "id" for name in ("video", "clip", "sequence", "seq", "series", "scene"))]
+YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
+UNLABELLED = {"", "nan", "na", "n/a", "#n/a", "<na>", "null", "?", "-"}  # "none" and "unknown" may be classes
 
 Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images by part, notes for the user
 
@@ -112,8 +116,8 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif not files:
             skipped["whose file is missing"].append(value)
         elif len(files) > 1:
-            raise ValueError(f"{rows.path}: {value!r} may be {files[0]} or {files[1]}: name its folder, too")
-        elif label.lower() in ("", "nan"):
+            raise ValueError(f"{rows.path}: {value!r} may be {files[0]} or {files[1]}: give its whole path")
+        elif label.lower() in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
             meanings[files[0]].append((part, label, group or value))  # without a group, a group of its own
@@ -189,6 +193,7 @@ class _Files:
         found = next(filter(None, fitting), [])
         if len(found) > 1:
             found = [path for path in found if part in map(part_of, map(words_of, self._folders(path)))] or found
+            found = [file for file in found if file.name == path.split("/")[-1]] or found  # not in the other case
         return found
 
     def _folders(self, path: Path) -> tuple[str, ...]:
@@ -221,17 +226,21 @@ class _Table:
                 raise self._unclear(f"--columns: no column {name!r}")
         image, label = map(self.names.index, columns) if columns else (self._image_column(), None)
         free = [c for c in range(len(self.names)) if c not in (image, label)]
-        split = self._split_column(free)
-        free = [c for c in free if c != split]
-        labels, name = self._labels(free) if label is None else (self.cells[label], self.names[label])
-        groups = {re.sub("[^a-z]", "", self.names[c].lower()): c for c in free if self.names[c] != name}
-        group = next((groups[name] for name in GROUP if name in groups), None)
-        self.used = {"images": self.names[image], "labels": name}
-        self.used |= {what: self.names[c] for what, c in (("parts", split), ("groups", group)) if c is not None}
-        unused = f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
+        split, parts = self._parts(free)
+        free = [c for c in free if c not in split]
+        labels, named = self._labels(free) if label is None else (self.cells[label], [label])
+        free = [c for c in free if c not in named]
+        repeated = [c for c in free if len({*self.cells[c]}) < len(labels)]
+        groups = {self._squeezed(c): c for c in reversed(repeated)}
+        group = next(([groups[name]] for name in GROUP if name in groups), [])
+        used = {"images": [image], "labels": named, "parts": split, "groups": group}
+        ends = {what: [self.names[c] for c in (each[0], each[-1])[: len(each)]] for what, each in used.items() if each}
+        self.used = {what: " to ".join(each) for what, each in ends.items()}
+        others = [repr(self.names[c]) for c in free if c not in group and any(self.cells[c])]
+        unused = f"; columns not used: {_some(others, 8)}" if others else ""
+        unused += f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
         self.summary = f"{path.name}: {', '.join(f'{what} from {name!r}' for what, name in self.used.items())}{unused}"
-        parts = ["train"] * len(labels) if split is None else [part_of({v.lower()}) or v for v in self.cells[split]]
-        groups = [""] * len(labels) if group is None else self.cells[group]
+        groups = self.cells[group[0]] if group else [""] * len(labels)
         self.rows = [*zip(self.cells[image], labels, parts, groups, strict=True)]
 
     def _named(self, columns: list[tuple[str, ...]]) -> list[list[Path]]:
@@ -251,32 +260,44 @@ class _Table:
                 raise self._unclear("several columns may name the images")
         return rivals[0]
 
-    def _split_column(self, columns: list[int]) -> int | None:
+    def _squeezed(self, column: int) -> str:
+        """The letters of a column's name: "patientid"."""
+        return re.sub("[^a-z]", "", self.names[column].lower())
+
+    def _parts(self, columns: list[int]) -> tuple[list[int], list[str]]:
+        """The columns that say in which part each row is, such as "split" or "is_test", and what they say."""
         for column in columns:
             values = {value.lower() for value in self.cells[column]} - {""}
             known = {part_of({value}) for value in values}
             named = words_of(self.names[column]) & SPLIT
             if (known and None not in known) or ("train" in known and named):
-                return column
+                return [column], [part_of({value.lower()}) or value for value in self.cells[column]]
             if named and values:
                 where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
                 raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
-        return None
+        words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
+        flags = {c: part for c, each in words.items() if "is" in each and (part := part_of(each))}
+        others = "test" if "train" in flags.values() else "train"
+        rows = zip(*(self.cells[c] for c in flags), strict=True) if flags else [()] * len(self.cells[0])
+        marked = ([part for part, v in zip(flags.values(), row, strict=True) if v.lower() in YES] for row in rows)
+        return [*flags], [each[0] if each else others for each in marked]
 
-    def _labels(self, columns: list[int]) -> tuple[Sequence[str], str]:
-        """The label of each row, and the name of its column."""
+    def _labels(self, columns: list[int]) -> tuple[Sequence[str], list[int]]:
+        """The label of each row, and the columns that it is from: several if each is a class, marked by 0 and 1."""
         values = {c: {*self.cells[c]} for c in columns}
         repeated = [c for c in columns if 2 * len(values[c]) <= len(self.cells[c])]
         candidates = [c for c in columns if self.known & values[c]] or repeated
         named = [c for c in candidates if words_of(self.names[c]) & LABEL]
         exact = [c for c in named if self.names[c].lower() in LABEL]
-        plain = [c for c in candidates if not words_of(self.names[c]) & {*GROUP} and len(values[c]) > 1]
-        flags = [c for c in columns if values[c] <= {"0", "1", "0.0", "1.0"}]
+        groups = [c for c in candidates if words_of(self.names[c]) & {*GROUP} or self._squeezed(c) in GROUP]
+        plain = [c for c in candidates if c not in groups and len(values[c]) > 1]
+        flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]
         if not named and len(flags) > 1:
-            marked = [[c for c in flags if float(self.cells[c][row])] for row in range(len(self.cells[0]))]
+            rows = range(len(self.cells[0]))
+            marked = [[c for c in flags if self.cells[c][row].lower() in YES] for row in rows]
             if any(len(each) != 1 for each in marked):
                 raise self._unclear("an image has several labels, or none; this project needs one for each")
-            return [self.names[c] for [c] in marked], f"{self.names[flags[0]]} to {self.names[flags[-1]]}"
+            return [self.names[c] for [c] in marked], flags
         chosen = named or plain or candidates
         pairs = [{*zip(self.cells[chosen[0]], self.cells[c], strict=True)} for c in chosen]
         if all(len(values[chosen[0]]) == len(values[c]) == len(both) for c, both in zip(chosen, pairs, strict=True)):
@@ -284,7 +305,7 @@ class _Table:
         elif len(exact) == 1:
             chosen = exact
         if len(chosen) == 1:
-            return self.cells[chosen[0]], self.names[chosen[0]]
+            return self.cells[chosen[0]], chosen
         raise self._unclear("several columns may be the label" if chosen else "no column repeats a few labels")
 
     def _unclear(self, reason: str) -> ValueError:

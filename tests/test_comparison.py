@@ -1,10 +1,12 @@
 """What is compared, is compared on the same images; nothing is replaced without a word."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import THREE, checkpoints, draw, move_data, repeatable, same
+from PIL import Image, ImageOps
 
 from models import load_checkpoint
 
@@ -35,6 +37,20 @@ def test_a_data_set_may_change_at_its_place(train, trained, photos):
     fewer(photos)
     code, out, _ = train(photos)
     assert code == 0 and "on other images at the same place" in out
+
+
+def test_models_of_images_that_changed_but_not_in_size_are_not_compared(train, photos, tmp_path):
+    """As when bitmaps are written anew: their names and their sizes stay."""
+    for image in [*photos.rglob("*.png")]:
+        Image.open(image).save(image.with_suffix(".bmp"))
+        image.unlink()
+    for part in ("val", "test"):
+        shutil.copytree(photos / "train", photos / part, dirs_exist_ok=True)
+    assert train(photos)[0] == 0
+    for image in photos.rglob("test/*/*.bmp"):
+        ImageOps.invert(Image.open(image)).save(image)
+    code, out, _ = train(photos, "--models", "mobilenet_v3_large")
+    assert code == 0 and "difference" not in out and len([*(tmp_path / "checkpoints").glob("split-*.json")]) == 2
 
 
 def much_less(photos: Path) -> None:

@@ -200,6 +200,41 @@ def test_folders_of_images_and_descriptions_are_no_classes(train, tmp_path, layo
     assert code == 2 and ("seems to be made for" in err or "no class folders" in err)
 
 
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        ("{}.jpg", "{}_mask.png"),
+        ("a ({}).png", "a ({})_mask_1.png"),
+        ("{}.png", "{}-GT.png"),
+        ("{}.png", "masks/{}.png"),
+        ("images/{}.png", "masks/{}.png"),
+    ],
+)
+def test_masks_in_class_folders_are_no_images(tmp_path, image, mask):
+    for i, color in enumerate(("red", "blue") * 5):
+        for name in (image, mask):
+            draw(tmp_path / "scans" / color / name.format(i), (9, 9, 9), seed=i)
+    draw(tmp_path / "scans" / "red" / "face_mask.png", (9, 9, 9), seed=11)
+    data = load_data(str(tmp_path / "scans"))
+    names = [name for images in data.parts.values() for name in images.names]
+    assert len(names) == 11 and sum("mask" in name or "GT" in name for name in names) == 1
+    assert data.notes[0].startswith("10 files not used: 10 masks")
+
+
+def test_classes_inside_folders_of_years_or_patients_are_refused(tmp_path):
+    for year, names in (("2019", ("cat", "dog")), ("2020", ("cat", "dog", "ship")), ("2021", ("dog",))):
+        for name in names:
+            draw(tmp_path / "pets" / year / name / "0.png", (9, 9, 9), seed=0)
+    with pytest.raises(ValueError, match="cat, dog"):
+        load_data(str(tmp_path / "pets"))
+
+
+def test_classes_of_two_spellings_are_told(photos):
+    (photos / "train" / "red").rename(photos / "train" / "Blue")
+    shutil.rmtree(photos / "test")
+    assert any("look the same: Blue, blue" in note for note in load_data(str(photos)).notes)
+
+
 def test_classes_may_have_such_names(tmp_path):
     """Folders that only look like descriptions of images, and descriptions beside real class folders."""
     for name in ("mask", "no mask"):

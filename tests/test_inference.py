@@ -80,6 +80,15 @@ def test_evaluate_leaves_out_classes_that_the_model_lacks(run, trained, photos):
     assert code == 0 and " of 18 images" in out and "violet" in err
 
 
+def test_evaluate_tells_how_many_images_were_trained_on(run, trained, photos, tmp_path):
+    shutil.copytree(photos / "test", tmp_path / "more")
+    for i in range(5):
+        shutil.copy(photos / "train" / "red" / f"{i}.png", tmp_path / "more" / "red" / f"renamed{i}.png")
+    for folder, count in ((photos / "test", ""), (tmp_path / "more", "5 of 23"), (photos / "train", "60 of 60")):
+        code, _, err = run(inference, folder, "--evaluate")
+        assert code == 0 and (f"{count} images were used for training" in err if count else "training" not in err)
+
+
 def test_data_that_has_moved(run, trained, photos):
     """Also to another system: Windows writes the names of the split with backslashes."""
     move_data(trained / "checkpoints" / "mobilenet_v3_small.pt", photos)

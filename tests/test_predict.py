@@ -23,13 +23,23 @@ def test_what_is_an_image_and_what_is_not():
     forms = [PIXELS, Image.fromarray(PIXELS), file.getvalue(), torch.from_numpy(PIXELS).permute(2, 0, 1)]
     forms += [np.dstack([PIXELS, np.full_like(PIXELS[..., 0], 255)]), PIXELS[..., ::-1].copy()[..., ::-1]]  # RGBA, BGR
     grey = [PIXELS[..., 0], PIXELS[..., :1]]
-    bad = [np.zeros((0, 50, 3), np.uint8), PIXELS / 255, torch.rand(3, 8, 8), b"oops", 7, None, np.uint8(3), "none.png"]
+    bad = [
+        np.zeros((0, 50, 3), np.uint8),
+        np.zeros((9, 9, 2), np.uint8),
+        PIXELS / 255,
+        torch.rand(3, 8, 8),
+        b"oops",
+        7,
+        None,
+        np.uint8(3),
+        "none.png",
+    ]
     for several in ([*forms, *grey, *bad], (*forms, *grey, *bad), iter([*forms, *grey, *bad])):
         records = model.predict(several)
         answers = [record.get("probability") for record in records]
         assert answers[:6] == pytest.approx([answers[0]] * 6) and answers[6] == pytest.approx(answers[7])
-        assert all("error" in record for record in records[8:]) and len(records) == 16
-    for record in records[8:11]:
+        assert all("error" in record for record in records[8:]) and len(records) == 8 + len(bad)
+    for record in records[8:12]:
         assert "a uint8 array (H, W)" in record["error"] and "not " in record["error"]
     assert [one["label"] for one in model.predict(PIXELS[None])] == [model.predict(PIXELS)["label"]]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,6 +145,38 @@ def test_identical_and_similar_images_stay_together(tmp_path):
         (tmp_path / "given" / "test" / name).parent.mkdir(parents=True)
         shutil.copy(tmp_path / "given" / "train" / name, tmp_path / "given" / "test" / name)
     assert any("2 identical" in note for note in load_data(str(tmp_path / "given"), tmp_path / "cache").notes)
+
+
+@pytest.mark.parametrize(
+    "copy", ["{}_aug1.png", "{}-rotated-90.png", "flipped_{}.png", "{} copy.png", "{}_png.rf.aa.jpg", "{}.jpg"]
+)
+def test_copies_that_are_named_so_stay_together(tmp_path, copy):
+    """They look quite different, as after strong augmentation."""
+    original = "{}_png.rf.ff.jpg" if ".rf." in copy else "{}.png"
+    names = [f"{c}/{each.format(100 + i)}" for c in ("cat", "dog") for i in range(15) for each in (original, copy)]
+    data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache")
+    sides = [{name[:3] + re.search(r"1\d\d", name)[0] for name in part.names} for part in data.parts.values()]
+    assert sum(map(len, sides)) == 30 and all(sides)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        ("{0}/patient{0}{1}/{2}.png", True),
+        ("{0}/film{1}_{2}.png", True),
+        ("{0}/{1}{2}_left.png {0}/{1}{2}_right.png", True),
+        ("{0}/{2}{1}.png", False),
+        ("{0}12/{0}12_{1}{2}.png", False),
+    ],
+)
+def test_names_in_series_are_told(tmp_path, pattern, told):
+    names = [pattern.format(name, i, k) for name in ("cat", "dog") for i in range(6) for k in range(4)]
+    folder = folder_of(tmp_path / "pets", " ".join(names).split())
+    notes = "\n".join(load_data(str(folder), tmp_path / "cache").notes)
+    assert told == ("begin alike" in notes)
+    if told:
+        advised = re.search("--groups '(.*)'", notes)[1]
+        assert any("groups" in note for note in load_data(str(folder), tmp_path / "cache", groups=advised).notes)
 
 
 def test_two_files_of_one_hash_are_refused(train, tmp_path, monkeypatch):

@@ -129,6 +129,17 @@ def test_a_column_of_numbers_is_not_taken_for_file_names(tmp_path):
         load_data(str(write(tmp_path / "labels.csv", *rows)))
 
 
+def test_names_that_differ_in_case_only(tmp_path):
+    names = [f"{letter}{i}.png" for letter in "aA" for i in range(15)]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "images" / name, (9, 9, 9), seed=seed)
+    if len([*(tmp_path / "images").iterdir()]) < len(names):
+        pytest.skip("this file system does not distinguish case")
+    labels = {name: "xy"[name[0] == "A"] for name in names}
+    data = load_data(str(write(tmp_path / "labels.csv", ("file", "label"), *labels.items())))
+    assert labels_of(data) == {name.removesuffix(".png"): label for name, label in labels.items()}
+
+
 def test_equal_names_in_two_folders(pets):
     for name in NAMES:
         draw(pets / "test" / f"{name}.png", (0, 0, 0), seed=1)
@@ -144,7 +155,7 @@ def test_equal_names_in_two_folders(pets):
 
 
 def test_rows_that_are_not_used_are_named(pets):
-    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", ""), ("t0", ""), ("t1", "purple")]
+    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", "N/A"), ("t0", "?"), ("t1", "purple")]
     rows.append(("005", "a", "b"))
     rows = [(*row, "test" if row[0][0] == "t" else "train") if len(row) == 2 else (*row, "train") for row in rows]
     data = load_data(str(write(pets / "labels.csv", ("id", "label", "split"), *rows)))
@@ -171,6 +182,33 @@ def test_parts_and_groups(pets):
         load_data(str(table))
 
 
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ({"is_test": "test"}, (None, None, 6)),
+        ({"is_valid": "val"}, (None, 6, None)),
+        ({"Is Train": "train"}, (None, None, 12)),
+        ({"is_train": "train", "is_val": "val"}, (18, 6, 6)),
+    ],
+)
+def test_parts_by_flags(pets, flags, sizes):
+    parts = ["train"] * 18 + ["val"] * 6 + ["test"] * 6
+    rows = [(*row, *(str(parts[i] == part) for part in flags.values())) for i, row in enumerate(ROWS)]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", *flags), *rows)))
+    found = [len(images) for images in data.parts.values()]
+    assert all(size in (None, count) for size, count in zip(sizes, found, strict=True)) and sum(found) == 30
+
+
+@pytest.mark.parametrize("name", ["lesion_id", "CaseID", "StudyInstanceUID", "pid"])
+def test_other_names_of_groups(pets, name):
+    rows = [(*row, f"g{i // 2}", i, i % 5) for i, row in enumerate(ROWS)]
+    table = write(pets / "labels.csv", ("id", "label", name, "patient", "fold"), *rows)
+    data = load_data(str(table))
+    groups = [{f"g{int(Path(item).stem, 16) // 2}" for item in images.items} for images in data.parts.values()]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 15
+    assert "not used: 'patient', 'fold'" in data.notes[0] and repr(name) in data.notes[0]
+
+
 def test_what_a_label_is(pets):
     def classes(header: tuple, *columns: list) -> tuple[str, ...]:
         return load_data(str(write(pets / "labels.csv", header, *zip(NAMES, *columns, strict=True)))).classes
@@ -178,7 +216,11 @@ def test_what_a_label_is(pets):
     numbers, flags = [[10, 2, 1][i % 3] for i in range(30)], [[int(i % 3 == k) for i in range(30)] for k in range(3)]
     assert classes(("id", "level"), numbers) == ("1", "2", "10")
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
-    assert classes(("image", "MEL", "NV", "BCC"), *flags) == ("BCC", "MEL", "NV")
+    for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
+        marked = [[marks[flag] for flag in column] for column in flags]
+        assert classes(("image", "MEL", "NV", "BCC"), *marked) == ("BCC", "MEL", "NV")
+        others = [marks[not flag] for flag in flags[0]]
+        assert classes(("image", "cat", "dog"), [marks[flag] for flag in flags[0]], others) == ("cat", "dog")
     for header, columns, reason in (
         (("image", "cat", "dog", "bird"), [flags[0], flags[0], flags[2]], "several labels"),
         (("image", "Finding Labels"), [["a", "b", "a|b"] * 10], "several labels"),
