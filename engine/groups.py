@@ -109,7 +109,7 @@ def _original(stem: str) -> str:
 
 def _named_copies(names: list[str]) -> Pairs:
     """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
-    stems = [os.path.splitext(name)[0] for name in names]
+    stems = [re.sub(r"\.[a-zA-Z]\w*$", "", name) for name in names]  # "scan.001" has no extension
     known, firsts, pairs = {*stems}, {}, []
     for i, stem in enumerate(stems):
         original = _original(stem)
