@@ -117,10 +117,9 @@ def load_data(
     reading, lines = agree([unusual for i in places["train"].tolist() if (unusual := seen.unusual[i])])
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
-    unreadable = tuple(sorted(map(str, seen.errors)))
     place = torch.cat([*places.values()]).argsort().tolist()  # of each image in the order of the parts
     similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
-    return Data(classes, *parts.values(), content, tuple(notes), unreadable, similar, reading)
+    return Data(classes, *parts.values(), content, tuple(notes), tuple(sorted(map(str, seen.errors))), similar, reading)
 
 
 def _split(
