@@ -15,7 +15,6 @@ inside a group are not random, so groups may be large; where all images look ali
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -47,9 +46,12 @@ TILE = 2048  # images: so many rows and columns of similarities fit in a process
 # what is added to the name of an image for a changed copy: 1_aug2.png, rot90_1.png, 1_jpg.rf.0a1b2c.jpg (Roboflow)
 WORDS = "(?:aug|augmented|augmentation|blur|blurred|copy|crop|cropped|[hv]?flip|flipped|mirror|mirrored|noise|noisy|"
 WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|thumbnail|zoom|zoomed)"
-CHANGES = rf"\.rf\.\w+$|(?<=/)(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WORDS}(?:[ _-]?(?:\d+|[hv]|lr|ud))?)+$"
+CHANGES = rf"\.rf\.\w+$|(?<![^/])(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WORDS}(?:[ _-]?(?:\d+|[hv]|lr|ud))?)+$"
 # what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
 SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
+
+EXTENSION = r"\.[a-zA-Z]\w*$"  # "scan.001" has none
+MAX_COPIES = 20  # of an image: more names like "covid19_crop_0001" are those of images of their own
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 Similar = tuple[Pairs, Pairs]  # near-duplicates, and images that are alike by chance
@@ -72,7 +74,8 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
         return _groups_of_copies(images, {*pool.tolist()}, pairs)
     names = images.groups
     if pattern is not None:
-        found = [re.search(pattern, name.replace("\\", "/")) for name in images.names]
+        paths = [name.replace("\\", "/") for name in images.names]
+        found = [re.search(pattern, _original(path)) or re.search(pattern, path) for path in paths]
         names = [match and match[min(1, match.re.groups)] for match in found]
         if not any(names):
             raise ValueError(f"--groups {pattern} matches no path of an image, such as {images.names[0]}")
@@ -102,26 +105,27 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
     return groups, [*([remark] if large else []), *_series([images.names[i] for i in pool], [labels[i] for i in pool])]
 
 
-def _original(stem: str) -> str:
-    """The name without an extension, and without what marks a changed copy."""
-    return re.sub(CHANGES, "", stem, flags=re.IGNORECASE)
+def _original(name: str) -> str:
+    """The name without what marks a changed copy."""
+    stem = re.sub(EXTENSION, "", name)
+    return re.sub(CHANGES, "", stem, flags=re.IGNORECASE) + name[len(stem) :]
 
 
 def _named_copies(names: list[str]) -> Pairs:
     """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
-    stems = [re.sub(r"\.[a-zA-Z]\w*$", "", name) for name in names]  # "scan.001" has no extension
-    known, firsts, pairs = {*stems}, {}, []
-    for i, stem in enumerate(stems):
-        original = _original(stem)
+    stems = [re.sub(EXTENSION, "", name) for name in names]
+    known, copies = {*stems}, defaultdict(list)
+    for i, name in enumerate(names):
+        original = re.sub(EXTENSION, "", _original(name))
         if original in known or re.search(r"\d[^/]*$", original):  # else "rotated_1", "rotated_2" would be one image
-            pairs.append((firsts.setdefault(original, i), i, 1.0))
-    return [pair for pair in pairs if pair[0] != pair[1]]
+            copies[original].append(i)
+    return [(same[0], i, 1.0) for same in copies.values() if len(same) <= MAX_COPIES for i in same[1:]]
 
 
 def _series(names: list[str], labels: list[int]) -> list[str]:
     """A remark if the names of most images come in series, several of most classes, which may be films or patients."""
     for pattern in SERIES:
-        found = [re.search(pattern, _original(stem) + end) for stem, end in map(os.path.splitext, names)]
+        found = [re.search(pattern, _original(name)) for name in names]
         series = Counter((label, match[1]) for label, match in zip(labels, found, strict=True) if match)
         counts = {each: count for each, count in series.items() if count > 1}
         several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]

@@ -29,7 +29,7 @@ GROUP = [name + end for name in ("patient", "subject", "group", "object") for en
 GROUP += ["pid", *(name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide"))]
 GROUP += ["studyinstanceuid", *(name + "id" for name in ("video", "clip", "sequence", "seq", "series", "scene"))]
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
-UNLABELLED = {"", "nan", "na", "n/a", "#n/a", "<na>", "null", "?", "-"}  # "none" and "unknown" may be classes
+UNLABELLED = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "#N/A", "<NA>"}  # "na", "none", "?" and "-" may be classes
 
 Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images by part, notes for the user
 
@@ -117,10 +117,11 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
             skipped["whose file is missing"].append(value)
         elif len(files) > 1:
             raise ValueError(f"{rows.path}: {value!r} may be {files[0]} or {files[1]}: give its whole path")
-        elif label.lower() in UNLABELLED:
+        elif label in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            meanings[files[0]].append((part, label, group or value))  # without a group, a group of its own
+            group = value if group in UNLABELLED else group  # an image without a group is one of its own
+            meanings[files[0]].append((part, label, group))
     for file, (first, *others) in meanings.items():
         if any(other[:2] != first[:2] for other in others):
             skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))

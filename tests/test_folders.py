@@ -214,10 +214,13 @@ def test_masks_in_class_folders_are_no_images(tmp_path, image, mask):
     for i, color in enumerate(("red", "blue") * 5):
         for name in (image, mask):
             draw(tmp_path / "scans" / color / name.format(i), (9, 9, 9), seed=i)
-    draw(tmp_path / "scans" / "red" / "face_mask.png", (9, 9, 9), seed=11)
+        mask_file = tmp_path / "scans" / color / mask.format(i)
+        Image.open(mask_file).convert("1").save(mask_file)
+    for name in ("face_mask.png", "3.png", "3_mask.png"):  # photographs of masks, in many colors
+        draw(tmp_path / "scans" / "red" / name, (9, 9, 9), seed=11 + len(name))
     data = load_data(str(tmp_path / "scans"))
     names = [name for images in data.parts.values() for name in images.names]
-    assert len(names) == 11 and sum("mask" in name or "GT" in name for name in names) == 1
+    assert len(names) == 13 and sum("mask" in name or "GT" in name for name in names) == 2
     assert data.notes[0].startswith("10 files not used: 10 masks")
 
 

@@ -159,6 +159,12 @@ def test_copies_that_are_named_so_stay_together(tmp_path, copy):
     assert sum(map(len, sides)) == 30 and all(sides)
 
 
+def test_many_names_with_one_beginning_are_no_copies(tmp_path):
+    names = [f"{name}/covid19_resized_{i:04}.png" for name in ("cat", "dog") for i in range(24)]
+    data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache")
+    assert data.identity["test_groups"] is None and "near-duplicates" not in "\n".join(data.notes)
+
+
 def test_numbers_instead_of_extensions_are_no_copies(tmp_path):
     folder = folder_of(tmp_path / "pets", [f"{name}/scan.{i:03}.png" for name in ("cat", "dog") for i in range(20)])
     for image in folder.rglob("*.png"):

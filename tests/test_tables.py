@@ -155,7 +155,7 @@ def test_equal_names_in_two_folders(pets):
 
 
 def test_rows_that_are_not_used_are_named(pets):
-    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", "N/A"), ("t0", "?"), ("t1", "purple")]
+    rows = [*ROWS, ("gone", "red"), ROWS[3], ("001", "red"), ("002", "N/A"), ("t0", "NA"), ("t1", "purple")]
     rows.append(("005", "a", "b"))
     rows = [(*row, "test" if row[0][0] == "t" else "train") if len(row) == 2 else (*row, "train") for row in rows]
     data = load_data(str(write(pets / "labels.csv", ("id", "label", "split"), *rows)))
