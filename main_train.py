@@ -18,7 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -156,8 +156,11 @@ def main(argv: list[str] | None = None) -> int:
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
     """Locks the folder, because two runs would mix their files. Removes what a killed run has left behind."""
-    with locked(folder / "checkpoints" / ".lock", wait=False) if is_first() else nullcontext():
-        for leftover in [*folder.glob("checkpoints/.*.part"), *folder.glob("plots/.*.part")] if is_first() else ():
+    if not is_first():
+        yield
+        return
+    with locked(folder / "checkpoints" / ".lock", wait=False):
+        for leftover in [*folder.glob("checkpoints/.*.part"), *folder.glob("plots/.*.part")]:
             leftover.unlink()
         yield
 

@@ -11,11 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from engine.console import count_of, printable
-from engine.formats import image_formats
-from engine.images import Images, is_image_file, unread_format
+from engine.images import Images, has_few_colors, is_image_file, unread_format
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
@@ -248,15 +246,8 @@ def _without_descriptions(images: list[Path]) -> list[Path]:
             described[path] = key
         else:
             plain.add(key)
-    return [path for path in images if described.get(path) not in plain or not _is_drawn(path)]
-
-
-def _is_drawn(path: Path) -> bool:
-    """Whether an image has no or few colors, as masks have. Photographs of masks and of labels have many."""
-    with suppress(Exception):  # damaged: it will be named
-        with Image.open(path, formats=image_formats()) as image:
-            return image.mode in ("1", "L", "P", "I", "I;16", "LA") or image.getcolors(256) is not None
-    return False
+    masks = {path for path, key in described.items() if key in plain and has_few_colors(path)}
+    return [path for path in images if path not in masks]
 
 
 def name_below(source: Path, item: Path) -> str:

@@ -1,7 +1,7 @@
 """Which images belong together? Those that --groups or a table names; else near-duplicates, found without a model.
 
 A group stays on one side of a split (data.py). Near-duplicates, identical files included, that are a large part of a
-class are no group. Of sets of many images, only identical files are found.
+class are no group. Of sets of many images, only identical files are found, and copies that are named so.
 
 An image is described by the 8x8 lowest frequencies of its thumbnail (a discrete cosine transform), each divided by its
 standard deviation over the set, so that what all images share counts little, and by contrast, brightness and color. Two
@@ -50,7 +50,6 @@ CHANGES = rf"\.rf\.\w+$|(?<![^/])(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|(?:[ _.-]+{WOR
 # what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
 SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
 
-EXTENSION = r"\.[a-zA-Z]\w*$"  # "scan.001" has none
 MAX_COPIES = 20  # of an image: more names like "covid19_crop_0001" are those of images of their own
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
@@ -87,9 +86,11 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
 
 def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[list[str], list[str]]:
     groups, labels, first, large = list(images.ids), images.labels.tolist(), {}, 0
+    originals = [*map(_original, images.names)]
     identical = [(first.setdefault(identity, i), i, 1.0) for i, identity in enumerate(images.ids)]
     sizes, together = Counter(labels[i] for i in pool), defaultdict(list)
-    for i, number in enumerate(components(len(images), [*identical, *pairs, *_named_copies(images.names)]).tolist()):
+    pairs = [*identical, *pairs, *_named_copies(images.names, originals)]
+    for i, number in enumerate(components(len(images), pairs).tolist()):
         together[number].append(i)
     for members in together.values():
         counts = Counter(labels[i] for i in members if i in pool)
@@ -102,34 +103,36 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
         "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
     )
-    return groups, [*([remark] if large else []), *_series([images.names[i] for i in pool], [labels[i] for i in pool])]
+    return groups, [*([remark] if large else []), *_series([originals[i] for i in pool], [labels[i] for i in pool])]
 
 
 def _original(name: str) -> str:
     """The name without what marks a changed copy."""
-    stem = re.sub(EXTENSION, "", name)
+    stem = _stem(name)
     return re.sub(CHANGES, "", stem, flags=re.IGNORECASE) + name[len(stem) :]
 
 
-def _named_copies(names: list[str]) -> Pairs:
+def _stem(name: str) -> str:
+    return re.sub(r"\.[a-zA-Z]\w*$", "", name)  # "scan.001" has no extension
+
+
+def _named_copies(names: list[str], originals: list[str]) -> Pairs:
     """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
-    stems = [re.sub(EXTENSION, "", name) for name in names]
-    known, copies = {*stems}, defaultdict(list)
-    for i, name in enumerate(names):
-        original = re.sub(EXTENSION, "", _original(name))
+    known, copies = {*map(_stem, names)}, defaultdict(list)
+    for i, original in enumerate(map(_stem, originals)):
         if original in known or re.search(r"\d[^/]*$", original):  # else "rotated_1", "rotated_2" would be one image
             copies[original].append(i)
     return [(same[0], i, 1.0) for same in copies.values() if len(same) <= MAX_COPIES for i in same[1:]]
 
 
-def _series(names: list[str], labels: list[int]) -> list[str]:
+def _series(originals: list[str], labels: list[int]) -> list[str]:
     """A remark if the names of most images come in series, several of most classes, which may be films or patients."""
     for pattern in SERIES:
-        found = [re.search(pattern, _original(name)) for name in names]
+        found = [re.search(pattern, name) for name in originals]
         series = Counter((label, match[1]) for label, match in zip(labels, found, strict=True) if match)
         counts = {each: count for each, count in series.items() if count > 1}
         several = [label for label, count in Counter(label for label, _ in counts).items() if count > 1]
-        if 2 * sum(counts.values()) > len(names) and 2 * len(several) > len({*labels}):
+        if 2 * sum(counts.values()) > len(originals) and 2 * len(several) > len({*labels}):
             examples = " and ".join(repr(name) for _, name in [*counts][:2])
             problem = "if these are objects, films or patients, each is on both sides of the split"
             return [f"many names begin alike, such as with {examples}; {problem}: --groups '{pattern}' mends that"]

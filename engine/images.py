@@ -240,6 +240,14 @@ def is_image_file(path: str, extension: str) -> bool:
     return False
 
 
+def has_few_colors(path: Path) -> bool:
+    """Whether an image has no or few colors, as masks have. Photographs of masks and of labels have many."""
+    with suppress(Exception):  # damaged: it will be named
+        with Image.open(path, formats=image_formats()) as image:
+            return image.mode in ("1", "L", "P", "I", "I;16", "LA") or image.getcolors(256) is not None
+    return False
+
+
 def is_image_extension(extension: str) -> bool:
     formats = image_formats()  # first, because it registers the extensions
     return Image.EXTENSION.get(extension.lower()) in formats

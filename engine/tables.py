@@ -235,8 +235,8 @@ class _Table:
         groups = {self._squeezed(c): c for c in reversed(repeated)}
         group = next(([groups[name]] for name in GROUP if name in groups), [])
         used = {"images": [image], "labels": named, "parts": split, "groups": group}
-        ends = {what: [self.names[c] for c in (each[0], each[-1])[: len(each)]] for what, each in used.items() if each}
-        self.used = {what: " to ".join(each) for what, each in ends.items()}
+        ends = {what: dict.fromkeys((each[0], each[-1])) for what, each in used.items() if each}
+        self.used = {what: " to ".join(self.names[c] for c in each) for what, each in ends.items()}
         others = [repr(self.names[c]) for c in free if c not in group and any(self.cells[c])]
         unused = f"; columns not used: {_some(others, 8)}" if others else ""
         unused += f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
@@ -268,20 +268,19 @@ class _Table:
     def _parts(self, columns: list[int]) -> tuple[list[int], list[str]]:
         """The columns that say in which part each row is, such as "split" or "is_test", and what they say."""
         for column in columns:
-            values = {value.lower() for value in self.cells[column]} - {""}
-            known = {part_of({value}) for value in values}
+            known = {value: part_of({value}) for value in {value.lower() for value in self.cells[column]} - {""}}
             named = words_of(self.names[column]) & SPLIT
-            if (known and None not in known) or ("train" in known and named):
-                return [column], [part_of({value.lower()}) or value for value in self.cells[column]]
-            if named and values:
-                where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
+            if (known and None not in known.values()) or ("train" in known.values() and named):
+                return [column], [known.get(value.lower()) or value for value in self.cells[column]]
+            if named and known:
+                where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(known))
                 raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
         flags = {c: part for c, each in words.items() if "is" in each and (part := part_of(each))}
-        others = "test" if "train" in flags.values() else "train"
-        rows = zip(*(self.cells[c] for c in flags), strict=True) if flags else [()] * len(self.cells[0])
-        marked = ([part for part, v in zip(flags.values(), row, strict=True) if v.lower() in YES] for row in rows)
-        return [*flags], [each[0] if each else others for each in marked]
+        parts = ["test" if "train" in flags.values() else "train"] * len(self.cells[0])
+        for column in reversed(flags):  # the first one counts
+            parts = [flags[column] if v.lower() in YES else p for v, p in zip(self.cells[column], parts, strict=True)]
+        return [*flags], parts
 
     def _labels(self, columns: list[int]) -> tuple[Sequence[str], list[int]]:
         """The label of each row, and the columns that it is from: several if each is a class, marked by 0 and 1."""
