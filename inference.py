@@ -183,7 +183,7 @@ def choose_images(args: Namespace, models: Sequence[TransferModel]) -> tuple[Ite
         return expand(args.paths, args.separator, skipped), [], skipped
     known = [{"path": path, "true": classes[label]} for path, label in zip(images.paths(), images.labels, strict=True)]
     for record, group in zip(known, images.groups or (), strict=False):
-        record["group"] = group
+        record["group"] = group or record["path"]  # an image without a group is one of its own
     return images.items, known, skipped
 
 

@@ -25,9 +25,11 @@ IMAGE = {"file", "filename", "filenames", "filepath", "filepaths", "id", "image"
 LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diagnosis", "disease", "dx", "finding"}
 LABEL |= {"genus", "label", "labels", "species", "target", "variety", "y"}
 SPLIT = {"split", "subset", "partition"}
+NUMBERS = {"0": "train", "1": "val", "2": "test"}  # as in CelebA, Waterbirds and WILDS
 GROUP = [name + end for name in ("patient", "subject", "group", "object") for end in ("", "id", "name")]
 GROUP += ["pid", *(name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide"))]
 GROUP += ["studyinstanceuid", *(name + "id" for name in ("video", "clip", "sequence", "seq", "series", "scene"))]
+VAGUE = ("group", "groupid", "groupname", "object", "objectid", "objectname")  # may be a label, or several classes
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 UNLABELLED = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "#N/A", "<NA>"}  # "na", "none", "?" and "-" may be classes
 
@@ -120,8 +122,7 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif label in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            group = value if group in UNLABELLED else group  # an image without a group is one of its own
-            meanings[files[0]].append((part, label, group))
+            meanings[files[0]].append((part, label, "" if group in UNLABELLED else group))
     for file, (first, *others) in meanings.items():
         if any(other[:2] != first[:2] for other in others):
             skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))
@@ -174,7 +175,7 @@ class _Files:
         images = [p for p in self.root.iterdir() if p.is_file() and is_image_file(str(p), p.suffix.lower())]
         for folder in class_folders(self.root)[0].values():
             images += find_images(folder)[0]
-        masks = {path for path in images if DESCRIPTIONS & set().union(*map(words_of, self._folders(path)))}
+        masks = {path for path in images if any(map(_describes, map(words_of, self._folders(path))))}
         self.images = {*images} - masks or masks
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in sorted(self.images, key=str):
@@ -199,6 +200,17 @@ class _Files:
 
     def _folders(self, path: Path) -> tuple[str, ...]:
         return path.relative_to(self.root).parts[:-1]
+
+
+def _describes(words: frozenset[str]) -> bool:
+    """Whether a folder holds no images but what describes them: "masks", "train_masks", not "with_mask"."""
+    return bool(words & DESCRIPTIONS) and not any(word for word in words - DESCRIPTIONS - PHOTOS if not part_of({word}))
+
+
+def _part_in(value: str) -> str | None:
+    """The part that a cell names: "train", "Testing", "PublicTest"."""
+    words = words_of(value) - {"public", "private", "set", "data", "images"}
+    return part_of(words) if len(words) == 1 else None
 
 
 def _key(name: str) -> str:
@@ -231,16 +243,17 @@ class _Table:
         free = [c for c in free if c not in split]
         labels, named = self._labels(free) if label is None else (self.cells[label], [label])
         free = [c for c in free if c not in named]
-        repeated = [c for c in free if len({*self.cells[c]}) < len(labels)]
-        groups = {self._squeezed(c): c for c in reversed(repeated)}
-        group = next(([groups[name]] for name in GROUP if name in groups), [])
+        group = self._group(free, labels)
         used = {"images": [image], "labels": named, "parts": split, "groups": group}
         ends = {what: dict.fromkeys((each[0], each[-1])) for what, each in used.items() if each}
         self.used = {what: " to ".join(self.names[c] for c in each) for what, each in ends.items()}
         others = [repr(self.names[c]) for c in free if c not in group and any(self.cells[c])]
-        unused = f"; columns not used: {_some(others, 8)}" if others else ""
-        unused += f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
-        self.summary = f"{path.name}: {', '.join(f'{what} from {name!r}' for what, name in self.used.items())}{unused}"
+        remarks = [f"{what} from {name!r}" for what, name in self.used.items()]
+        self.summary = f"{path.name}: {', '.join(remarks)}"
+        if split and {*self.cells[split[0]]} - UNLABELLED == {*NUMBERS}:
+            self.summary += "; 0, 1 and 2 are taken for train, val and test"
+        self.summary += f"; columns not used: {_some(others, 8)}" if others else ""
+        self.summary += f"; {count_of(odd, 'row')} with another number of columns not used" if odd else ""
         groups = self.cells[group[0]] if group else [""] * len(labels)
         self.rows = [*zip(self.cells[image], labels, parts, groups, strict=True)]
 
@@ -267,14 +280,25 @@ class _Table:
 
     def _parts(self, columns: list[int]) -> tuple[list[int], list[str]]:
         """The columns that say in which part each row is, such as "split" or "is_test", and what they say."""
+        found, refused = defaultdict(list), []
         for column in columns:
-            known = {value: part_of({value}) for value in {value.lower() for value in self.cells[column]} - {""}}
-            named = words_of(self.names[column]) & SPLIT
-            if (known and None not in known.values()) or ("train" in known.values() and named):
-                return [column], [known.get(value.lower()) or value for value in self.cells[column]]
-            if named and known:
-                where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(known))
-                raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
+            values, named = {*self.cells[column]} - UNLABELLED, bool(words_of(self.names[column]) & SPLIT)
+            known = NUMBERS if named and values == {*NUMBERS} else {value: _part_in(value) for value in values}
+            parts = {*known.values()}
+            if (named and "train" in parts) or (None not in parts and len(parts) > (0 if named else 1)):
+                # the best name counts: "split", then "original_split", then any other
+                rank = (self.names[column].lower() not in SPLIT) + (not named)
+                found[rank].append((column, [known.get(value) or value for value in self.cells[column]]))
+            elif named and values:
+                refused.append((column, values))
+        if found:
+            (column, parts), *others = found[min(found)]
+            if any(rival != parts for _, rival in others):
+                raise self._unclear("several columns may say which part an image is in: rename all but one")
+            return [column], parts
+        for column, values in refused:
+            where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
+            raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
         flags = {c: part for c, each in words.items() if "is" in each and (part := part_of(each))}
         parts = ["test" if "train" in flags.values() else "train"] * len(self.cells[0])
@@ -289,10 +313,11 @@ class _Table:
         candidates = [c for c in columns if self.known & values[c]] or repeated
         named = [c for c in candidates if words_of(self.names[c]) & LABEL]
         exact = [c for c in named if self.names[c].lower() in LABEL]
-        groups = [c for c in candidates if words_of(self.names[c]) & {*GROUP} or self._squeezed(c) in GROUP]
-        plain = [c for c in candidates if c not in groups and len(values[c]) > 1]
+        clear = {*GROUP} - {*VAGUE}
+        plain = [c for c in candidates if self._squeezed(c) not in clear and len(values[c]) > 1]
         flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]
-        if not named and len(flags) > 1:
+        texts = [c for c in plain if c not in flags and not all(map(_is_number, values[c] - UNLABELLED))]
+        if not named and len(flags) > 1 and not texts:
             rows = range(len(self.cells[0]))
             marked = [[c for c in flags if self.cells[c][row].lower() in YES] for row in rows]
             if any(len(each) != 1 for each in marked):
@@ -307,6 +332,16 @@ class _Table:
         if len(chosen) == 1:
             return self.cells[chosen[0]], chosen
         raise self._unclear("several columns may be the label" if chosen else "no column repeats a few labels")
+
+    def _group(self, columns: list[int], labels: Sequence[str]) -> list[int]:
+        """The column of groups, if there is one. A "group" of several whole classes is a class of classes."""
+        named = {self._squeezed(c): c for c in reversed(columns) if len({*self.cells[c]}) < len(labels)}
+        for name in filter(named.__contains__, GROUP):
+            groups = self.cells[named[name]]
+            whole = len({*zip(labels, groups, strict=True)}) == len({*labels}) > len({*groups})
+            if not (whole and name in VAGUE):
+                return [named[name]]
+        return []
 
     def _unclear(self, reason: str) -> ValueError:
         columns = [f"{name!r} ({printable(cells[0][:30])})" for name, cells in zip(self.names, self.cells, strict=True)]

@@ -177,9 +177,30 @@ def test_parts_and_groups(pets):
     for images in data.parts.values():
         assert images.groups == [groups[Path(name).stem] for name in images.names]
         assert images.subset(torch.tensor([2, 0])).groups == [images.groups[2], images.groups[0]]
-    table = write(pets / "labels.csv", ("id", "label", "split"), *[(*row, i % 2) for i, row in enumerate(ROWS)])
-    with pytest.raises(ValueError, match="'split' should say train, val or test, not 0, 1"):
-        load_data(str(table))
+
+
+@pytest.mark.parametrize(
+    ("header", "columns", "sizes"),
+    [
+        (("split",), ["001"], "'split' should say train, val or test, not 0, 1"),
+        (("partition",), ["0012"], (16, 7, 7)),  # as in CelebA
+        (("Usage",), [["Training", "Training", "PublicTest", "PrivateTest", "Training"]], (None, None, 12)),
+        (("source", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
+        (("source",), [["train"]], (None, None, 6)),
+        (("original_split", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
+        (("subset", "split"), ["XY", ["train", "train", "test", "val"]], (16, 7, 7)),
+        (("old_split", "new_split"), [["train"], ["train", "test", "val"]], "rename all but one"),
+    ],
+)
+def test_which_column_says_the_part(pets, header, columns, sizes):
+    rows = [(*row, *(values[i % len(values)] for values in columns)) for i, row in enumerate(ROWS)]
+    table = str(write(pets / "labels.csv", ("id", "label", *header), *rows))
+    if isinstance(sizes, str):
+        with pytest.raises(ValueError, match=sizes):
+            load_data(table)
+    else:
+        found = [len(images) for images in load_data(table).parts.values()]
+        assert all(size in (None, count) for size, count in zip(sizes, found, strict=True)) and sum(found) == 30
 
 
 @pytest.mark.parametrize(
@@ -209,6 +230,27 @@ def test_other_names_of_groups(pets, name):
     assert "not used: 'patient', 'fold'" in data.notes[0] and repr(name) in data.notes[0]
 
 
+def test_a_class_of_classes_is_no_group(pets):
+    kinds = {"blue": "cold", "green": "cold", "red": "warm"}
+    rows = [(*row, kinds.get(row[1], "cold")) for row in ROWS]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "group"), *rows)))
+    assert "not used: 'group'" in data.notes[0] and len({*data.test.groups}) == len(data.test)
+
+
+def test_identical_images_without_a_patient_stay_together(pets):
+    for i in range(12, 30):  # six images, each of them three times
+        (pets / "train" / f"{NAMES[i]}.png").write_bytes((pets / "train" / f"{NAMES[12 + i % 6]}.png").read_bytes())
+    labels = {name: LABELS[12 + i % 6 if i > 11 else i] for i, name in enumerate(NAMES)}
+    rows = [(name, label, f"p{i // 2}" if i < 12 else "") for i, (name, label) in enumerate(labels.items())]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "patient"), *rows)))
+    where = {}
+    for part, images in data.parts.items():
+        for identity in images.ids:
+            where.setdefault(identity, {*()}).add(part)
+    assert len(where) == 18 and all(len(parts) == 1 for parts in where.values())
+    assert any("6 groups, held out as a whole; 18 images in no group" in note for note in data.notes)
+
+
 def test_what_a_label_is(pets):
     def classes(header: tuple, *columns: list) -> tuple[str, ...]:
         return load_data(str(write(pets / "labels.csv", header, *zip(NAMES, *columns, strict=True)))).classes
@@ -216,6 +258,7 @@ def test_what_a_label_is(pets):
     numbers, flags = [[10, 2, 1][i % 3] for i in range(30)], [[int(i % 3 == k) for i in range(30)] for k in range(3)]
     assert classes(("id", "level"), numbers) == ("1", "2", "10")
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
+    assert classes(("id", "food_group"), LABELS) == classes(("id", "object"), LABELS) == tuple(sorted(COLORS))
     for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
         marked = [[marks[flag] for flag in column] for column in flags]
         assert classes(("image", "MEL", "NV", "BCC"), *marked) == ("BCC", "MEL", "NV")
@@ -227,6 +270,8 @@ def test_what_a_label_is(pets):
         (("image", "tags"), [["a", "b", "a b"] * 10], "several labels"),
         (("image", "price"), [[i / 7 for i in range(30)]], "'price'"),
         (("image", "label"), [["red"] * 30], "one class only"),
+        (("image", "object", "color"), [["cup", "jar"] * 15, LABELS], "several columns may be the label"),
+        (("image", "kind", "male", "female"), [LABELS, flags[0], [1 - x for x in flags[0]]], "several columns may be"),
         (("image", "note"), [[""] * 30], "no labelled training image"),
     ):
         with pytest.raises(ValueError, match=reason):
