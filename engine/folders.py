@@ -15,7 +15,7 @@ import torch
 from engine.console import count_of, printable
 from engine.images import Images, has_few_colors, is_image_file, unread_format
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 EXPECTED_TREE = """
     {root}/<class>/*.jpg          one folder for each class; the folder's name is the label
 or

@@ -23,7 +23,7 @@ TABLES = (".csv", ".tsv", ".tab", ".txt")
 # words in the names of columns
 IMAGE = {"file", "filename", "filenames", "filepath", "filepaths", "id", "image", "images", "img", "path", "photo"}
 LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diagnosis", "disease", "dx", "finding"}
-LABEL |= {"genus", "label", "labels", "species", "target", "variety", "y"}
+LABEL |= {"genus", "label", "labels", "species", "target", "variety"}
 SPLIT = {"split", "subset", "partition"}
 NUMBERS = {"0": "train", "1": "val", "2": "test"}  # as in CelebA, Waterbirds and WILDS
 GROUP = [name + end for name in ("patient", "subject", "group", "object") for end in ("", "id", "name")]
@@ -284,8 +284,8 @@ class _Table:
         for column in columns:
             values, named = {*self.cells[column]} - UNLABELLED, bool(words_of(self.names[column]) & SPLIT)
             known = NUMBERS if named and values == {*NUMBERS} else {value: _part_in(value) for value in values}
-            parts = {*known.values()}
-            if (named and "train" in parts) or (None not in parts and len(parts) > (0 if named else 1)):
+            parts = {*known.values()} - {None}
+            if len(parts) > 1 or (named and parts and ("train" in parts or None not in known.values())):
                 # the best name counts: "split", then "original_split", then any other
                 rank = (self.names[column].lower() not in SPLIT) + (not named)
                 found[rank].append((column, [known.get(value) or value for value in self.cells[column]]))
@@ -311,8 +311,8 @@ class _Table:
         values = {c: {*self.cells[c]} for c in columns}
         repeated = [c for c in columns if 2 * len(values[c]) <= len(self.cells[c])]
         candidates = [c for c in columns if self.known & values[c]] or repeated
-        named = [c for c in candidates if words_of(self.names[c]) & LABEL]
-        exact = [c for c in named if self.names[c].lower() in LABEL]
+        exact = [c for c in candidates if self.names[c].lower() in (*LABEL, "y")]
+        named = [c for c in candidates if c in exact or words_of(self.names[c]) & LABEL]
         clear = {*GROUP} - {*VAGUE}
         plain = [c for c in candidates if self._squeezed(c) not in clear and len(values[c]) > 1]
         flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]

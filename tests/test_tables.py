@@ -185,6 +185,7 @@ def test_parts_and_groups(pets):
         (("split",), ["001"], "'split' should say train, val or test, not 0, 1"),
         (("partition",), ["0012"], (16, 7, 7)),  # as in CelebA
         (("Usage",), [["Training", "Training", "PublicTest", "PrivateTest", "Training"]], (None, None, 12)),
+        (("set",), [["train", "train", "dev", "test"]], (16, 7, 7)),
         (("source", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
         (("source",), [["train"]], (None, None, 6)),
         (("original_split", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
@@ -258,6 +259,7 @@ def test_what_a_label_is(pets):
     numbers, flags = [[10, 2, 1][i % 3] for i in range(30)], [[int(i % 3 == k) for i in range(30)] for k in range(3)]
     assert classes(("id", "level"), numbers) == ("1", "2", "10")
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
+    assert classes(("id", "Roi.Y1", "ClassId"), list("1234567890") * 3, numbers) == ("1", "2", "10")  # as in GTSRB
     assert classes(("id", "food_group"), LABELS) == classes(("id", "object"), LABELS) == tuple(sorted(COLORS))
     for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
         marked = [[marks[flag] for flag in column] for column in flags]
