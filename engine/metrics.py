@@ -150,8 +150,10 @@ def _jackknife(values: Sequence[float], groups: Sequence[object]) -> tuple[float
 
 
 def _t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t distribution, within 3% from 2 degrees of freedom (Fisher and Cornish 1960)."""
-    z, v = 1.96, max(1, freedom)
+    """The 97.5% quantile of Student's t distribution, within 0.3% (from 4 degrees on: Fisher and Cornish 1960)."""
+    if freedom < 4:
+        return (12.706, 12.706, 4.303, 3.182)[freedom]
+    z, v = 1.96, freedom
     return (
         z
         + (z**3 + z) / (4 * v)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU
+from scipy import stats
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn import metrics as sklearn_metrics
@@ -118,6 +119,17 @@ def test_the_prior_limits_the_temperature_of_few_images():
     for seed in range(20):
         logits, _ = problem(seed, images=12)
         assert fit_temperature(logits, logits.argmax(dim=1)) > 0.7  # all of them right
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 5, 8, 30])
+def test_margins_of_few_groups_are_those_of_student(number):
+    """The gains of a group are all alike: so each group is one observation."""
+    gains = torch.randn(number, generator=torch.Generator().manual_seed(number)).sign().tolist()
+    gains[:2] = 1.0, -1.0
+    groups = [i for i in range(number) for _ in range(50)]
+    _, margin = paired_difference([gains[i] for i in groups], [0.0] * len(groups), groups)
+    expected = stats.t.ppf(0.975, number - 1) * stats.sem(gains)
+    assert margin == pytest.approx(expected, rel=4e-3)
 
 
 def test_intervals_of_groups_hold_the_truth():
