@@ -139,14 +139,19 @@ def main(argv: list[str] | None = None) -> int:
             data.save_split(args.output / "checkpoints" / f"split-{data.identity['split']}.json")
         rows = results.read_results(args.output / "plots" / "results.json") if is_first() else {}
         trained = train_models(args, data, provenance, rows)
-        if not trained:
-            return 2
         all_trained = len(trained) == len(args.models) * (2 if args.fine_tune else 1)
-        complete = all_trained and not any(each.failed for each in trained)
+        complete = all_trained and not any(each.failed for each in trained) and not data.unreadable
         if is_first():
             for each in trained if all_trained else ():  # if a model failed, the same command needs these files
                 (args.output / "checkpoints" / f"{each.model.name}.resume").unlink(missing_ok=True)
-            complete &= summarize(trained, rows, data, args.output)
+            if trained:
+                complete &= summarize(trained, rows, data, args.output)
+            for reason in data.unreadable:
+                print(f"left out: {printable(reason)}", file=sys.stderr)
+            if data.unreadable:
+                print(f"{count_of(len(data.unreadable), 'image')} cannot be read: left out", file=sys.stderr)
+    if not trained:
+        return 2
     best = results.best_model([each.row for each in trained])["model"]
     checkpoint = shlex.quote(str(args.output / "checkpoints" / f"{best}.pt"))
     print(f"\nplots are in {args.output / 'plots'}/; next: python inference.py --checkpoint {checkpoint} IMAGE...")
@@ -327,9 +332,9 @@ def save(trained: TrainedModel, data: Data, provenance: dict, rows: dict[str, di
 
 
 def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, output: Path) -> bool:
-    """Compares the models with each other and with earlier models, checks the data, and lists unreadable images.
+    """Compares the models with each other and with earlier models, and checks the data.
 
-    Returns whether every step worked, all images were readable, and every training ran for all epochs.
+    Returns whether every step worked and every training ran for all epochs.
     """
     new, plots = [each.row for each in trained], output / "plots"
     compared = {name: row for name, row in rows.items() if all(row[k] == new[0][k] for k in results.COMPARABLE)}
@@ -349,11 +354,7 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
         report = check_data(best, data, plots)
     with optional_step("report page", failed):
         visualization.write_page(compared, new[0], report, plots)
-    for reason in data.unreadable:
-        print(f"left out: {printable(reason)}", file=sys.stderr)
-    if data.unreadable:
-        print(f"{count_of(len(data.unreadable), 'image')} cannot be read: left out", file=sys.stderr)
-    return not failed and not data.unreadable and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
+    return not failed and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 
 def check_data(trained: TrainedModel, data: Data, folder: Path) -> dict:

@@ -81,6 +81,8 @@ def test_a_class_without_a_test_image(train, known, photos, broken):
     assert row["train_images"] + row["val_images"] == 59 and row["test_images"] == 12
     shown = [recall for recall in row["per_class"]["recall"] if recall is not None]
     assert len(shown) == 2 and f"{min(shown):.2%}" in out and f"{row['macro']['f1']:.3f}" in out
+    code, _, err = train(photos, "--image-size", 64)  # nothing is trained: it would replace a model
+    assert code == 2 and ("red/3.png" in err) == broken
 
 
 def test_a_class_without_a_readable_training_image(train, photos):
