@@ -38,7 +38,7 @@ CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and 
 
 @dataclass
 class Data:
-    """A data set in three parts. A label is an index into `classes`. Every image could be read."""
+    """A data set in three parts. A label is an index into `classes`."""
 
     classes: tuple[str, ...]
     train: Images
@@ -88,13 +88,14 @@ def load_data(
 
     If test or validation images are missing, holds out 20% of the training images of each class, chosen by `seed`.
     Images that belong together stay on one side: those to whose names the regular expression `groups` gives the same
-    group, or else near-duplicates. `limit` keeps that many training images, balanced over the classes, and that share
-    of the others. With `test_split` "val", the validation images of the source become the test images.
+    group, or else a table's groups, or else near-duplicates. `limit` keeps that many training images, balanced over the
+    classes, of which validation images may be held out, and that share of the others. With `test_split` "val", the
+    validation images of the source become the test images.
     `columns` are those of a table that hold the images and their labels, if they cannot be found.
     Images that cannot be read are left out. Thumbnails of the others are kept in `root`/features.
     Raises OSError if nothing can be read or downloaded, ValueError if the images are not a usable data set.
     """
-    classes, parts, notes = _read_source(source, root, columns)
+    classes, parts, notes = _read_source(source, root, columns, groups is not None)
     content = _content(classes, parts, with_labels=Path(source).is_file())
     if test_split == "val":
         if "val" not in parts or "test" in parts:
@@ -286,7 +287,7 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
     """
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: it says which images the model was trained on")
-    classes, parts, _ = _read_source(source, root, columns)
+    classes, parts, _ = _read_source(source, root, columns, grouped=True)  # as the run may have been
     everything, split, notes = Images.joined(parts.values()), {}, []
     places = {name: i for i, name in enumerate(everything.names)}
     stored = json.loads(file.read_text())
@@ -304,23 +305,29 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
 
 
 def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
-    """A remark for each split (`Data.save_split`) that has some of these images in training or validation."""
+    """Remarks if some of these images, or of their groups, were used for training. `splits` are those of the models."""
     remarks = []
-    for file in filter(Path.exists, splits):
+    for file in splits:
+        if not file.exists():
+            remarks.append(f"no {file}: it is not known whether these images were used for training")
+            continue
         stored = json.loads(file.read_text())
-        seen = {*stored["train"].values(), *stored["val"].values()}
-        if count := sum(identity in seen for identity in images.ids):
-            known = f"{count:,} of {count_of(len(images), 'image')} were used for training or validation"
-            remarks.append(f"{known}: the accuracy is too high for a test")
-    return remarks
+        known = stored.get("groups") or {"train": (), "val": ()}  # earlier versions did not write it
+        seen = {*stored["train"].values(), *stored["val"].values(), *known["train"], *known["val"]}
+        if count := sum(
+            not seen.isdisjoint(each) for each in zip(images.ids, images.groups or images.ids, strict=True)
+        ):
+            used = f"{count:,} of {count_of(len(images), 'image')}, or others of their groups, were used for training"
+            remarks.append(f"{used} or validation: the accuracy is too high for a test")
+    return [*dict.fromkeys(remarks)]
 
 
-def _read_source(source: str, root: Path, columns: Sequence[str] | None) -> Source:
+def _read_source(source: str, root: Path, columns: Sequence[str] | None, grouped: bool) -> Source:
     if source == "cifar10":
         return CIFAR10_CLASSES, _cifar10(root), []
     if source == "demo":
         return *_demo(), ["drawn shapes and random backbones: this tests the installation, not the models"]
-    return read_source(Path(source), columns)
+    return read_source(Path(source), columns, grouped)
 
 
 def _content(classes: tuple[str, ...], parts: dict[str, Images], with_labels: bool) -> str:

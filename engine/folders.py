@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
@@ -29,12 +29,15 @@ OUTPUTS = (".lock", "checkpoints/.lock", "*/checkpoints/.lock", "results.json", 
 DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtruth", "json", "label", "labels", "mask"}
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
 PHOTOS = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
+ORIGINALS = PHOTOS | {"original", "originals", "photo", "raw"}  # in a class folder; elsewhere the others may be classes
+UNLABELLED = {"unlabeled", "unlabelled"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
-def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
+def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], dict[str, Images], list[str]]:
     """The classes of an image folder, its parts, and notes: which files are not used, and why.
 
+    If all class folders hold the same folders, it must be known that these are `grouped`, as patients or films.
     Raises FileNotFoundError if there is no folder, ValueError if it is not a data set.
     """
     expected = f"a data set looks like this:{EXPECTED_TREE.format(root=source)}"
@@ -58,14 +61,15 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
     train = part_folders["train"]
     class_paths, beside = class_folders(train)
     _refuse_descriptions(train, class_paths)
+    if len(class_paths) > 2:  # of two, it may be one of the classes
+        class_paths = {n: path for n, path in class_paths.items() if n.lower() not in UNLABELLED or _has_folders(path)}
     classes = tuple(class_paths)
     if not classes:  # perhaps of files that no class folder can consist of, such as DICOM's
         raise ValueError(f"no class folders in {train}{_unused(find_images(train)[1])}; {expected}")
     if len(classes) == 1:
         given = f"one class only, {classes[0]!r}"
         raise ValueError(f"{train} has {given}: a classifier needs two or more{_unused(beside)}")
-    _refuse_nested_classes(train, list(class_paths.values()))
-    parts, notes = {}, _look_alikes(classes)
+    parts, notes = {}, [*look_alikes(classes), *_same_folders(train, [*class_paths.values()], grouped)]
     for part, folder in part_folders.items():
         inside = class_folders(folder)[0]
         if len(inside) < 2 and not inside.keys() & classes:
@@ -79,11 +83,14 @@ def read_folder(source: Path) -> tuple[tuple[str, ...], dict[str, Images], list[
     return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
 
 
-def _look_alikes(classes: Iterable[str]) -> list[str]:
-    plain = {name: name.strip().casefold() for name in classes}
-    counts = Counter(plain.values())
-    alike = [printable(name) for name in plain if counts[plain[name]] > 1]
-    return [f"classes that look the same: {', '.join(alike)}"] if alike else []
+def look_alikes(classes: Iterable[str]) -> list[str]:
+    """A note if names of classes differ in case or space alone, or are the same number ("1", "01", "1.0")."""
+    alike = defaultdict(list)
+    for name in classes:
+        plain = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+        alike[float(plain) if re.fullmatch(r"-?\d+(\.\d+)?", plain) else plain].append(printable(name))
+    found = [" and ".join(names) for names in alike.values() if len(names) > 1]
+    return [f"classes that look the same: {', '.join(found)}"] if found else []
 
 
 def _unused(skipped: Counter[str]) -> str:
@@ -131,20 +138,27 @@ def _unnested(folder: Path) -> Path:
     return inner if inner.is_dir() and list(class_folders(folder)[0].values()) == [inner] else folder
 
 
-def _refuse_nested_classes(root: Path, folders: list[Path]) -> None:
-    """Raises ValueError if all class folders hold folders of mostly the same names, which may be the real classes."""
+def _same_folders(root: Path, folders: list[Path], grouped: bool) -> list[str]:
+    """A note if all class folders hold folders of mostly the same names.
+
+    Raises ValueError if nobody has said that these are groups: they may be the real classes.
+    """
     inner = [{*class_folders(folder)[0]} for folder in folders]
     counts = Counter(name for names in inner for name in names)
     shared = sorted(name for name, count in counts.items() if count > 1)
     if len(shared) < 2 or 2 * len(shared) <= len(counts) or not all(names & {*shared} for names in inner):
-        return
-    images = ((folder, path) for folder in folders for path in _without_descriptions(find_images(folder)[0]))
+        return []
+    images = ((folder, path) for folder in folders for path in _without_descriptions(folder, find_images(folder)[0]))
     steps = {path.relative_to(folder).parts[0] for folder, path in images if path.parent != folder}
     if len(steps) == 1:  # such as images/, beside masks/ of the same names
-        return
-    same, advice = ", ".join(shared[:5]), "if either are parts of the data set, call them train, val and test"
-    advice += f"; if patients or films, put them into the files' names, as in CLASS/{shared[0]}_1.jpg"
-    raise ValueError(f"the folders in {root} hold the same folders ({same}): {advice}")
+        return []
+    same = f"the folders in {root} hold the same folders ({', '.join(shared[:5])})"
+    if grouped:
+        return [f"{same}: the outer ones are the classes"]
+    patterns = dict.fromkeys(re.sub("[0-9]+", "[0-9]+", re.escape(name)) for name in sorted(counts))
+    groups = shlex.quote(f"/({'|'.join(patterns)})/")
+    advice = f"if the inner ones are patients or films, say so with --groups {groups}"
+    raise ValueError(f"{same}: if either are parts of the data set, call them train, val and test; {advice}")
 
 
 def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
@@ -215,6 +229,9 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     """
     folders, skipped = class_folders(folder)
     unknown, lacking = sorted(folders.keys() - set(classes)), [name for name in classes if name not in folders]
+    for name in [name for name in unknown if name.lower() in UNLABELLED]:
+        unknown.remove(name)
+        skipped[f"without a label ({printable(name)})"] += _count_files(folders[name])
     if unknown and lacking:
         inside = [str(path) for path in folders.values() if class_folders(path)[0].keys() & set(classes)]
         advice = f"the class folders are in {inside[0]}" if inside else "rename it, or move it away"
@@ -226,7 +243,7 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     for label, name in enumerate(classes):
         if name in folders:
             found, more = find_images(folders[name])
-            images = _without_descriptions(found)
+            images = _without_descriptions(folders[name], found)
             more["masks or other descriptions of images"] += len(found) - len(images)
             items += images
             labels += [label] * len(images)
@@ -234,18 +251,25 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     return Images(items, torch.tensor(labels, dtype=torch.int64), [name_below(source, item) for item in items]), skipped
 
 
-def _without_descriptions(images: list[Path]) -> list[Path]:
-    """The images of a class but for those that describe others: 1_mask.png beside 1.jpg, masks/1.png beside images/."""
+def _without_descriptions(folder: Path, images: list[Path]) -> list[Path]:
+    """The images of a class but for those that describe others.
+
+    1.png or 1_mask.png beside 1.jpg, masks/1.png beside images/1.png.
+    """
     ends, plain, described = "|".join(DESCRIPTIONS), set(), {}
     for path in images:
-        words, name = words_of(path.parent.name), path.stem.lower()
+        steps, name = path.parts[len(folder.parts) : -1], path.stem.lower()
         whole = re.sub(rf"[ _.-]+({ends})([ _-]?\d+)?$", "", name)
-        apart = set() < words <= DESCRIPTIONS
-        key = (path.parent.parent if apart or set() < words <= PHOTOS else path.parent, whole)
+        apart = any(set() < words_of(step) <= DESCRIPTIONS for step in steps)
+        key = (*(step for step in steps if not set() < words_of(step) <= ORIGINALS | DESCRIPTIONS), whole)
         if apart or whole != name:
             described[path] = key
-        else:
-            plain.add(key)
+            continue
+        plain.add(key)
+        if path.suffix.lower() in (".jpg", ".jpeg"):
+            plain.add((*key, "photograph"))
+        elif path.suffix.lower() == ".png":
+            described[path] = (*key, "photograph")
     masks = {path for path, key in described.items() if key in plain and has_few_colors(path)}
     return [path for path in images if path not in masks]
 

@@ -16,7 +16,17 @@ from statistics import mode
 import torch
 
 from engine.console import count_of, printable
-from engine.folders import DESCRIPTIONS, PHOTOS, class_folders, find_images, name_below, part_of, read_folder, words_of
+from engine.folders import (
+    DESCRIPTIONS,
+    PHOTOS,
+    class_folders,
+    find_images,
+    look_alikes,
+    name_below,
+    part_of,
+    read_folder,
+    words_of,
+)
 from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
@@ -36,14 +46,14 @@ UNLABELLED = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "#N/A", "<NA>"}  # "n
 Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images by part, notes for the user
 
 
-def read_source(source: Path, columns: Sequence[str] | None = None) -> Source:
+def read_source(source: Path, columns: Sequence[str] | None = None, grouped: bool = False) -> Source:
     """Reads an image folder or a table. Raises OSError or ValueError if it is neither."""
     if source.is_file() or (source.suffix.lower() in TABLES and not source.is_dir()):
         return read_table(source, columns)
     if columns:
         raise ValueError(f"--columns is for a table; {source} is none")
     try:
-        classes, parts, notes = read_folder(source)
+        classes, parts, notes = read_folder(source, grouped)
     except ValueError as error:
         reason = str(error).partition("; a data set looks like this")[0]
         for advice, _ in _tables_in(source):
@@ -146,14 +156,11 @@ def _classes(table: Path, names: set[str], notes: list[str], skipped: dict[str, 
         given = f"one class only, {next(iter(names))!r}" if names else "no labelled training image"
         reasons = [*notes, *_not_used(table, skipped)]
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *reasons]))
-    spellings = defaultdict(list)
     for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
         if "|" in name or (len(pieces) > 1 and {*pieces} <= names):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
-        spellings[float(name) if _is_number(name) else name.casefold()].append(name)
-    if alike := [" and ".join(each) for each in spellings.values() if len(each) > 1]:
-        notes.append(f"classes that look the same: {', '.join(alike)}")
+    notes += look_alikes(sorted(names))
     return sorted(sorted(names), key=float if all(map(_is_number, names)) else str)
 
 

@@ -1,6 +1,7 @@
 """Which files below a folder are images, of which class, in which part."""
 
 import importlib.util
+import re
 import shutil
 import sys
 import unicodedata
@@ -208,6 +209,9 @@ def test_folders_of_images_and_descriptions_are_no_classes(train, tmp_path, layo
         ("{}.png", "{}-GT.png"),
         ("{}.png", "masks/{}.png"),
         ("images/{}.png", "masks/{}.png"),
+        ("{}.jpg", "{}.png"),
+        ("raw/{}.png", "mask/{}.png"),
+        ("patient1/photo/{}.png", "patient1/masks/{}.png"),
     ],
 )
 def test_masks_in_class_folders_are_no_images(tmp_path, image, mask):
@@ -232,10 +236,37 @@ def test_classes_inside_folders_of_years_or_patients_are_refused(tmp_path):
         load_data(str(tmp_path / "pets"))
 
 
+def test_patients_inside_the_classes_need_a_pattern(tmp_path):
+    folder = str(tmp_path / "scans")
+    names = [f"{kind}/patient{i:02}/{k}.png" for kind in ("ill", "well") for i in range(10) for k in range(2)]
+    for seed, name in enumerate(names):
+        draw(tmp_path / "scans" / name, (9, 9, 9), seed)
+    with pytest.raises(ValueError, match="--groups '/") as error:
+        load_data(folder)
+    data = load_data(folder, groups=re.search("--groups '(.*)'", str(error.value))[1])
+    patients = [{name.split("/")[1] for name in images.names} for images in data.parts.values()]
+    assert data.classes == ("ill", "well") and sum(map(len, patients)) == 10
+
+
+def test_images_without_a_label_are_no_class(photos):
+    (photos / "train" / "green").rename(photos / "train" / "unlabeled")
+    shutil.rmtree(photos / "test" / "green")
+    draw(photos / "train" / "yellow" / "0.png", (9, 9, 9), seed=0)
+    data = load_data(str(photos))
+    assert data.classes == ("blue", "red", "yellow") and "20 without a label (unlabeled)" in data.notes[0]
+
+
+@pytest.mark.parametrize("classes", [("original", "fake"), ("cooked", "raw"), ("labeled", "unlabeled")])
+def test_such_names_may_be_classes(tmp_path, classes):
+    for seed, name in enumerate(classes * 6):
+        draw(tmp_path / "x" / name / f"{seed // 2}.png", (9, 9, 9), seed)
+    assert load_data(str(tmp_path / "x")).classes == tuple(sorted(classes))
+
+
 def test_classes_of_two_spellings_are_told(photos):
     (photos / "train" / "red").rename(photos / "train" / "Blue")
     shutil.rmtree(photos / "test")
-    assert any("look the same: Blue, blue" in note for note in load_data(str(photos)).notes)
+    assert any("look the same: Blue and blue" in note for note in load_data(str(photos)).notes)
 
 
 def test_classes_may_have_such_names(tmp_path):

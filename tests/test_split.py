@@ -148,14 +148,19 @@ def test_identical_and_similar_images_stay_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "copy", ["{}_aug1.png", "{}-rotated-90.png", "flipped_{}.png", "{} copy.png", "{}_png.rf.aa.jpg", "{}.jpg"]
+    "copy",
+    [
+        *("{}_aug1.png", "{}-rotated-90.png", "{}_rot_-15.png", "flipped_{}.png", "{} copy.png", "{} - Copy (2).png"),
+        *("{}_png.rf.aa.jpg", "{}.jpg"),
+    ],
 )
 def test_copies_that_are_named_so_stay_together(tmp_path, copy):
     """They look quite different, as after strong augmentation."""
     original = "{}_png.rf.ff.jpg" if ".rf." in copy else "{}.png"
-    names = [f"{c}/{each.format(100 + i)}" for c in ("cat", "dog") for i in range(15) for each in (original, copy)]
+    kinds, key = ("abcdefghijklmno", "/[a-o]") if ".rf." in copy else (range(100, 115), r"1\d\d")
+    names = [f"{c}/{each.format(kind)}" for c in ("cat", "dog") for kind in kinds for each in (original, copy)]
     data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache")
-    sides = [{name[:3] + re.search(r"1\d\d", name)[0] for name in part.names} for part in data.parts.values()]
+    sides = [{name[:3] + re.search(key, name)[0] for name in part.names} for part in data.parts.values()]
     assert sum(map(len, sides)) == 30 and all(sides)
 
 
@@ -181,6 +186,7 @@ def test_numbers_instead_of_extensions_are_no_copies(tmp_path):
         ("{0}/{1}{2}_left.png {0}/{1}{2}_right.png", True),
         ("{0}/{2}{1}.png", False),
         ("{0}12/{0}12_{1}{2}.png", False),
+        ("{0}/{2}{1}.jp2", False),
     ],
 )
 def test_names_in_series_are_told(tmp_path, pattern, told):
