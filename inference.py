@@ -38,14 +38,14 @@ from engine.distributed import is_first, shared_map, with_process_group
 from engine.export import advice, export
 from engine.features import known_features, most_similar
 from engine.files import atomic_write
-from engine.folders import find_images, labelled_images, not_used
+from engine.folders import find_images, not_used
 from engine.images import Item, read_and_preprocess, read_for_plot
 from engine.layers import averages, run_layers
 from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import check_answers, fastest_copy
 from engine.results import print_table
 from engine.run import run_images
-from engine.tables import TABLES, labelled_rows
+from engine.tables import TABLES, read_labelled
 from models import TransferModel, load_checkpoint, predictions
 from visualization import PLOTTED_IMAGES
 
@@ -172,11 +172,8 @@ def choose_images(args: Namespace, models: Sequence[TransferModel]) -> tuple[Ite
         order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(0))[:PLOTTED_IMAGES]
         images, classes = data.test.subset(order), data.classes
     elif args.evaluate:
-        source, classes, notes = Path(args.paths[0]), models[0].classes, []
-        if source.is_dir():
-            images, skipped = labelled_images(source, classes, source)
-        else:
-            images, notes = labelled_rows(source, classes, models[0].origin.get("columns"))
+        origin, classes = models[0].origin, models[0].classes
+        images, notes = read_labelled(Path(args.paths[0]), classes, origin.get("columns"), origin.get("groups"))
         splits = {model.path.with_name(f"split-{model.origin.get('split')}.json") for model in models}
         for note in [*notes, *trained_on(splits, images)]:
             print(note, file=sys.stderr)

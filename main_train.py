@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.precision == "bf16" and not computes_in_bf16(args.device):
         print("no bf16 instructions are known here: expect up to 40 times the time of fp32", file=sys.stderr)
     provenance = results.provenance(sys.argv[1:] if argv is None else argv, args.device)
-    provenance |= {"data": args.data, "columns": args.columns}
+    provenance |= {"data": args.data, "columns": args.columns, "groups": args.groups}
     print(f"{args.data}: {', '.join(args.models)} on {provenance['device']} in {args.precision}, into {args.output}/")
     with output_folder(args.output):
         data = load_data(

@@ -332,7 +332,7 @@ SCHEMA = 6
 RENAMED = {"classifier.linear.": "classifier.ridge.", "classifier.network.": "classifier.mlp."}  # up to schema 5
 # what a checkpoint keeps of the model's attributes, and of its row
 SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")
-ORIGIN = ("data", "columns", "content", "split", "train_images", "val_accuracy", "weights_sha256")
+ORIGIN = ("data", "columns", "groups", "content", "split", "train_images", "val_accuracy", "weights_sha256")
 
 
 def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:

@@ -72,17 +72,21 @@ def assign_groups(images: Images, pool: Tensor, pattern: str | None, pairs: Pair
     """
     if pattern is None and images.groups is None:
         return _groups_of_copies(images, {*pool.tolist()}, pairs)
-    names = images.groups
-    if pattern is not None:
-        paths = [name.replace("\\", "/") for name in images.names]
-        found = [re.search(pattern, _original(path)) or re.search(pattern, path) for path in paths]
-        names = [match and match[min(1, match.re.groups)] for match in found]
-        if not any(names):
-            raise ValueError(f"--groups {pattern} matches no path of an image, such as {images.names[0]}")
+    names = images.groups if pattern is None else matched_groups(images.names, pattern)
     alone = sum(not name for name in names)
     rest = f"; {count_of(alone, 'image')} in no group" if alone else ""
     remarks = [f"{count_of(len({*names} - {None, ''}), 'group')}, held out as a whole{rest}"]
     return [name or identity for name, identity in zip(names, images.ids, strict=True)], remarks
+
+
+def matched_groups(names: list[str], pattern: str) -> list[str | None]:
+    """What `pattern`, or its first parentheses, matches in each name. Raises ValueError if it matches none."""
+    paths = [name.replace("\\", "/") for name in names]
+    found = [re.search(pattern, _original(path)) or re.search(pattern, path) for path in paths]
+    groups = [match and match[min(1, match.re.groups)] for match in found]
+    if not any(groups):
+        raise ValueError(f"--groups {pattern} matches no path of an image, such as {names[0]}")
+    return groups
 
 
 def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[list[str], list[str]]:

@@ -21,12 +21,15 @@ from engine.folders import (
     PHOTOS,
     class_folders,
     find_images,
+    labelled_images,
     look_alikes,
     name_below,
+    not_used,
     part_of,
     read_folder,
     words_of,
 )
+from engine.groups import matched_groups
 from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
@@ -105,17 +108,29 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
     return tuple(classes), images, notes
 
 
-def labelled_rows(table: Path, classes: tuple[str, ...], columns: Sequence[str] | None) -> tuple[Images, list[str]]:
-    """The images of these classes in a table, or in its test part if it has one, and notes.
+def read_labelled(
+    source: Path, classes: tuple[str, ...], columns: Sequence[str] | None, groups: str | None
+) -> tuple[Images, list[str]]:
+    """The images of these classes in a folder or a table, or in the table's test part if it has one, and notes.
 
-    `columns` are those of the training table, which count if this one has them, too.
+    `columns` and `groups` are those of the training, which count if they fit. Raises OSError or ValueError.
     """
-    _, parts, notes = read_table(table, columns, classes)
-    if not parts:
-        raise ValueError("; ".join([f"{table} has no image of a class that the model knows", *notes]))
-    if "test" in parts:
-        return parts["test"], [*notes, f"only the test part of {table.name} is used"]
-    return Images.joined(parts.values()), notes
+    if source.is_dir():
+        images, skipped = labelled_images(source, classes, source)
+        notes = [not_used(skipped)] if skipped.total() else []
+    else:
+        _, parts, notes = read_table(source, columns, classes)
+        if not parts:
+            raise ValueError("; ".join([f"{source} has no image of a class that the model knows", *notes]))
+        images = parts.get("test") or Images.joined(parts.values())
+        if "test" in parts:
+            notes.append(f"only the test part of {source.name} is used")
+    if groups and len(images):
+        try:
+            images.groups = matched_groups(images.names, groups)
+        except ValueError as error:
+            notes.append(f"{error}: the interval takes each image for a group of its own")
+    return images, notes
 
 
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:

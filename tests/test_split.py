@@ -109,7 +109,7 @@ def test_groups_stay_together_and_classes_keep_their_shares(tmp_path, seed):
     assert deviation(split["test"]) <= max(np.median(theirs), 0.05)
 
 
-def test_groups_by_name(train, tmp_path):
+def test_groups_by_name(run, train, tmp_path):
     names = [f"{name}/{name}{film}_{i}.png" for name in ("cat", "dog") for film in range(6) for i in range(5)]
     folder = folder_of(tmp_path / "films", names)
     code, out, _ = train(folder, "--groups", "([a-z]+[0-9])_")
@@ -120,6 +120,15 @@ def test_groups_by_name(train, tmp_path):
     assert len(row["test_groups"]) == row["test_images"] == 10 and len({*row["test_groups"]}) == 2
     low, high = row["test_interval"]
     assert high - low > 0.7  # two groups say little
+    judged = folder_of(tmp_path / "judged", [next(iter(stored["train"]))])  # another frame of a film
+    code, out, err = run(inference, judged, "--evaluate")
+    assert code == 0 and "1 of 1 image, or others of their groups" in err
+    shutil.rmtree(judged)
+    for name in stored["test"]:
+        (judged / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, judged / name)
+    code, out, err = run(inference, judged, "--evaluate")
+    assert code == 0 and f"95% interval {low:.1%}-{high:.1%}" in out and "training" not in err
     for pattern, message in (("film", "matches"), ("^[a-z]+", "one group"), ("(", "regular expression")):
         code, _, err = train(folder, "--groups", pattern, "--output", "other")
         assert code == 2 and message in err
