@@ -204,8 +204,8 @@ class TransferModel(nn.Module):
 
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
-        read. An unfamiliar image is unlike the training images; its label is a guess. A record of a fine-tuned backbone
-        has no "unfamiliar". Raises TypeError if `images` is something else, ValueError if `top_k` is below 1.
+        read. An unfamiliar image is unlike the training images; its label is a guess. Backbones whose weights were
+        fine-tuned do not tell. Raises TypeError if `images` is something else, ValueError if `top_k` is below 1.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
