@@ -1,7 +1,7 @@
-"""How does a frozen network run in OpenVINO, if that is installed (pip install openvino)? In fp32, and in int8.
+"""How does a network run in OpenVINO, if that is installed (pip install openvino)? In fp32, and in int8.
 
 On a CPU in fp32 most networks are faster there than in the fast copy (benchmarks/README.md). Converting a network takes
-some seconds, so the program is kept beside the features, and few images do without. In int8, which NNCF prepares (pip
+some seconds, so few images do without, and a program is kept beside its features. In int8, which NNCF prepares (pip
 install openvino nncf), weights and activations have 8 bits: the program belongs to the model, and to its checkpoint.
 """
 
