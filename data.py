@@ -38,7 +38,7 @@ CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and 
 
 @dataclass
 class Data:
-    """A data set in three parts. A label is an index into `classes`. Every image could be read."""
+    """A data set in three parts. A label is an index into `classes`."""
 
     classes: tuple[str, ...]
     train: Images
@@ -88,8 +88,9 @@ def load_data(
 
     If test or validation images are missing, holds out 20% of the training images of each class, chosen by `seed`.
     Images that belong together stay on one side: those to whose names the regular expression `groups` gives the same
-    group, or else near-duplicates. `limit` keeps that many training images, balanced over the classes, and that share
-    of the others. With `test_split` "val", the validation images of the source become the test images.
+    group, or else the groups of a table, or else near-duplicates. `limit` keeps that many training images, balanced
+    over the classes, with the validation images that are held out of them, and that share of the others. With
+    `test_split` "val", the validation images of the source become the test images.
     `columns` are those of a table that hold the images and their labels, if they cannot be found.
     Images that cannot be read are left out. Thumbnails of the others are kept in `root`/features.
     Raises OSError if nothing can be read or downloaded, ValueError if the images are not a usable data set.

@@ -10,7 +10,7 @@
     python inference.py                                     a sample of the test images -> plots/predictions.png
 
 If all checkpoints have the same classes, they form an ensemble: the mean of their log-probabilities is usually more
-accurate than the best of them. Individual predictions are printed too.
+accurate than the best of them. Individual predictions are printed too, but not as csv.
 """
 
 import csv
@@ -67,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="where --evaluate writes confusion matrices, mistakes, and MODEL_wrong.csv")  # fmt: skip
     add("--ensemble", action=BooleanOptionalAction,
         help="one answer of all models (default: if all have the same classes)")  # fmt: skip
-    add("--top-k", type=number(int), default=3, metavar="K", help="labels for each image")
+    add("--top-k", type=number(int), default=3, metavar="K", help="labels for each image, not in csv")
     add("--threshold", type=number(float, below=1), metavar="P", help="mark answers below this probability as unsure")
     add("--format", choices=("text", "json", "csv"), default="text",
         help=f"json: one object a line; csv: {', '.join(COLUMNS)}")  # fmt: skip
@@ -75,12 +75,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {PLOTTED_IMAGES} images with their labels")
     add("--explain", type=Path, metavar="FILE",
-        help=f"draw the first {PLOTTED_IMAGES} images with heat maps and the most similar training images")  # fmt: skip
-    add("--data", metavar="PATH", help="where the folder or table that was used for training is now, if it has moved")
+        help=f"draw the first {PLOTTED_IMAGES} images, heat maps (of some backbones), similar training images")  # fmt: skip
+    add("--data", metavar="PATH", help="where the training data are now, if moved; for --explain or without images")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
-    add("--precision", choices=("auto", *PRECISIONS), help="of the features (default: that of the model's training)")
+    add("--precision", choices=("auto", *PRECISIONS), help="of the features (default: the model's)")
     args = parser.parse_args(argv)
     if args.checkpoint:  # as in `--checkpoint a.pt cat.jpg`
         args.paths += [path for path in args.checkpoint if not path.endswith(".pt")]

@@ -88,11 +88,11 @@ def file_name(name: str) -> str:
 
 
 class TransferModel(nn.Module):
-    """A frozen backbone, `features`, and a new `classifier` that reads its spatially averaged outputs.
+    """A backbone, `features`, frozen until `unfreeze`, and a `classifier` of its outputs, of which maps are averaged.
 
     `features.*` of the state dict loads into torchvision's model, if that model has `features` and `classifier`.
-    Raises ValueError if the backbone is unknown or does not accept images of `image_size` (default: the size of its
-    weights), OSError if its weights cannot be loaded.
+    Raises ValueError if the backbone is unknown, does not accept images of `image_size` (default: the size of its
+    weights) or does not fit its weights file, OSError if its weights cannot be loaded.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation.
 
-An image that cannot be read raises ImageError. The scripts name it and leave it out, and their exit code is 1.
+An image that cannot be read raises ImageError. The scripts name it and leave it out. Their exit code is 1 then, or 2 if
+no image is left.
 """
 
 import hashlib

@@ -104,9 +104,9 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 def accuracy_interval(correct: Sequence[float], groups: Sequence[object] | None) -> tuple[float, float]:
     """The 95% confidence interval of an accuracy, given which images are right, or how often, and the group of each.
 
-    Of `groups`, the interval is Wilson's for the effective number of images: that of independent images which would
-    give the accuracy the same variance (Korn and Graubard 1998). The variance is the jackknife's, which leaves out each
-    group in turn; of few groups, Student's t makes the number smaller.
+    It is Wilson's. If groups have several images, it is that for the effective number of images: of independent images
+    which would give the accuracy the same variance (Korn and Graubard 1998), made smaller by Student's t for few
+    groups. The variance is the jackknife's, which leaves out each group in turn; if it is 0, the groups are counted.
     """
     share = sum(correct) / len(correct)
     if not groups or len({*groups}) == len(groups):
@@ -123,8 +123,9 @@ def paired_difference(
     """By how much one accuracy exceeds another one on the same images, and the margin of its 95% interval.
 
     Both are 1 where the model is right, else 0, or means of that over seeds. A difference smaller than the margin is
-    not significant. Images that both models have right, or wrong, change nothing, as in McNemar's test (interval:
-    Bonett and Price 2012, who add a pair for each side). Of `groups`, the variance is the jackknife's, if it is larger.
+    not significant. Images that both models have right, or wrong, hardly change that, and not at all in McNemar's test
+    (interval: Bonett and Price 2012, who add a pair for each side). Of `groups`, the margin follows from the
+    jackknife's variance, if that is larger.
     """
     gains = [a - b for a, b in zip(one, other, strict=True)] + [1, -1]
     total, count = sum(gains), len(gains)

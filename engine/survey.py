@@ -33,7 +33,7 @@ class Survey(NamedTuple):
 
 
 def survey(items: Sequence[Item], ids: list[str], folder: Path) -> Survey:
-    """Reads each image once, small. What it finds is kept in `folder`, so a second run reads no image.
+    """Decodes each image, small, unless `folder` holds what was found in it. Tries unreadable ones again in each run.
 
     Raises OSError if a file in `folder` cannot be written.
     """
