@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.console import first_line
+from engine.console import first_line, say_once
 from engine.distributed import world_size
 from engine.fast import fast_copy
 from engine.files import content_hash, load_tensors, locked, save_tensors
@@ -34,6 +34,7 @@ from engine.run import run_images
 
 WORTH_CONVERTING = 2048  # images a core, from which on the conversion takes less time than it saves
 LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
+EMPTY_PROGRAM = 4096  # bytes: its file has fewer, that of any network has more
 CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
 
 
@@ -72,19 +73,16 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
     """
     fast = fast_copy(model, torch.device("cpu"), "fp32")
     try:
-        openvino = _import()
-    except Exception as error:  # whatever a broken or an old installation raises
-        print(f"OpenVINO is not used: {first_line(error)}", file=sys.stderr)
-        return fast
-    with suppress(Exception):  # a network with operators that OpenVINO lacks; a disk that is full
-        kept = program = _load(file)
-        if kept is None:
+        openvino, program = _import(), _load(file)
+        if program is None:
             converted = as_bytes(openvino, convert(openvino, model))
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
+            if file:
+                _keep(file, program)
         if program:
             fast.features = Program(openvino, program)
-        if file and kept is None:
-            _keep(file, program)
+    except Exception as error:  # an old or broken installation, a network with operators that it lacks, a full disk
+        say_once(line := f"OpenVINO is not used: {first_line(error)}", line)
     return fast
 
 
@@ -123,7 +121,7 @@ def _load(file: Path | None) -> dict | None:
 
 def holds_program(file: Path | None) -> bool:
     """Whether what openvino_copy has kept is a program, not that the fast copy is faster."""
-    return bool(_load(file))
+    return file is not None and file.exists() and file.stat().st_size > EMPTY_PROGRAM
 
 
 def _keep(file: Path, content: dict) -> None:

@@ -81,4 +81,17 @@ def test_a_broken_or_old_one_is_named_in_one_line(broken, train, trained, photos
     features_of(trained)[0][0].unlink()
     monkeypatch.setattr(openvino, "WORTH_CONVERTING", 30)
     code, _, err = train(photos, "--precision", "fp32", "--device", "cpu")
-    assert code == 0 and err.count("OpenVINO is not used") == err.count("\n"), err
+    assert code == 0 and err.count("OpenVINO is not used") == err.count("\n") == 1, err
+
+
+def test_a_network_that_cannot_be_converted_is_named_once(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("openvino")
+
+    def fail(*_):
+        raise RuntimeError("no such operator\nand where")
+
+    monkeypatch.setattr(openvino, "convert", fail)
+    model, file = random_model("squeezenet1_1", 97), tmp_path / "program"
+    copies = [openvino_copy(model, file) for _ in range(2)]
+    assert not any(isinstance(copy.features, Program) for copy in copies) and not holds_program(file)
+    assert capsys.readouterr().err == "OpenVINO is not used: no such operator\n"
