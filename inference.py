@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {PLOTTED_IMAGES} images with their labels")
-    add("--explain", type=Path, metavar="FILE", help="as --plot, with heat maps, if possible, and similar training images")
+    add("--explain", type=Path, metavar="FILE", help="as --plot, with heat maps (if possible), similar training images")
     add("--data", metavar="PATH", help="where the training data are now, if moved; for --explain or without images")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
