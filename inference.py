@@ -361,7 +361,7 @@ def explain(args: Namespace, device: torch.device, model: TransferModel, answers
             row += similar
     except (OSError, ValueError) as error:
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
-    visualization.save(visualization.plot_images(rows, 1.9, 1.9, fontsize=11), args.explain)
+    visualization.save(visualization.plot_images(rows, 1.9, fontsize=11), args.explain)
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 

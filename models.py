@@ -205,7 +205,8 @@ class TransferModel(nn.Module):
         Returns a record for each: {"path": "cat.jpg", "model": "mobilenet_v2", "label": "cat", "probability": 0.97,
         "top": [{"label": "cat", "probability": 0.97}, ...], "unfamiliar": False}, or {"path", "error"} if it cannot be
         read. An unfamiliar image is unlike the training images; its label is a guess. A record of a fine-tuned backbone
-        has no "unfamiliar". Raises TypeError if `images` is something else, ValueError if `top_k` is below 1.
+        has no "unfamiliar". Raises TypeError if `images` is something else or the weights are not float32, ValueError
+        if `top_k` is below 1 or int8 is impossible here.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
@@ -350,8 +351,8 @@ def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
 def load_checkpoint(path: str | Path) -> TransferModel:
     """Loads a model onto the CPU, in eval mode. The data that it was trained on are in `model.origin`.
 
-    Raises FileNotFoundError if `path` is missing, ValueError if it is damaged or not a checkpoint of this project.
-    The message is one line. Code in the file is never executed.
+    Raises FileNotFoundError if `path` is missing, ValueError if it is damaged, not a checkpoint of this project, or
+    cannot be rebuilt here. The message is one line. Code in the file is never executed.
     """
     path = Path(path)
     if not path.is_file():
