@@ -151,7 +151,7 @@ def _jackknife(values: Sequence[float], groups: Sequence[object]) -> tuple[float
 
 
 def _t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t within 1% from 3 degrees, too small below (Fisher and Cornish 1960)."""
+    """The 97.5% quantile of Student's t, within 1% from 3 degrees of freedom, less below (Fisher and Cornish 1960)."""
     z, v = 1.96, max(1, freedom)
     return (
         z
