@@ -74,10 +74,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("-0", dest="separator", action="store_const", const="\0", default="\n",
         help="paths on standard input end with NUL, as from find -print0")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help=f"draw the first {PLOTTED_IMAGES} images with their labels")
-    add("--explain", type=Path, metavar="FILE",
-        help=f"draw the first {PLOTTED_IMAGES} images with heat maps of the best model, if it is a sequence of layers, "
-        "and the most similar training images")  # fmt: skip
-    add("--data", metavar="PATH", help="where the folder or table that was used for training is now, if it has moved")
+    add("--explain", type=Path, metavar="FILE", help="as --plot, with heat maps (if possible), similar training images")
+    add("--data", metavar="PATH", help="where the training data are now, if moved; for --explain or without images")
     add("--cache", type=Path, default="data", metavar="DIR", help="where main_train.py keeps CIFAR-10 and the features")
     add("--export", type=Path, metavar="FILE", help="write the model for torch.export (.pt2) or ONNX (.onnx), and stop")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -360,7 +358,7 @@ def explain(args: Namespace, device: torch.device, model: TransferModel, answers
             row += similar
     except (OSError, ValueError) as error:
         print(f"{args.explain} shows no similar training images: {first_line(error)}", file=sys.stderr)
-    visualization.save(visualization.plot_images(rows, 1.9, 1.9, fontsize=11), args.explain)
+    visualization.save(visualization.plot_images(rows, 1.9, fontsize=11), args.explain)
     print(f"{args.explain} explains answers of {model.name}", file=sys.stderr)
 
 

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=number(int), default=RECIPE.epochs, help="epochs of classifier training")
     add("--batch-size", type=number(int), default=RECIPE.batch_size, help="images per step; small data sets get fewer, "
         f"fine-tuning at most {FINE_TUNING.batch_size}")  # fmt: skip
-    add("--lr", type=number(float), default=RECIPE.lr, help="the classifier's peak learning rate (not of fine-tuning)")
+    add("--lr", type=number(float), default=RECIPE.lr, help="peak learning rate of classifier training (one cycle)")
     add("--class-weights", action="store_true", help="weigh images of rare classes more")
     add("--views", type=int, choices=(1, 2), default=2, help="2: features are the mean over an image and its mirror "
         "image, which gains a point or two for twice the time")  # fmt: skip
@@ -69,11 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="side to which images are resized (default: that of the weights, mostly 224; "
         f"{CIFAR10_SIZE} for CIFAR-10, 64 in the demo)")  # fmt: skip
     add("--limit", type=number(int), metavar="N",
-        help="use N training images, and the same share of the others; validation images that are held out are a fifth "
-        "of the N")  # fmt: skip
+        help="use N training images, and the same share of the others; held-out validation images are a fifth of the "
+        "N")  # fmt: skip
     add("--groups", type=pattern, metavar="REGEX",
         help="images whose paths below the data folder give the same match, or the same first parentheses, stay on one "
-        "side of the split: 'patient[0-9]+' (default: those of a table's group, or near-duplicates do)")  # fmt: skip
+        "side of the split: 'patient[0-9]+' (default: a table's groups, or near-duplicates)")  # fmt: skip
     add("--test-split", choices=("test", "val"), default="test",
         help="val: test on the images in val/, and hold out training images for validation")  # fmt: skip
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto takes a GPU if there is one")
@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "pip install openvino nncf. A fine-tuned model answers in fp32")  # fmt: skip
     add("--seed", type=number(int, -1, 2**32), default=0, help="random seed of training, not of the split")
     add("--output", type=Path, metavar="DIR",
-        help="receives checkpoints/ and plots/ (default: here, or runs/NAME for images in a folder NAME)")  # fmt: skip
+        help="receives checkpoints/ and plots/ (default: here; runs/NAME for a folder NAME or its table)")  # fmt: skip
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="keeps CIFAR-10 and the features")
     add("--demo", action="store_true", help="drawn shapes and random backbones, into demo/: a test of the installation")
     args = parser.parse_args(argv)

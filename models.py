@@ -350,8 +350,8 @@ def save_checkpoint(path: Path, model: TransferModel, row: dict) -> None:
 def load_checkpoint(path: str | Path) -> TransferModel:
     """Loads a model onto the CPU, in eval mode. The data that it was trained on are in `model.origin`.
 
-    Raises FileNotFoundError if `path` is missing, ValueError if it is damaged or not a checkpoint of this project.
-    The message is one line. Code in the file is never executed.
+    Raises FileNotFoundError if `path` is missing, ValueError if it is damaged, not a checkpoint of this project, or
+    cannot be rebuilt here. The message is one line. Code in the file is never executed.
     """
     path = Path(path)
     if not path.is_file():

@@ -196,9 +196,9 @@ def fit_classifier(
     """Trains a classifier on features. Returns a row per epoch and its logits (N, classes) for the validation images.
 
     A pretrained classifier is trained by `fit` alone. A Classifier is the weighted mean of ridge regression and an MLP.
-    Ridge regression is fitted to the training and validation images together; for the returned logits of an image, it
-    is fitted without that image (stacking: Wolpert 1992). `fit` trains the MLP; its weight is images / (images +
-    features).
+    Ridge regression is fitted to a sample of training and validation images; for the returned logits of such an image,
+    it is fitted without that image (stacking: Wolpert 1992). `fit` trains the MLP; its weight is images / (images +
+    features). Raises FloatingPointError as `fit` does.
     """
     if not isinstance(classifier, Classifier):
         training = Training(classifier, train, val, recipe, precision)
@@ -289,6 +289,7 @@ def fine_tune(
 
     `features` are those of the frozen model for the training images: ridge regression, which was fitted to validation
     images, too, is fitted to these alone. Under torchrun all processes call this; each takes its share of every batch.
+    Raises ValueError if memory runs out, ImageError if an image cannot be read, FloatingPointError as `fit` does.
     """
 
     def batches(images: Images, seed: int | None = None) -> Batches:

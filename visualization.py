@@ -187,10 +187,10 @@ def plot_reliability(title: str, calibration: dict[str, dict], color: str) -> "F
 
 
 @own_settings()
-def plot_images(rows: Sequence[Sequence[Picture]], width: float, side: float, fontsize: int) -> "Figure":
-    """Rows of images, at most `side` inches high, with the captions below. Each has `width` inches."""
+def plot_images(rows: Sequence[Sequence[Picture]], width: float, fontsize: int) -> "Figure":
+    """Rows of images, at most 1.9 inches high, with the captions below. Each has `width` inches."""
     columns = max(map(len, rows))
-    height = side + 0.02 * fontsize * max(len(caption.split("\n")) for row in rows for _, caption, _ in row)
+    height = 1.9 + 0.02 * fontsize * max(len(caption.split("\n")) for row in rows for _, caption, _ in row)
     figure = new_figure(width * columns, height * len(rows))
     grid = figure.add_gridspec(len(rows), columns)
     for i, row in enumerate(rows):
@@ -214,11 +214,11 @@ def plot_predictions(captioned: Iterable[tuple[Item, str]], reading: dict | None
     lines = [shorten(caption).split("\n") for _, caption, _ in pictures]
     longest = max(len(line) for caption in lines for line in caption)
     rows = [pictures[i : i + 4] for i in range(0, len(pictures), 4)]
-    return plot_images(rows, max(2.2, 0.12 * longest), 1.9, fontsize=15)
+    return plot_images(rows, max(2.2, 0.12 * longest), fontsize=15)
 
 
 def plot_mistakes(mistakes: Iterable[tuple[Item, str, str, float]], reading: dict | None) -> "Figure | None":
-    """The first images with their true class, the predicted class and its probability. None if there is none."""
+    """The first images with their true class, the predicted class and its probability. None if none can be read."""
     captioned = ((item, f"{true}\ntaken for {taken}, {p:.0%}") for item, true, taken, p in mistakes)
     return plot_predictions(captioned, reading)
 

@@ -111,7 +111,7 @@ def _records(
     plain, converted, convert = records(), records("openvino-", openvino=version), False
     if version:
         different = sorted(set(ids))
-        known, known_converted = (len(each.read(different)[1]) for each in (plain, converted))
+        known, known_converted = (len(each.read(different, check=False)[1]) for each in (plain, converted))
         convert = known_converted > known or (openvino.worth_converting(len(different)) and 10 * known < len(different))
     if gather(convert)[0] if everywhere else convert:
         return converted, folder / f"{converted.name}.program"

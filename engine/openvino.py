@@ -77,14 +77,14 @@ def openvino_copy(model: nn.Module, file: Path | None = None) -> nn.Module:
         print(f"OpenVINO is not used: {first_line(error)}", file=sys.stderr)
         return fast
     with suppress(Exception):  # a network with operators that OpenVINO lacks; a disk that is full
-        kept = program = _load(file)
-        if kept is None:
+        program = _load(file)
+        if program is None:
             converted = as_bytes(openvino, convert(openvino, model))
             program = converted if _is_better(fast, Program(openvino, converted)) else {}
+            if file:
+                _keep(file, program)
         if program:
             fast.features = Program(openvino, program)
-        if file and kept is None:
-            _keep(file, program)
     return fast
 
 

@@ -50,7 +50,7 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
 
 
 def check_replacement(checkpoint: Path, model: nn.Module, origin: dict, limit: int | None) -> None:
-    """Raises ValueError if `checkpoint` was trained on other images than the model will be, or on many more.
+    """Raises ValueError if `checkpoint` is of other data, classes or image size than the model, or of many more images.
 
     `origin` is the new model's: "data", "content" and "train_images". A data set may shrink, as when its label errors
     are deleted, but not to less than half, with a `limit` to 90%.
