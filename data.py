@@ -305,20 +305,18 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
 
 
 def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
-    """Remarks if some of these images, or of their groups, were used for training. `splits` are those of the models."""
-    remarks = []
+    """A remark for each split (`Data.save_split`) that is gone, or has these images or others of their groups."""
+    remarks, related = [], ", or others of their groups," if images.groups else ""
     for file in splits:
         if not file.exists():
-            remarks.append(f"no {file}: it is not known whether these images were used for training")
+            remarks.append(f"no split file in {file.parent}/: whether these images were trained on is not known")
             continue
         stored = json.loads(file.read_text())
-        known = stored.get("groups") or {"train": (), "val": ()}  # earlier versions did not write it
-        seen = {*stored["train"].values(), *stored["val"].values(), *known["train"], *known["val"]}
-        if count := sum(
-            not seen.isdisjoint(each) for each in zip(images.ids, images.groups or images.ids, strict=True)
-        ):
-            used = f"{count:,} of {count_of(len(images), 'image')}, or others of their groups, were used for training"
-            remarks.append(f"{used} or validation: the accuracy is too high for a test")
+        groups = stored.get("groups", {}) if images.groups else {}  # earlier versions did not write it
+        seen = {name for part in ("train", "val") for name in [*stored[part].values(), *groups.get(part, ())]}
+        if count := sum(not seen.isdisjoint(each) for each in zip(images.ids, images.groups or images.ids, strict=True)):
+            known = f"{count:,} of {count_of(len(images), 'image')}{related} were used for training or validation"
+            remarks.append(f"{known}: the accuracy is too high for a test")
     return [*dict.fromkeys(remarks)]
 
 
