@@ -305,7 +305,7 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
 
 
 def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
-    """A remark for each split (`Data.save_split`) that is gone, or has these images or others of their groups."""
+    """A remark for each split (`Data.save_split`) that is gone, or has some of these images or of their groups in training."""
     remarks, related = [], ", or others of their groups," if images.groups else ""
     for file in splits:
         if not file.exists():
@@ -314,7 +314,8 @@ def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
         stored = json.loads(file.read_text())
         groups = stored.get("groups", {}) if images.groups else {}  # earlier versions did not write it
         seen = {name for part in ("train", "val") for name in [*stored[part].values(), *groups.get(part, ())]}
-        if count := sum(not seen.isdisjoint(each) for each in zip(images.ids, images.groups or images.ids, strict=True)):
+        names = zip(images.ids, images.groups or images.ids, strict=True)
+        if count := sum(not seen.isdisjoint(each) for each in names):
             known = f"{count:,} of {count_of(len(images), 'image')}{related} were used for training or validation"
             remarks.append(f"{known}: the accuracy is too high for a test")
     return [*dict.fromkeys(remarks)]
