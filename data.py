@@ -305,7 +305,7 @@ def load_split(source: str, root: Path, file: Path, columns: Sequence[str] | Non
 
 
 def trained_on(splits: Iterable[Path], images: Images) -> list[str]:
-    """A remark for each split (`Data.save_split`) that is gone, or has some of these images or of their groups in training."""
+    """A remark for each split (`Data.save_split`) that is gone, or trained on some of these images or groups."""
     remarks, related = [], ", or others of their groups," if images.groups else ""
     for file in splits:
         if not file.exists():
