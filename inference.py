@@ -155,8 +155,10 @@ def pick_ensemble(models: Sequence[TransferModel], args: Namespace) -> bool:
         raise ValueError("--evaluate and --ensemble take models with the same classes: name them with --checkpoint")
     if not same_classes:
         print("the models have different classes: no ensemble", file=sys.stderr)
-    if args.evaluate and len({model.name for model in models}) < len(models):
-        raise ValueError("--evaluate takes one checkpoint of each model: run it for one after the other")
+    if len({model.name for model in models}) < len(models):
+        if args.evaluate:
+            raise ValueError("--evaluate takes one checkpoint of each model: run it for one after the other")
+        print(f"answers come in this order: {', '.join(str(model.path) for model in models)}", file=sys.stderr)
     if args.export and len(models) > 1:
         raise ValueError("--export takes one model: name it with --checkpoint")
     return len(models) > 1 and same_classes and args.ensemble is not False

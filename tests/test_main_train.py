@@ -67,6 +67,7 @@ def test_evaluation_agrees_with_the_results(run, compared, photos):
     one = "checkpoints/mobilenet_v2.pt"
     other = shutil.copy(one, compared)
     assert run(inference, photos / "test", "--evaluate", "--checkpoint", one, other)[0] == 2  # the records would mix
+    assert f"order: {one}, {other}\n" in run(inference, photos / "test" / "red", "--checkpoint", one, other)[2]
 
 
 @pytest.mark.parametrize("broken", [True, False])  # or not there
