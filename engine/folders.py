@@ -30,7 +30,6 @@ DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtr
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
 PHOTOS = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
 ORIGINALS = PHOTOS | {"original", "originals", "photo", "raw"}  # in a class folder; elsewhere the others may be classes
-UNLABELLED = {"unlabeled", "unlabelled"}
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -61,8 +60,7 @@ def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], d
     train = part_folders["train"]
     class_paths, beside = class_folders(train)
     _refuse_descriptions(train, class_paths)
-    if len(class_paths) > 2:  # of two, it may be one of the classes
-        class_paths = {n: path for n, path in class_paths.items() if n.lower() not in UNLABELLED or _has_folders(path)}
+    class_paths = {n: path for n, path in class_paths.items() if len(class_paths) < 3 or not _is_unlabelled(path)}
     classes = tuple(class_paths)
     if not classes:  # perhaps of files that no class folder can consist of, such as DICOM's
         raise ValueError(f"no class folders in {train}{_unused(find_images(train)[1])}; {expected}")
@@ -132,6 +130,13 @@ def _has_folders(folder: Path) -> bool:
         return any(entry.is_dir() and not _is_hidden(entry.name) for entry in entries)
 
 
+def _is_unlabelled(folder: Path) -> bool:
+    """Whether a folder beside two or more others is no class but images without a label."""
+    if folder.name.lower() not in ("unlabeled", "unlabelled") or _has_folders(folder):
+        return False
+    return folder.name.lower()[2:] not in map(str.lower, os.listdir(folder.parent))  # "labeled" may be a class, too
+
+
 def _unnested(folder: Path) -> Path:
     """The folder itself, or the only one in it if that has the same name, as in seg_train/seg_train/<class>."""
     inner = folder / folder.name
@@ -157,8 +162,8 @@ def _same_folders(root: Path, folders: list[Path], grouped: bool) -> list[str]:
         return [f"{same}: the outer ones are the classes"]
     patterns = dict.fromkeys(re.sub("[0-9]+", "[0-9]+", re.escape(name)) for name in sorted(counts))
     groups = shlex.quote(f"/({'|'.join(patterns)})/")
-    advice = f"if the inner ones are patients or films, say so with --groups {groups}"
-    raise ValueError(f"{same}: if either are parts of the data set, call them train, val and test; {advice}")
+    advice = "if either are parts of the data set, call them train, val and test; if patients or films, use --groups"
+    raise ValueError(f"{same}: {advice} {groups}")
 
 
 def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
@@ -229,7 +234,7 @@ def labelled_images(folder: Path, classes: tuple[str, ...], source: Path) -> tup
     """
     folders, skipped = class_folders(folder)
     unknown, lacking = sorted(folders.keys() - set(classes)), [name for name in classes if name not in folders]
-    for name in [name for name in unknown if name.lower() in UNLABELLED]:
+    for name in [name for name in unknown if _is_unlabelled(folders[name])]:
         unknown.remove(name)
         skipped[f"without a label ({printable(name)})"] += _count_files(folders[name])
     if unknown and lacking:

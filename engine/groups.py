@@ -46,7 +46,8 @@ TILE = 2048  # images: so many rows and columns of similarities fit in a process
 # what is added to the name of an image for a changed copy: 1_aug2.png, rot90_1.png, 1_jpg.rf.0a1b2c.jpg (Roboflow)
 WORDS = "(?:aug|augmented|augmentation|blur|blurred|copy|crop|cropped|[hv]?flip|flipped|mirror|mirrored|noise|noisy|"
 WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|thumbnail|zoom|zoomed)"
-CHANGES = rf"\.rf\.\w+$|(?<![^/])(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|"
+CHANGES = r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w+$|"
+CHANGES += rf"(?<![^/])(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|"
 CHANGES += rf"(?:[ _.-]+{WORDS}(?:[ _-]?(?:-?\d+|\(\d+\)|[hv]|lr|ud))?)+$"
 # what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
 SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*\.\w+$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
@@ -125,7 +126,9 @@ def _named_copies(names: list[str], originals: list[str]) -> Pairs:
     """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
     known, copies = {*map(_stem, names)}, defaultdict(list)
     for i, original in enumerate(map(_stem, originals)):
-        # without a number "rotated_1" and "rotated_2" would be one image
+        numbered = re.sub(r" ?\(\d+\)$", "", original)  # "1 (2)" is a copy of "1" if that is there
+        original = numbered if numbered in known and re.search(r"\d[^/]*$", numbered) else original
+        # else "rotated_1", "rotated_2" would be one image, as would a browser's "images", "images (1)", "images (2)"
         if original in known or re.search(r"\d[^/]*$", original) or ".rf." in names[i]:
             copies[original].append(i)
     return [(same[0], i, 1.0) for same in copies.values() if len(same) <= MAX_COPIES for i in same[1:]]

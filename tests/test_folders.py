@@ -1,7 +1,6 @@
 """Which files below a folder are images, of which class, in which part."""
 
 import importlib.util
-import re
 import shutil
 import sys
 import unicodedata
@@ -13,7 +12,7 @@ from conftest import ROOT, draw, finish, start
 from PIL import Image
 
 import main_train
-from data import load_data
+from data import load_data, load_split
 from engine.folders import find_images
 from engine.images import Images
 
@@ -210,8 +209,9 @@ def test_folders_of_images_and_descriptions_are_no_classes(train, tmp_path, layo
         ("{}.png", "masks/{}.png"),
         ("images/{}.png", "masks/{}.png"),
         ("{}.jpg", "{}.png"),
-        ("raw/{}.png", "mask/{}.png"),
-        ("patient1/photo/{}.png", "patient1/masks/{}.png"),
+        ("photo/{}.png", "mask/{}.png"),
+        ("patient1/raw/{}.png", "patient1/mask/{}.png"),
+        ("original/patient1/{}.png", "mask/patient1/{}.png"),
     ],
 )
 def test_masks_in_class_folders_are_no_images(tmp_path, image, mask):
@@ -236,37 +236,47 @@ def test_classes_inside_folders_of_years_or_patients_are_refused(tmp_path):
         load_data(str(tmp_path / "pets"))
 
 
-def test_patients_inside_the_classes_need_a_pattern(tmp_path):
-    folder = str(tmp_path / "scans")
-    names = [f"{kind}/patient{i:02}/{k}.png" for kind in ("ill", "well") for i in range(10) for k in range(2)]
-    for seed, name in enumerate(names):
-        draw(tmp_path / "scans" / name, (9, 9, 9), seed)
-    with pytest.raises(ValueError, match="--groups '/") as error:
-        load_data(folder)
-    data = load_data(folder, groups=re.search("--groups '(.*)'", str(error.value))[1])
-    patients = [{name.split("/")[1] for name in images.names} for images in data.parts.values()]
-    assert data.classes == ("ill", "well") and sum(map(len, patients)) == 10
+@pytest.mark.parametrize("folders", [[f"cam{i}" for i in range(8)], ["Ann", "Bob", "C. D.", "Eva"]])
+@pytest.mark.parametrize("root", ["", "train"])
+def test_the_advised_groups_are_the_folders_in_class_folders(tmp_path, folders, root):
+    places = [(name, inner) for name in ("cat", "dog") for inner in folders]
+    for seed, (name, inner) in enumerate(places):
+        for i in range(3):
+            draw(tmp_path / "pets" / root / name / inner / f"{i}.png", (9, 9, 9), seed=3 * seed + i)
+    with pytest.raises(ValueError, match="if patients or films, use --groups '") as error:
+        load_data(str(tmp_path / "pets"))
+    [_, advised, _] = str(error.value).split("'")
+    data = load_data(str(tmp_path / "pets"), groups=advised)
+    inside = [{name.split("/")[-2] for name in images.names} for images in data.parts.values()]
+    assert data.classes == ("cat", "dog") and sorted(name for names in inside for name in names) == folders
+    data.save_split(tmp_path / "split.json")
+    assert load_split(str(tmp_path / "pets"), tmp_path, tmp_path / "split.json").test.names == data.test.names
 
 
-def test_images_without_a_label_are_no_class(photos):
-    (photos / "train" / "green").rename(photos / "train" / "unlabeled")
-    shutil.rmtree(photos / "test" / "green")
-    draw(photos / "train" / "yellow" / "0.png", (9, 9, 9), seed=0)
-    data = load_data(str(photos))
-    assert data.classes == ("blue", "red", "yellow") and "20 without a label (unlabeled)" in data.notes[0]
-
-
-@pytest.mark.parametrize("classes", [("original", "fake"), ("cooked", "raw"), ("labeled", "unlabeled")])
-def test_such_names_may_be_classes(tmp_path, classes):
-    for seed, name in enumerate(classes * 6):
-        draw(tmp_path / "x" / name / f"{seed // 2}.png", (9, 9, 9), seed)
-    assert load_data(str(tmp_path / "x")).classes == tuple(sorted(classes))
-
-
-def test_classes_of_two_spellings_are_told(photos):
-    (photos / "train" / "red").rename(photos / "train" / "Blue")
+@pytest.mark.parametrize(("one", "other"), [("Blue", "blue"), ("1", "01"), ("1.0", "1"), ("a  b", "a b")])
+def test_classes_of_two_spellings_are_told(photos, one, other):
+    (photos / "train" / "red").rename(photos / "train" / one)
+    (photos / "train" / "blue").rename(photos / "train" / other)
     shutil.rmtree(photos / "test")
-    assert any("look the same: Blue and blue" in note for note in load_data(str(photos)).notes)
+    alike = " and ".join(sorted((one, other)))
+    assert any(f"look the same: {alike}" in note for note in load_data(str(photos)).notes)
+
+
+def test_unlabelled_images_are_no_class(photos):
+    for part, name in (("train", "unlabeled"), ("test", "Unlabelled")):
+        shutil.copytree(photos / part / "red", photos / part / name)
+    shutil.rmtree(photos / "test" / "blue")
+    data = load_data(str(photos))
+    assert data.classes == ("blue", "green", "red") and len(data.train) + len(data.val) == 60 and len(data.test) == 12
+    assert "20 without a label (unlabeled)" in data.notes[0] and "6 without a label (Unlabelled)" in data.notes[0]
+    shutil.copytree(photos / "train" / "red", photos / "train" / "unlabelled" / "red")
+    assert load_data(str(photos / "train")).classes == ("blue", "green", "red", "unlabelled")
+    shutil.rmtree(photos / "train" / "unlabelled")
+    (photos / "train" / "blue").rename(photos / "train" / "Labeled")  # perhaps bottles
+    assert load_data(str(photos / "train")).classes == ("Labeled", "green", "red", "unlabeled")
+    for name in ("Labeled", "green"):
+        shutil.rmtree(photos / "train" / name)
+    assert load_data(str(photos / "train")).classes == ("red", "unlabeled")
 
 
 def test_classes_may_have_such_names(tmp_path):
@@ -275,9 +285,16 @@ def test_classes_may_have_such_names(tmp_path):
         for i in range(5):
             draw(tmp_path / "faces" / name / f"{i}.png", (9, 99, 9), seed=i)
     assert load_data(str(tmp_path / "faces")).classes == ("mask", "no mask")
-    for name in ("icons", "masks", "photos", "sketches"):
-        shutil.copytree(tmp_path / "faces" / "mask", tmp_path / "kinds" / name)
-    assert load_data(str(tmp_path / "kinds")).classes == ("icons", "masks", "photos", "sketches")
+    kinds = [
+        ("icons", "masks", "photos", "sketches"),
+        ("mask", "photo", "print"),
+        ("cooked", "raw"),
+        ("fake", "original"),
+    ]
+    for names in kinds:
+        for name in names:
+            shutil.copytree(tmp_path / "faces" / "mask", tmp_path / names[0] / name)
+        assert load_data(str(tmp_path / names[0])).classes == names
     for name in ("akita", "pug"):
         for i in range(5):
             draw(tmp_path / "dogs" / "Images" / name / f"{i}.png", (9, 99, 9), seed=i)

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
 import inference
-from data import load_data, load_split
+from data import load_data, load_split, trained_on
 
 
 def test_the_split_outlives_a_change_of_the_folder(run, train, photos, tmp_path):
@@ -159,22 +159,24 @@ def test_identical_and_similar_images_stay_together(tmp_path):
 @pytest.mark.parametrize(
     "copy",
     [
-        *("{}_aug1.png", "{}-rotated-90.png", "{}_rot_-15.png", "flipped_{}.png", "{} copy.png", "{} - Copy (2).png"),
-        *("{}_png.rf.aa.jpg", "{}.jpg"),
+        *("{}_aug1.png", "{}-rotated-90.png", "{}_rot_-90.png", "flipped_{}.png", "{}.jpg"),
+        *("{} copy.png", "{} - Copy (2).png", "{} (2).png", "{}_png.rf.aa.jpg"),
     ],
 )
 def test_copies_that_are_named_so_stay_together(tmp_path, copy):
     """They look quite different, as after strong augmentation."""
-    original = "{}_png.rf.ff.jpg" if ".rf." in copy else "{}.png"
-    kinds, key = ("abcdefghijklmno", "/[a-o]") if ".rf." in copy else (range(100, 115), r"1\d\d")
-    names = [f"{c}/{each.format(kind)}" for c in ("cat", "dog") for kind in kinds for each in (original, copy)]
+    original, first = ("{}_png.rf.ff.jpg", ord("A")) if ".rf." in copy else ("{}.png", 100)
+    stems = [chr(first + i) if first < 100 else first + i for i in range(15)]  # Roboflow's may have no digit
+    names = [f"{c}/{each.format(stem)}" for c in ("cat", "dog") for stem in stems for each in (original, copy)]
     data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache")
-    sides = [{name[:3] + re.search(key, name)[0] for name in part.names} for part in data.parts.values()]
+    sides = [{name[:3] + re.search(r"1\d\d|[A-O]", name)[0] for name in part.names} for part in data.parts.values()]
     assert sum(map(len, sides)) == 30 and all(sides)
 
 
-def test_many_names_with_one_beginning_are_no_copies(tmp_path):
-    names = [f"{name}/covid19_resized_{i:04}.png" for name in ("cat", "dog") for i in range(24)]
+@pytest.mark.parametrize(("name", "count"), [("covid19_resized_{:04}", 24), ("img ({})", 9), ("images ({})", 9)])
+def test_many_names_with_one_beginning_are_no_copies(tmp_path, name, count):
+    names = [f"{label}/{name.format(i)}.png" for label in ("cat", "dog") for i in range(count)]
+    names += [f"{label}/images.png" for label in ("cat", "dog")]  # the first download of a browser
     data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache")
     assert data.identity["test_groups"] is None and "near-duplicates" not in "\n".join(data.notes)
 
@@ -192,10 +194,11 @@ def test_numbers_instead_of_extensions_are_no_copies(tmp_path):
     [
         ("{0}/patient{0}{1}/{2}.png", True),
         ("{0}/film{1}_{2}.png", True),
+        ("{0}/film{1}_{2}.jp2", True),
+        ("{0}/{2}{1}.jp2", False),
         ("{0}/{1}{2}_left.png {0}/{1}{2}_right.png", True),
         ("{0}/{2}{1}.png", False),
         ("{0}12/{0}12_{1}{2}.png", False),
-        ("{0}/{2}{1}.jp2", False),
     ],
 )
 def test_names_in_series_are_told(tmp_path, pattern, told):
@@ -233,3 +236,23 @@ def test_limit_keeps_the_natural_shares_of_test_images(tmp_path):
     data = load_data(str(folder_of(tmp_path / "pets", names, (8, 8))), tmp_path / "cache", limit=16)
     assert data.test.labels.bincount().tolist() == [4, 1]  # of 20 and 2
     assert (data.train.labels.bincount() + data.val.labels.bincount()).tolist() == [8, 8]
+
+
+def test_evaluated_images_of_groups_in_training_are_told(tmp_path):
+    names = [f"{name}/p{patient}_{i}.png" for name in ("cat", "dog") for patient in range(10) for i in range(2)]
+    data = load_data(str(folder_of(tmp_path / "pets", names)), tmp_path / "cache", groups="p[0-9]")
+    files = [tmp_path / f"split-{i}.json" for i in range(4)]
+    for file in files[:2]:
+        data.save_split(file)
+    tested, [known, *_] = data.test, data.train.groups
+    assert trained_on(files[:1], tested) == []
+    tested.groups = [known, *tested.groups[1:]]  # as a table may say
+    [remark] = trained_on(files[:2], tested)
+    assert f"1 of {len(tested)} images" in remark and "group" in remark
+    stored = json.loads(files[0].read_text())
+    stored["groups"]["train"][0] = tested.ids[0]  # the name of a group of near-duplicates
+    files[0].write_text(json.dumps(stored))
+    tested.groups = None
+    assert trained_on(files[:1], tested) == []
+    [missing] = trained_on(files[2:], tested)  # two models without the file
+    assert str(tmp_path) in missing and "not known" in missing
