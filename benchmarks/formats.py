@@ -3,7 +3,7 @@
     pip install tifffile imagecodecs rasterio astropy rawpy pillow-heif pillow-jxl-plugin opencv-python-headless
     python benchmarks/formats.py
 
-Writes 75 kinds of files with the libraries that are installed, reads each as a data set of its own, and compares what
+Writes 77 kinds of files with the libraries that are installed, reads each as a data set of its own, and compares what
 is read with what was written. Prints a line for each kind that is not read right, and the table of the README.
 """
 
@@ -142,6 +142,8 @@ def kinds() -> Iterator[Kind]:
     yield "ordinary", "PNG, grey with transparency", pillow("PNG", "LA"), np.array(Image.fromarray(RGB).convert("L"))
     for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "zstd"):
         yield "ordinary", f"TIFF, {kind}", pillow("TIFF", compression=kind), RGB
+    few = codec("jpeg2k", GREY // 16, level=0, bitspersample=4)
+    yield "ordinary", "JPEG 2000, grey of 4 bits", few, GREY // 16 * 17
     yield "HEIC", "8 bits", pillow("HEIF", quality=90), RGB
     yield "JPEG XL", "8 bits", codec("jpegxl", RGB, lossless=True), RGB
     for bits in (10, 12, 16):
@@ -176,6 +178,8 @@ def kinds() -> Iterator[Kind]:
     yield "tifffile", "3 bands of grey", gdal(WIDE * 257), RGB
     yield "tifffile", "signs, big-endian, zlib", tiff(DEEP.astype("i2"), byteorder=">", compression="zlib"), GREY
     yield "tifffile", "white is 0, big-endian", tiff(65535 - DEEP * 257, byteorder=">", **white), GREY
+    few = tiff(GREY // 16, bitspersample=4, bigtiff=True, byteorder=">", **grey)
+    yield "tifffile", "4 bits, big-endian BigTIFF", few, GREY // 16 * 17
     for compression in ("LERC", "WEBP"):
         yield "tifffile", compression, gdal(RGB, compress=compression, photometric="RGB"), RGB
     yield "bands", "TIFF, near infrared as transparency", gdal(BANDS), RGB

@@ -92,6 +92,11 @@ def _bands(array: np.ndarray, info: dict | None = None) -> Values:
     return Values(colors, alpha, info=info or {})
 
 
+def _up_to_255(array: np.ndarray, largest: int) -> np.ndarray:
+    """Values from 0 to `largest` as uint8."""
+    return (array * np.float32(255 / largest)).round().astype(np.uint8)
+
+
 def _pillow(content: bytes, dtype: str | None = None, page: int = 0) -> Values:
     """Reads a file with Pillow: 16-bit colours, of which Pillow keeps the first bytes, a second time for the others."""
     image, layout = _load(content, page)
@@ -169,10 +174,12 @@ def _jpeg_2000(content: bytes) -> Values | None:
     depth, signed = (content[at + 42] & 127) + 1, content[at + 42] > 127
     if bands > 4:
         raise ValueError(f"{bands} bands: save three of them as RGB")
-    if depth <= 8 and bands < 4:
+    if (depth == 8 and bands < 4) or (depth < 8 and b"pclr" in content[:at]):
         return None
     if depth <= 8 or bands == 1:
         values = _pillow(content, None if depth <= 8 else "uint16")
+        if depth < 8:
+            values.colors = _up_to_255(values.colors, (1 << 8) - (1 << 8 - depth))  # Pillow fills up with zeros
     else:
         imagecodecs = library("imagecodecs", f"a JPEG 2000 image with {bands} bands of {depth} bits")
         with room(right - left, bottom - top, 12 * bands):
@@ -257,7 +264,7 @@ def _tifffile(content: bytes, page: Page) -> Values:
     with room(*page.size, memory), tifffile.TiffFile(io.BytesIO(content)) as file:
         array = file.pages[page.number].asarray(maxworkers=1)
     array = np.moveaxis(array, 0, -1) if page.is_planar and page.bands > 1 else array
-    array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    array = _up_to_255(array, 2 ** max(page.bits) - 1) if array.dtype in (bool, np.uint8) else array
     if array.dtype.kind not in "uif":
         raise ValueError(f"{array.dtype} values cannot be seen")
     if array.ndim == 3:

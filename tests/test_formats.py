@@ -5,6 +5,7 @@ import importlib
 import io
 import struct
 import zlib
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -280,6 +281,18 @@ def test_where_pillow_fails_the_image_is_an_error():
                     read(damaged)
                     pytest.fail(f"{name}: a damaged file was read")
     assert failed > 60
+
+
+def test_values_of_few_bits_reach_white():
+    ramp = np.tile(np.arange(4, dtype=np.uint8), (8, 2))  # 0 to 3
+    jpeg_2000 = b64decode(  # of 2 bits, by OpenJPEG
+        "/0//UQApAAAAAAAIAAAACAAAAAAAAAAAAAAACAAAAAgAAAAAAAAAAAABAQEB/1IADAAAAAEAAAQEAAH/XAAEQBD/ZAAlAAFDcmVhdGVkIGJ5IE9w"
+        "ZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAAYAAH/k90gEWKMHo2e32n/2Q=="
+    )
+    assert np.array_equal(read(jpeg_2000), grey(ramp * 85))
+    file, tifffile = io.BytesIO(), pytest.importorskip("tifffile")
+    tifffile.imwrite(file, ramp, photometric="minisblack", bitspersample=2, bigtiff=True, byteorder=">")
+    assert np.array_equal(read(file.getvalue()), grey(ramp * 85))
 
 
 def test_a_damaged_image_object_stays_an_error():
