@@ -90,9 +90,8 @@ def load_data(
     Images that belong together stay on one side: those to whose names the regular expression `groups` gives the same
     group, or else a table's groups, or else near-duplicates. `limit` keeps that many training images, balanced over the
     classes, of which validation images may be held out, and that share of the others. With `test_split` "val", the
-    validation images of the source become the test images.
-    `columns` are those of a table that hold the images and their labels, if they cannot be found.
-    Images that cannot be read are left out. Thumbnails of the others are kept in `root`/features.
+    validation images of the source become the test images. `columns` are those of a table that hold the images and
+    their labels, if they cannot be found. Unreadable images are left out. `root`/features keeps thumbnails.
     Raises OSError if nothing can be read or downloaded, ValueError if the images are not a usable data set.
     """
     classes, parts, notes = _read_source(source, root, columns, groups is not None)

@@ -65,8 +65,7 @@ def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], d
     if not classes:  # perhaps of files that no class folder can consist of, such as DICOM's
         raise ValueError(f"no class folders in {train}{_unused(find_images(train)[1])}; {expected}")
     if len(classes) == 1:
-        given = f"one class only, {classes[0]!r}"
-        raise ValueError(f"{train} has {given}: a classifier needs two or more{_unused(beside)}")
+        raise ValueError(f"{train} has one class only, {classes[0]!r}: a classifier needs two or more{_unused(beside)}")
     parts, notes = {}, [*look_alikes(classes), *_same_folders(train, [*class_paths.values()], grouped)]
     for part, folder in part_folders.items():
         inside = class_folders(folder)[0]
