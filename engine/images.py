@@ -1,7 +1,7 @@
 """How does a file become pixels, and how do pixels become a batch? Decoding, preprocessing, augmentation.
 
-An image that cannot be read raises ImageError. The scripts name it and leave it out; their exit code is 1, or 2 if none
-is left.
+An image that cannot be read raises ImageError. Training leaves it out beforehand (engine/survey.py) and names it at the
+end; inference answers with an error in its place. The exit code is 1 then, or 2 if too little is left.
 """
 
 import hashlib
