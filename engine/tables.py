@@ -64,9 +64,8 @@ def read_source(source: Path, columns: Sequence[str] | None = None, grouped: boo
     try:
         classes, parts, notes = read_folder(source, grouped)
     except ValueError as error:
-        reason = str(error).partition("; a data set looks like this")[0]
         for advice, _ in _tables_in(source):
-            raise ValueError(f"{reason}; {advice}") from error
+            raise ValueError(f"{str(error).partition('; a data set looks like this')[0]}; {advice}") from error
         raise
     if all(words_of(name) & PHOTOS for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
         for advice, images in _tables_in(source):
@@ -161,8 +160,8 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
             continue
         found[file] = first
         if others:
-            conflict = " but for the group, of which the first counts" if {*others} - {first} else ""
-            skipped[f"that repeat another{conflict}"] += [file.name] * len(others)
+            again = "that repeat another" + ", in another group" * (len({first, *others}) > 1)
+            skipped[again] += [file.name] * len(others)
     return found, skipped
 
 
@@ -269,8 +268,7 @@ class _Table:
         ends = {what: dict.fromkeys((each[0], each[-1])) for what, each in used.items() if each}
         self.used = {what: " to ".join(self.names[c] for c in each) for what, each in ends.items()}
         others = [repr(self.names[c]) for c in free if c not in group and any(self.cells[c])]
-        remarks = [f"{what} from {name!r}" for what, name in self.used.items()]
-        self.summary = f"{path.name}: {', '.join(remarks)}"
+        self.summary = f"{path.name}: " + ", ".join(f"{what} from {name!r}" for what, name in self.used.items())
         if split and {*self.cells[split[0]]} - UNLABELLED == {*NUMBERS}:
             self.summary += "; 0, 1 and 2 are taken for train, val and test"
         self.summary += f"; columns not used: {_some(others, 8)}" if others else ""
@@ -321,7 +319,9 @@ class _Table:
             where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
             raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
-        flags = {c: part for c, each in words.items() if "is" in each and (part := part_of(each))}
+        alone = {"train", "val", "test"} if any(words_of(name) & LABEL for name in self.names) else {*()}  # or a class
+        words = {c: each for c, each in words.items() if each & {"is", "in"} or each <= alone}
+        flags = {c: part for c, each in words.items() if (part := part_of(each))}
         parts = ["test" if "train" in flags.values() else "train"] * len(self.cells[0])
         for column in reversed(flags):  # the first one counts
             parts = [flags[column] if v.lower() in YES else p for v, p in zip(self.cells[column], parts, strict=True)]

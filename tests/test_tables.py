@@ -212,6 +212,8 @@ def test_which_column_says_the_part(pets, header, columns, sizes):
     ("flags", "sizes"),
     [
         ({"is_test": "test"}, (None, None, 6)),
+        ({"test": "test"}, (None, None, 6)),
+        ({"in_training_set": "train"}, (None, None, 12)),
         ({"is_valid": "val"}, (None, 6, None)),
         ({"Is Train": "train"}, (None, None, 12)),
         ({"is_train": "train", "is_val": "val"}, (18, 6, 6)),
@@ -243,7 +245,7 @@ def test_a_patient_of_two_spellings_is_one_group(pets):
     rows = [(*row, spelling) for row, spelling in zip(ROWS, spellings, strict=True)]
     data = load_data(str(write(pets / "labels.csv", ("id", "label", "patient"), *rows, (*ROWS[3], "9"))))
     assert sum(len({*images.groups}) for images in data.parts.values()) == 12
-    assert "1 that repeat another but for the group" in "\n".join(data.notes)
+    assert "1 that repeat another, in another group" in "\n".join(data.notes)
 
 
 def test_a_class_of_classes_is_no_group(pets):
@@ -278,6 +280,7 @@ def test_what_a_label_is(pets):
     assert classes(("id", "food_group"), LABELS) == classes(("id", "object"), LABELS) == tuple(sorted(COLORS))
     assert classes(("tile", "x", "y", "result"), numbers, [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
     assert classes(("image", "fold", "grade"), [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
+    assert classes(("image", "car", "train", "bus"), *flags) == ("bus", "car", "train")
     for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
         marked = [[marks[flag] for flag in column] for column in flags]
         assert classes(("image", "MEL", "NV", "BCC"), *marked) == ("BCC", "MEL", "NV")
