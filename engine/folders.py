@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 
@@ -77,17 +78,36 @@ def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], d
         else:
             parts[part], more = labelled_images(folder, classes, source)
             skipped += more
+    notes += _tables_beside({source, root, train})
     return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
+
+
+def _tables_beside(folders: set[Path]) -> list[str]:
+    """A note on tables in these folders."""
+    tables = sorted(str(p) for folder in folders for p in folder.iterdir() if p.suffix.lower() in (".csv", ".tsv"))
+    advice = (
+        "not read: the folders are taken for the classes. If a table says more, such as the parts, use it as --data"
+    )
+    return [f"{printable(', '.join(tables[:3]))} {advice}"] if tables else []
 
 
 def look_alikes(classes: Iterable[str]) -> list[str]:
     """A note if names of classes differ in case or space alone, or are the same number ("1", "01", "1.0")."""
     alike = defaultdict(list)
     for name in classes:
-        plain = " ".join(unicodedata.normalize("NFC", name).casefold().split())
-        alike[float(plain) if re.fullmatch(r"-?\d+(\.\d+)?", plain) else plain].append(printable(name))
+        alike[look_of(name)].append(printable(name))
     found = [" and ".join(names) for names in alike.values() if len(names) > 1]
     return [f"classes that look the same: {', '.join(found)}"] if found else []
+
+
+def look_of(name: str) -> str | Decimal:
+    """What names have in common that differ in case or space alone, or are the same number."""
+    plain = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+    return Decimal(plain) if is_number(plain) else plain  # of any length, unlike a float
+
+
+def is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
 
 
 def _unused(skipped: Counter[str]) -> str:
@@ -143,15 +163,18 @@ def _unnested(folder: Path) -> Path:
 
 
 def _same_folders(root: Path, folders: list[Path], grouped: bool) -> list[str]:
-    """A note if all class folders hold folders of mostly the same names.
+    """A note if class folders hold folders of their own.
 
-    Raises ValueError if nobody has said that these are groups: they may be the real classes.
+    Raises ValueError if these may be the real classes and nobody has said that they are groups, or are a copy.
     """
-    inner = [{*class_folders(folder)[0]} for folder in folders]
+    inner, outer = [{*class_folders(folder)[0]} for folder in folders], {folder.name for folder in folders}
+    if twice := [folder for folder, names in zip(folders, inner, strict=True) if len(names & outer) > 1]:
+        raise ValueError(f"{twice[0]} holds folders of the same names as {root}: if it is a copy, move it away")
     counts = Counter(name for names in inner for name in names)
     shared = sorted(name for name, count in counts.items() if count > 1)
     if len(shared) < 2 or 2 * len(shared) <= len(counts) or not all(names & {*shared} for names in inner):
-        return []
+        note = f"the folders in {root} hold folders, as {min(counts, default='')}: the outer ones are the classes"
+        return [note] if 2 * sum(len(names) > 1 for names in inner) >= len(folders) else []
     images = ((folder, path) for folder in folders for path in _without_descriptions(folder, find_images(folder)[0]))
     steps = {path.relative_to(folder).parts[0] for folder, path in images if path.parent != folder}
     if len(steps) == 1:  # such as images/, beside masks/ of the same names
@@ -175,9 +198,11 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
     telling = set().union(PHOTOS, DESCRIPTIONS, *SPLITS.values())
     others = [name for name in folders if not words_of(name) & telling]
     pictures = [path for name, path in folders.items() if words_of(name) & PHOTOS and path not in beside]
+    if len(folders) == 2 and all(has_few_colors(path) for folder in beside for path in find_images(folder)[0][:9]):
+        pictures += [folders[n] for n in others if _has_folders(folders[n])]  # CUB/images/cat/1.jpg, masks/cat/1.png
     for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
-        if not all(part_of(words_of(name)) for name in class_folders(images)[0]):  # as images/cat/1.jpg
-            continue
+        if images.name not in others and not all(part_of(words_of(name)) for name in class_folders(images)[0]):
+            continue  # as images/cat/1.jpg
         described = {path.stem.lower() for path in find_images(images)[0]}
         for folder in beside:
             files = [Path(name) for *_, names in os.walk(folder) for name in names]
@@ -190,6 +215,11 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
                     f"{root} seems to be made for {task}: {folder.name}/ describes the images in {images.name}/. This "
                     "project classifies whole images: it needs a folder for each class, or a table of labels"
                 )
+
+
+def describes(words: frozenset[str]) -> bool:
+    """Whether a folder holds no images but what describes them: "masks", "train_masks", not "with_mask"."""
+    return bool(words & DESCRIPTIONS) and not any(word for word in words - DESCRIPTIONS - PHOTOS if not part_of({word}))
 
 
 @lru_cache

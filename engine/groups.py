@@ -49,8 +49,10 @@ WORDS += "resized|rot|rotate|rotated|rotation|scaled|shift|shifted|small|thumb|t
 CHANGES = r"(?:_(?:jpe?g|png|bmp|tiff?|webp))?\.rf\.\w+$|"
 CHANGES += rf"(?<![^/])(?:{WORDS}\d*[ _.-]+)+(?=[^/]+$)|"
 CHANGES += rf"(?:[ _.-]+{WORDS}(?:[ _-]?(?:-?\d+|\(\d+\)|[hv]|lr|ud))?)+$"
-# what precedes the last number or word of a name, if it has a number: patient12/3.jpg, film12_3.jpg, 12_left.jpg
-SERIES = (r"([^/]*\d[^/]*\D)\d+[^\d/]*\.\w+$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
+# an outer folder, patient12/study1/3_front.jpg, or what precedes the last two numbers, number or word of a name, if it
+# has another number: slide12_x64_y32.png, film12_3.jpg, 12_left.jpg
+SERIES = (r"([^/]*\d)/(?:.*/)?[^/]*$", r"([^/]*\d[^/]*?)[_-](?:x_?)?\d+[_-](?:y_?)?\d+\.\w+$")
+SERIES += (r"([^/]*\d[^/]*\D)\d+[^\d/]*\.\w+$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
 
 MAX_COPIES = 20  # of an image: more names like "covid19_crop_0001" are those of images of their own
 
@@ -109,7 +111,8 @@ def _groups_of_copies(images: Images, pool: set[int], pairs: Pairs) -> tuple[lis
         f"{count_of(large, 'group')} of near-duplicates with more than a fifth of a class: split at random, so "
         "accuracies on held-out images will be too high. If they show one object, film or patient, use --groups"
     )
-    return groups, [*([remark] if large else []), *_series([originals[i] for i in pool], [labels[i] for i in pool])]
+    apart = [*{groups[i]: i for i in pool}.values()]  # one image of each group: the others stay with it anyway
+    return groups, [*([remark] if large else []), *_series([originals[i] for i in apart], [labels[i] for i in apart])]
 
 
 def _original(name: str) -> str:

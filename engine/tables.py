@@ -20,9 +20,12 @@ from engine.folders import (
     DESCRIPTIONS,
     PHOTOS,
     class_folders,
+    describes,
     find_images,
+    is_number,
     labelled_images,
     look_alikes,
+    look_of,
     name_below,
     not_used,
     part_of,
@@ -37,10 +40,13 @@ TABLES = (".csv", ".tsv", ".tab", ".txt")
 IMAGE = {"file", "filename", "filenames", "filepath", "filepaths", "id", "image", "images", "img", "path", "photo"}
 LABEL = {"breed", "category", "class", "classes", "classname", "cultivar", "diagnosis", "disease", "dx", "finding"}
 LABEL |= {"genus", "label", "labels", "species", "target", "variety"}
+ABOUT = {"confidence", "pred", "predicted", "prediction", "quality", "score", "source"}  # with LABEL: no label itself
+NEVER = {"fold", "folds", "height", "kfold", "width"}  # repeat few values, but are no labels
 SPLIT = {"split", "subset", "partition"}
 NUMBERS = {"0": "train", "1": "val", "2": "test"}  # as in CelebA, Waterbirds and WILDS
 GROUP = [name + end for name in ("patient", "subject", "group", "object") for end in ("", "id", "name")]
-GROUP += ["pid", *(name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide"))]
+GROUP += ["patientno", "patientnr", "patientnumber", "idpatient", "pid", "donorid", "video", "slide", "wsi"]
+GROUP += [name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide", "person", "animal")]
 GROUP += ["studyinstanceuid", *(name + "id" for name in ("video", "clip", "sequence", "seq", "series", "scene"))]
 VAGUE = ("group", "groupid", "groupname", "object", "objectid", "objectname")  # may be a label, or several classes
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
@@ -58,9 +64,8 @@ def read_source(source: Path, columns: Sequence[str] | None = None, grouped: boo
     try:
         classes, parts, notes = read_folder(source, grouped)
     except ValueError as error:
-        reason = str(error).partition("; a data set looks like this")[0]
         for advice, _ in _tables_in(source):
-            raise ValueError(f"{reason}; {advice}") from error
+            raise ValueError(f"{str(error).partition('; a data set looks like this')[0]}; {advice}") from error
         raise
     if all(words_of(name) & PHOTOS for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
         for advice, images in _tables_in(source):
@@ -135,7 +140,7 @@ def read_labelled(
 
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
     """The part, label and group of each file that the rows name, and the images of the rows not used, by reason."""
-    meanings, found, skipped = defaultdict(list), {}, defaultdict(list)
+    meanings, found, skipped, spellings = defaultdict(list), {}, defaultdict(list), {}
     for value, label, part, group in rows.rows:
         files = rows.files.find(value, part if "parts" in rows.used else part_of(words_of(rows.path.stem)))
         if part not in ("train", "val", "test"):
@@ -147,14 +152,16 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif label in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            meanings[files[0]].append((part, label, "" if group in UNLABELLED else group))
+            group = "" if group in UNLABELLED else spellings.setdefault(look_of(group), group)  # "012" is "12.0"
+            meanings[files[0]].append((part, label, group))
     for file, (first, *others) in meanings.items():
         if any(other[:2] != first[:2] for other in others):
             skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))
             continue
         found[file] = first
         if others:
-            skipped["that repeat another"] += [file.name] * len(others)
+            again = "that repeat another" + ", in another group" * (len({first, *others}) > 1)
+            skipped[again] += [file.name] * len(others)
     return found, skipped
 
 
@@ -173,14 +180,10 @@ def _classes(table: Path, names: set[str], notes: list[str], skipped: dict[str, 
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *reasons]))
     for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
-        if "|" in name or (len(pieces) > 1 and {*pieces} <= names):
+        if "|" in name or (pieces[1:] and ({*pieces} <= names or name[0] in "[{" or name.replace(" ", "").isdigit())):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
     notes += look_alikes(sorted(names))
-    return sorted(sorted(names), key=float if all(map(_is_number, names)) else str)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
+    return sorted(sorted(names), key=float if all(map(is_number, names)) else str)
 
 
 def _some(values: Sequence[str], count: int = 3) -> str:
@@ -197,7 +200,7 @@ class _Files:
         images = [p for p in self.root.iterdir() if p.is_file() and is_image_file(str(p), p.suffix.lower())]
         for folder in class_folders(self.root)[0].values():
             images += find_images(folder)[0]
-        masks = {path for path in images if any(map(_describes, map(words_of, self._folders(path))))}
+        masks = {path for path in images if any(map(describes, map(words_of, self._folders(path))))}
         self.images = {*images} - masks or masks
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for path in sorted(self.images, key=str):
@@ -211,7 +214,7 @@ class _Files:
             return [Path(direct)]
         *folders, name = [_key(step) for step in path.split("/") if step not in ("", ".", "..")] or [""]
         found = self.by_name.get(name) or self.by_stem.get(name, [])
-        elsewhere = path.startswith(("/", "..")) or path[1:2] == ":"  # from another machine: its last folders count
+        elsewhere = path.startswith(("/", "..")) or path[1:2] == ":" or "://" in path  # there its last folders count
         ends = [folders[start:] for start in range(len(folders) + 1 if elsewhere else 1)]
         fitting = ([p for p in found if [*map(_key, p.parts[-1 - len(end) : -1])] == end] for end in ends)
         found = next(filter(None, fitting), [])
@@ -222,11 +225,6 @@ class _Files:
 
     def _folders(self, path: Path) -> tuple[str, ...]:
         return path.relative_to(self.root).parts[:-1]
-
-
-def _describes(words: frozenset[str]) -> bool:
-    """Whether a folder holds no images but what describes them: "masks", "train_masks", not "with_mask"."""
-    return bool(words & DESCRIPTIONS) and not any(word for word in words - DESCRIPTIONS - PHOTOS if not part_of({word}))
 
 
 def _part_in(value: str) -> str | None:
@@ -270,8 +268,7 @@ class _Table:
         ends = {what: dict.fromkeys((each[0], each[-1])) for what, each in used.items() if each}
         self.used = {what: " to ".join(self.names[c] for c in each) for what, each in ends.items()}
         others = [repr(self.names[c]) for c in free if c not in group and any(self.cells[c])]
-        remarks = [f"{what} from {name!r}" for what, name in self.used.items()]
-        self.summary = f"{path.name}: {', '.join(remarks)}"
+        self.summary = f"{path.name}: " + ", ".join(f"{what} from {name!r}" for what, name in self.used.items())
         if split and {*self.cells[split[0]]} - UNLABELLED == {*NUMBERS}:
             self.summary += "; 0, 1 and 2 are taken for train, val and test"
         self.summary += f"; columns not used: {_some(others, 8)}" if others else ""
@@ -322,7 +319,9 @@ class _Table:
             where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
             raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
-        flags = {c: part for c, each in words.items() if "is" in each and (part := part_of(each))}
+        alone = {"train", "val", "test"} if any(words_of(name) & LABEL for name in self.names) else {*()}  # or a class
+        words = {c: each for c, each in words.items() if each & {"is", "in"} or each <= alone}
+        flags = {c: part for c, each in words.items() if (part := part_of(each))}
         parts = ["test" if "train" in flags.values() else "train"] * len(self.cells[0])
         for column in reversed(flags):  # the first one counts
             parts = [flags[column] if v.lower() in YES else p for v, p in zip(self.cells[column], parts, strict=True)]
@@ -330,15 +329,18 @@ class _Table:
 
     def _labels(self, columns: list[int]) -> tuple[Sequence[str], list[int]]:
         """The label of each row, and the columns that it is from: several if each is a class, marked by 0 and 1."""
+        words = {c: words_of(self.names[c]) for c in columns}
+        never = NEVER | {"x", "y"} if {"x", "y"} <= set().union(*words.values()) else NEVER  # the places of tiles
+        columns = [c for c in columns if words[c] & LABEL or not words[c] & never]
         values = {c: {*self.cells[c]} for c in columns}
         repeated = [c for c in columns if 2 * len(values[c]) <= len(self.cells[c])]
         candidates = [c for c in columns if self.known & values[c]] or repeated
         exact = [c for c in candidates if self.names[c].lower() in (*LABEL, "y")]
-        named = [c for c in candidates if c in exact or words_of(self.names[c]) & LABEL]
+        named = [c for c in candidates if c in exact or (words[c] & LABEL and not words[c] & ABOUT)]
         clear = {*GROUP} - {*VAGUE}
         plain = [c for c in candidates if self._squeezed(c) not in clear and len(values[c]) > 1]
         flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]
-        texts = [c for c in plain if c not in flags and not all(map(_is_number, values[c] - UNLABELLED))]
+        texts = [c for c in plain if c not in flags and not all(map(is_number, values[c] - UNLABELLED))]
         if not named and len(flags) > 1 and not texts:
             rows = range(len(self.cells[0]))
             marked = [[c for c in flags if self.cells[c][row].lower() in YES] for row in rows]
@@ -348,7 +350,7 @@ class _Table:
         chosen = named or plain or candidates
         pairs = [{*zip(self.cells[chosen[0]], self.cells[c], strict=True)} for c in chosen]
         if all(len(values[chosen[0]]) == len(values[c]) == len(both) for c, both in zip(chosen, pairs, strict=True)):
-            chosen = sorted(chosen, key=lambda c: all(map(_is_number, values[c])))[:1]  # a name before its number
+            chosen = sorted(chosen, key=lambda c: all(map(is_number, values[c])))[:1]  # a name before its number
         elif len(exact) == 1:
             chosen = exact
         if len(chosen) == 1:

@@ -279,6 +279,30 @@ def test_unlabelled_images_are_no_class(photos):
     assert load_data(str(photos / "train")).classes == ("red", "unlabeled")
 
 
+def test_class_folders_twice_or_beside_masks_are_refused(train, tmp_path):
+    """As in archives that hold their folders again, and as in CUB: masks beside the folder of the class folders."""
+    for i in range(20):
+        name = f"{('cat', 'dog')[i % 2]}/{i}.png"
+        draw(tmp_path / "pets" / name, (9, 99, 9), seed=i)
+        draw(tmp_path / "birds" / "photos of 2011" / name, (9, 99, 9), seed=i)
+        draw(tmp_path / "birds" / "segmentations" / name, (9, 99, 9), seed=i)
+        mask = tmp_path / "birds" / "segmentations" / name
+        Image.open(mask).convert("1").save(mask)
+    (tmp_path / "birds" / "photos of 2011").rename(tmp_path / "birds" / "2011")
+    shutil.copytree(tmp_path / "pets", tmp_path / "pets" / "pets")
+    for folder, reason in (("pets", "if it is a copy"), ("birds", "made for segmentation")):
+        code, _, err = train(tmp_path / folder)
+        assert code == 2 and reason in err and err.count("\n") == 1
+
+
+def test_a_table_beside_the_classes_and_folders_inside_are_told(tmp_path):
+    for i in range(20):
+        draw(tmp_path / "x" / ("lung", "skin")[i % 2] / f"kind {i % 4}" / f"{i}.png", (9, 99, 9), seed=i)
+    assert "kind 0: the outer ones are the classes" in "\n".join(load_data(str(tmp_path / "x")).notes)
+    (tmp_path / "x" / "parts.csv").write_text("image,split\n0.png,test\n")
+    assert "parts.csv not read" in "\n".join(load_data(str(tmp_path / "x")).notes)
+
+
 def test_classes_may_have_such_names(tmp_path):
     """Folders that only look like descriptions of images, and descriptions beside real class folders."""
     for name in ("mask", "no mask"):

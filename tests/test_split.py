@@ -197,6 +197,9 @@ def test_numbers_instead_of_extensions_are_no_copies(tmp_path):
         ("{0}/film{1}_{2}.jp2", True),
         ("{0}/{2}{1}.jp2", False),
         ("{0}/{1}{2}_left.png {0}/{1}{2}_right.png", True),
+        ("{0}/slide{1}_x{2}_y9.png", True),
+        ("{0}/patient{0}{1}/study1/{2}_front.png", True),
+        ("{0}/{1}{2}_png.rf.aa.png {0}/{1}{2}_png.rf.bb.png", False),  # copies, which stay together anyway
         ("{0}/{2}{1}.png", False),
         ("{0}12/{0}12_{1}{2}.png", False),
     ],
@@ -208,7 +211,8 @@ def test_names_in_series_are_told(tmp_path, pattern, told):
     assert told == ("begin alike" in notes)
     if told:
         advised = re.search("--groups '(.*)'", notes)[1]
-        assert any("groups" in note for note in load_data(str(folder), tmp_path / "cache", groups=advised).notes)
+        data = load_data(str(folder), tmp_path / "cache", groups=advised)
+        assert any(note.startswith(("6 groups", "12 groups", "24 groups")) for note in data.notes)
 
 
 def test_two_files_of_one_hash_are_refused(train, tmp_path, monkeypatch):

@@ -107,7 +107,11 @@ def test_kinds_of_tables(pets, delimiter, encoding, header):
 
 
 @pytest.mark.parametrize(
-    "path", ["train/{}.png", "./train/{}", r"D:\somebody\pets\train\{}.png", "../input/train/{}.PNG"]
+    "path",
+    [
+        *("train/{}.png", "./train/{}", r"D:\somebody\pets\train\{}.png", "../input/train/{}.PNG"),
+        *("gs://bucket/pets/train/{}.png", "https://example.org/train/{}.png"),
+    ],
 )
 def test_paths_of_other_systems(pets, path):
     for name in NAMES:
@@ -208,6 +212,8 @@ def test_which_column_says_the_part(pets, header, columns, sizes):
     ("flags", "sizes"),
     [
         ({"is_test": "test"}, (None, None, 6)),
+        ({"test": "test"}, (None, None, 6)),
+        ({"in_training_set": "train"}, (None, None, 12)),
         ({"is_valid": "val"}, (None, 6, None)),
         ({"Is Train": "train"}, (None, None, 12)),
         ({"is_train": "train", "is_val": "val"}, (18, 6, 6)),
@@ -221,7 +227,7 @@ def test_parts_by_flags(pets, flags, sizes):
     assert all(size in (None, count) for size, count in zip(sizes, found, strict=True)) and sum(found) == 30
 
 
-@pytest.mark.parametrize("name", ["lesion_id", "CaseID", "StudyInstanceUID", "pid"])
+@pytest.mark.parametrize("name", ["lesion_id", "CaseID", "StudyInstanceUID", "pid", "Patient No.", "slide"])
 def test_other_names_of_groups(pets, name):
     rows = [(*row, f"g{i // 2}", i, i % 5) for i, row in enumerate(ROWS)]
     table = write(pets / "labels.csv", ("id", "label", name, "patient", "fold"), *rows)
@@ -229,6 +235,17 @@ def test_other_names_of_groups(pets, name):
     groups = [{f"g{int(Path(item).stem, 16) // 2}" for item in images.items} for images in data.parts.values()]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 15
     assert "not used: 'patient', 'fold'" in data.notes[0] and repr(name) in data.notes[0]
+
+
+def test_a_patient_of_two_spellings_is_one_group(pets):
+    long = 1234567890123456789  # as a float, it would be its neighbour
+    spellings = [f"{i // 4}" if i % 2 else f"0{i // 4}.0" for i in range(12)] + [
+        f"{long + i // 2}" for i in range(12, 30)
+    ]
+    rows = [(*row, spelling) for row, spelling in zip(ROWS, spellings, strict=True)]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "patient"), *rows, (*ROWS[3], "9"))))
+    assert sum(len({*images.groups}) for images in data.parts.values()) == 12
+    assert "1 that repeat another, in another group" in "\n".join(data.notes)
 
 
 def test_a_class_of_classes_is_no_group(pets):
@@ -261,6 +278,9 @@ def test_what_a_label_is(pets):
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
     assert classes(("id", "Roi.Y1", "ClassId"), list("1234567890") * 3, numbers) == ("1", "2", "10")  # as in GTSRB
     assert classes(("id", "food_group"), LABELS) == classes(("id", "object"), LABELS) == tuple(sorted(COLORS))
+    assert classes(("tile", "x", "y", "result"), numbers, [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
+    assert classes(("image", "fold", "grade"), [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
+    assert classes(("image", "car", "train", "bus"), *flags) == ("bus", "car", "train")
     for marks in ("01", ("False", "True"), ("no", "Yes"), ("0.0", "1.0")):
         marked = [[marks[flag] for flag in column] for column in flags]
         assert classes(("image", "MEL", "NV", "BCC"), *marked) == ("BCC", "MEL", "NV")
@@ -275,6 +295,10 @@ def test_what_a_label_is(pets):
         (("image", "object", "color"), [["cup", "jar"] * 15, LABELS], "several columns may be the label"),
         (("image", "kind", "male", "female"), [LABELS, flags[0], [1 - x for x in flags[0]]], "several columns may be"),
         (("image", "note"), [[""] * 30], "no labelled training image"),
+        (("image", "kfold"), [numbers], "no column repeats"),
+        (("image", "class_confidence", "grade"), [["high", "low"] * 15, LABELS], "several columns may be"),
+        (("image", "choice"), [["a", "b", '{"choices": ["a", "b"]}'] * 10], "several labels"),
+        (("image", "attribute_ids"), [["51", "7 9", "51 79"] * 10], "several labels"),
     ):
         with pytest.raises(ValueError, match=reason):
             classes(header, *columns)
