@@ -112,7 +112,7 @@ def accuracy_interval(correct: Sequence[float], groups: Sequence[object] | None)
     if not groups or len({*groups}) == len(groups):
         return wilson_interval(share, len(correct))
     variance, number = _jackknife(correct, groups)
-    effective = share * (1 - share) / variance if variance else number  # all right, or all wrong
+    effective = share * (1 - share) / variance if variance else number  # mostly because all are right, or all wrong
     effective *= (1.96 / _t_quantile(number - 1)) ** 2
     return wilson_interval(share, max(1.0, min(effective, len(correct))))
 

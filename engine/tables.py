@@ -134,7 +134,7 @@ def read_labelled(
         try:
             images.groups = matched_groups(images.names, groups)
         except ValueError as error:
-            notes.append(f"{error}: the interval takes each image for a group of its own")
+            notes.append(f"{error}: intervals are those of {'the groups of the table' if images.groups else 'images'}")
     return images, notes
 
 
