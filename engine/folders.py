@@ -85,10 +85,8 @@ def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], d
 def _tables_beside(folders: set[Path]) -> list[str]:
     """A note on tables in these folders."""
     tables = sorted(str(p) for folder in folders for p in folder.iterdir() if p.suffix.lower() in (".csv", ".tsv"))
-    advice = (
-        "not read: the folders are taken for the classes. If a table says more, such as the parts, use it as --data"
-    )
-    return [f"{printable(', '.join(tables[:3]))} {advice}"] if tables else []
+    advice = "the folders are taken for the classes. If a table says more, such as the parts, use it as --data"
+    return [f"{printable(', '.join(tables[:3]))} not read: {advice}"] if tables else []
 
 
 def look_alikes(classes: Iterable[str]) -> list[str]:
