@@ -27,8 +27,9 @@ from engine.files import atomic_write, locked
 from engine.folders import SPLITS
 from engine.groups import Similar, assign_groups, draw, find_near_duplicates
 from engine.images import Images
+from engine.sources import read_source
 from engine.survey import Survey, survey
-from engine.tables import Source, read_source
+from engine.tables import Source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 FEW_GROUPS = 10  # of test images: their accuracy says little about images of other groups

@@ -45,7 +45,8 @@ from engine.metrics import accuracy_interval, class_scores
 from engine.openvino import check_answers, fastest_copy
 from engine.results import print_table
 from engine.run import run_images
-from engine.tables import TABLES, read_labelled
+from engine.sources import read_labelled
+from engine.tables import TABLES
 from models import TransferModel, load_checkpoint, predictions
 from visualization import PLOTTED_IMAGES
 

@@ -16,7 +16,7 @@ import torch
 from engine.console import count_of, printable
 from engine.images import Images, has_few_colors, is_image_file, unread_format
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 EXPECTED_TREE = """
     {root}/<class>/*.jpg          one folder for each class; the folder's name is the label
 or
@@ -31,6 +31,7 @@ DESCRIPTIONS = {"annotation", "annotations", "annots", "bboxes", "gt", "groundtr
 DESCRIPTIONS |= {"masks", "segmentation", "segmentations", "trimap", "trimaps", "xml", "xmls"}
 PHOTOS = {"image", "images", "img", "imgs", "frames", "jpeg", "jpegimages", "jpg", "photos", "pictures", "rgb"}
 ORIGINALS = PHOTOS | {"original", "originals", "photo", "raw"}  # in a class folder; elsewhere the others may be classes
+FEW = 16  # shades of a mask; more may be a photograph
 PLUGINS = {".heic": "pillow-heif", ".heif": "pillow-heif", ".jxl": "pillow-jxl-plugin"}
 
 
@@ -93,15 +94,10 @@ def look_alikes(classes: Iterable[str]) -> list[str]:
     """A note if names of classes differ in case or space alone, or are the same number ("1", "01", "1.0")."""
     alike = defaultdict(list)
     for name in classes:
-        alike[look_of(name)].append(printable(name))
+        plain = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+        alike[Decimal(plain) if is_number(plain) else plain].append(printable(name))
     found = [" and ".join(names) for names in alike.values() if len(names) > 1]
     return [f"classes that look the same: {', '.join(found)}"] if found else []
-
-
-def look_of(name: str) -> str | Decimal:
-    """What names have in common that differ in case or space alone, or are the same number."""
-    plain = " ".join(unicodedata.normalize("NFC", name).casefold().split())
-    return Decimal(plain) if is_number(plain) else plain  # of any length, unlike a float
 
 
 def is_number(text: str) -> bool:
@@ -166,7 +162,8 @@ def _same_folders(root: Path, folders: list[Path], grouped: bool) -> list[str]:
     Raises ValueError if these may be the real classes and nobody has said that they are groups, or are a copy.
     """
     inner, outer = [{*class_folders(folder)[0]} for folder in folders], {folder.name for folder in folders}
-    if twice := [folder for folder, names in zip(folders, inner, strict=True) if len(names & outer) > 1]:
+    twice = [f for f, names in zip(folders, inner, strict=True) if len(names) > 1 and names == outer - {f.name}]
+    if twice:
         raise ValueError(f"{twice[0]} holds folders of the same names as {root}: if it is a copy, move it away")
     counts = Counter(name for names in inner for name in names)
     shared = sorted(name for name, count in counts.items() if count > 1)
@@ -196,7 +193,7 @@ def _refuse_descriptions(root: Path, folders: dict[str, Path]) -> None:
     telling = set().union(PHOTOS, DESCRIPTIONS, *SPLITS.values())
     others = [name for name in folders if not words_of(name) & telling]
     pictures = [path for name, path in folders.items() if words_of(name) & PHOTOS and path not in beside]
-    if len(folders) == 2 and all(has_few_colors(path) for folder in beside for path in find_images(folder)[0][:9]):
+    if len(folders) == 2 and all(has_few_colors(p, FEW) for folder in beside for p in find_images(folder)[0][:9]):
         pictures += [folders[n] for n in others if _has_folders(folders[n])]  # CUB/images/cat/1.jpg, masks/cat/1.png
     for images in pictures if beside and len(others) < 2 else ():  # photos, masks, sketches and icons are classes
         if images.name not in others and not all(part_of(words_of(name)) for name in class_folders(images)[0]):
@@ -295,14 +292,14 @@ def _without_descriptions(folder: Path, images: list[Path]) -> list[Path]:
         apart = any(set() < words_of(step) <= DESCRIPTIONS for step in steps)
         key = (*(step for step in steps if not set() < words_of(step) <= ORIGINALS | DESCRIPTIONS), whole)
         if apart or whole != name:
-            described[path] = key
+            described[path] = key, None
             continue
         plain.add(key)
         if path.suffix.lower() in (".jpg", ".jpeg"):
             plain.add((*key, "photograph"))
         elif path.suffix.lower() == ".png":
-            described[path] = (*key, "photograph")
-    masks = {path for path, key in described.items() if key in plain and has_few_colors(path)}
+            described[path] = (*key, "photograph"), FEW
+    masks = {path for path, (key, most) in described.items() if key in plain and has_few_colors(path, most)}
     return [path for path in images if path not in masks]
 
 

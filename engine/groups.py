@@ -129,9 +129,7 @@ def _named_copies(names: list[str], originals: list[str]) -> Pairs:
     """Pairs of images of one folder of which one is a changed copy of the other, or both of a third, by their names."""
     known, copies = {*map(_stem, names)}, defaultdict(list)
     for i, original in enumerate(map(_stem, originals)):
-        numbered = re.sub(r" ?\(\d+\)$", "", original)  # "1 (2)" is a copy of "1" if that is there
-        original = numbered if numbered in known and re.search(r"\d[^/]*$", numbered) else original
-        # else "rotated_1", "rotated_2" would be one image, as would a browser's "images", "images (1)", "images (2)"
+        # without a number "rotated_1" and "rotated_2" would be one image
         if original in known or re.search(r"\d[^/]*$", original) or ".rf." in names[i]:
             copies[original].append(i)
     return [(same[0], i, 1.0) for same in copies.values() if len(same) <= MAX_COPIES for i in same[1:]]

@@ -241,11 +241,15 @@ def is_image_file(path: str, extension: str) -> bool:
     return False
 
 
-def has_few_colors(path: Path) -> bool:
-    """Whether an image has no or few colors, as masks have. Photographs of masks and of labels have many."""
+def has_few_colors(path: Path, most: int | None = None) -> bool:
+    """Whether an image has no or few colors, as masks have: at most `most` shades, or any shades of grey.
+
+    Photographs of masks and of labels have many.
+    """
     with suppress(Exception):  # damaged: it will be named
         with Image.open(path, formats=image_formats()) as image:
-            return image.mode in ("1", "L", "P", "I", "I;16", "LA") or image.getcolors(256) is not None
+            grey = not most and image.mode in ("1", "L", "P", "I", "I;16", "LA")
+            return grey or image.getcolors(most or 256) is not None
     return False
 
 

@@ -4,12 +4,9 @@ import csv
 import io
 import os
 import re
-import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mode
 
@@ -18,21 +15,15 @@ import torch
 from engine.console import count_of, printable
 from engine.folders import (
     DESCRIPTIONS,
-    PHOTOS,
     class_folders,
     describes,
     find_images,
     is_number,
-    labelled_images,
     look_alikes,
-    look_of,
     name_below,
-    not_used,
     part_of,
-    read_folder,
     words_of,
 )
-from engine.groups import matched_groups
 from engine.images import Images, is_image_extension, is_image_file
 
 TABLES = (".csv", ".tsv", ".tab", ".txt")
@@ -48,40 +39,12 @@ GROUP = [name + end for name in ("patient", "subject", "group", "object") for en
 GROUP += ["patientno", "patientnr", "patientnumber", "idpatient", "pid", "donorid", "video", "slide", "wsi"]
 GROUP += [name + "id" for name in ("individual", "lesion", "specimen", "case", "study", "slide", "person", "animal")]
 GROUP += ["studyinstanceuid", *(name + "id" for name in ("video", "clip", "sequence", "seq", "series", "scene"))]
-VAGUE = ("group", "groupid", "groupname", "object", "objectid", "objectname")  # may be a label, or several classes
+# may be a label, or one or several classes
+VAGUE = ("group", "groupid", "groupname", "object", "objectid", "objectname", "personid", "animalid")
 YES, NO = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no"}
 UNLABELLED = {"", "nan", "NaN", "NAN", "NA", "N/A", "n/a", "#N/A", "<NA>"}  # "na", "none", "?" and "-" may be classes
 
 Source = tuple[tuple[str, ...], dict[str, Images], list[str]]  # classes, images by part, notes for the user
-
-
-def read_source(source: Path, columns: Sequence[str] | None = None, grouped: bool = False) -> Source:
-    """Reads an image folder or a table. Raises OSError or ValueError if it is neither."""
-    if source.is_file() or (source.suffix.lower() in TABLES and not source.is_dir()):
-        return read_table(source, columns)
-    if columns:
-        raise ValueError(f"--columns is for a table; {source} is none")
-    try:
-        classes, parts, notes = read_folder(source, grouped)
-    except ValueError as error:
-        for advice, _ in _tables_in(source):
-            raise ValueError(f"{str(error).partition('; a data set looks like this')[0]}; {advice}") from error
-        raise
-    if all(words_of(name) & PHOTOS for name in classes):  # as images_1/ and images_2/, or cat_images/ and dog_images/
-        for advice, images in _tables_in(source):
-            if len({*zip(map(os.path.dirname, images.names), images.labels.tolist(), strict=True)}) > len(classes):
-                raise ValueError(f"the folders in {source} seem to be no classes; {advice}")
-    return classes, parts, notes
-
-
-def _tables_in(folder: Path) -> Iterator[tuple[str, Images]]:
-    """How to use each table in a folder, or in a folder in it, and its images; tables of test images come last."""
-    patterns = ("*.csv", "*.tsv", "*.txt", "*/*.csv", "*/*.tsv")
-    tables = islice((table for pattern in patterns for table in sorted(folder.glob(pattern))), 8)
-    for table in sorted(tables, key=lambda table: part_of(words_of(name_below(folder, table))) in ("val", "test")):
-        with suppress(OSError, ValueError):
-            images = Images.joined(read_table(table)[1].values())
-            yield f"{table.name} may hold the labels: python main_train.py --data {shlex.quote(str(table))}", images
 
 
 def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequence[str] = ()) -> Source:
@@ -113,31 +76,6 @@ def read_table(table: Path, columns: Sequence[str] | None = None, known: Sequenc
     return tuple(classes), images, notes
 
 
-def read_labelled(
-    source: Path, classes: tuple[str, ...], columns: Sequence[str] | None, groups: str | None
-) -> tuple[Images, list[str]]:
-    """The images of these classes in a folder or a table, or in the table's test part if it has one, and notes.
-
-    `columns` and `groups` are those of the training, which count if they fit. Raises OSError or ValueError.
-    """
-    if source.is_dir():
-        images, skipped = labelled_images(source, classes, source)
-        notes = [not_used(skipped)] if skipped.total() else []
-    else:
-        _, parts, notes = read_table(source, columns, classes)
-        if not parts:
-            raise ValueError("; ".join([f"{source} has no image of a class that the model knows", *notes]))
-        images = parts.get("test") or Images.joined(parts.values())
-        if "test" in parts:
-            notes.append(f"only the test part of {source.name} is used")
-    if groups and len(images):
-        try:
-            images.groups = matched_groups(images.names, groups)
-        except ValueError as error:
-            notes.append(f"{error}: intervals are those of {'the groups of the table' if images.groups else 'images'}")
-    return images, notes
-
-
 def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, list[str]]]:
     """The part, label and group of each file that the rows name, and the images of the rows not used, by reason."""
     meanings, found, skipped, spellings = defaultdict(list), {}, defaultdict(list), {}
@@ -152,8 +90,8 @@ def _match(rows: "_Table") -> tuple[dict[Path, tuple[str, str, str]], dict[str, 
         elif label in UNLABELLED:
             skipped[f"without a label{' in the test part' if part == 'test' else ''}"].append(value)
         else:
-            group = "" if group in UNLABELLED else spellings.setdefault(look_of(group), group)  # "012" is "12.0"
-            meanings[files[0]].append((part, label, group))
+            same = re.sub(r"^0+(?=\d)|\.0+$", "", group.casefold())  # "012" is "12.0"
+            meanings[files[0]].append((part, label, "" if group in UNLABELLED else spellings.setdefault(same, group)))
     for file, (first, *others) in meanings.items():
         if any(other[:2] != first[:2] for other in others):
             skipped["that give one file two labels or parts, of which none is taken"] += [file.name] * (1 + len(others))
@@ -180,7 +118,10 @@ def _classes(table: Path, names: set[str], notes: list[str], skipped: dict[str, 
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *reasons]))
     for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
-        if "|" in name or (pieces[1:] and ({*pieces} <= names or name[0] in "[{" or name.replace(" ", "").isdigit())):
+        if "|" in name or (
+            pieces[1:]
+            and ({*pieces} <= names or name[0] + name[-1] in ("[]", "{}") or name.replace(" ", "").isdecimal())
+        ):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
     notes += look_alikes(sorted(names))
     return sorted(sorted(names), key=float if all(map(is_number, names)) else str)
@@ -219,6 +160,7 @@ class _Files:
         fitting = ([p for p in found if [*map(_key, p.parts[-1 - len(end) : -1])] == end] for end in ends)
         found = next(filter(None, fitting), [])
         if len(found) > 1:
+            found = [p for p in found if not DESCRIPTIONS & set().union(*map(words_of, self._folders(p)))] or found
             found = [path for path in found if part in map(part_of, map(words_of, self._folders(path)))] or found
             found = [file for file in found if file.name == path.split("/")[-1]] or found  # not in the other case
         return found
@@ -230,7 +172,7 @@ class _Files:
 def _part_in(value: str) -> str | None:
     """The part that a cell names: "train", "Testing", "PublicTest"."""
     words = words_of(value) - {"public", "private", "set", "data", "images"}
-    return part_of(words) if len(words) == 1 else None
+    return "val" if words == {"dev"} else part_of(words) if len(words) == 1 else None
 
 
 def _key(name: str) -> str:
@@ -300,11 +242,12 @@ class _Table:
     def _parts(self, columns: list[int]) -> tuple[list[int], list[str]]:
         """The columns that say in which part each row is, such as "split" or "is_test", and what they say."""
         found, refused = defaultdict(list), []
-        for column in columns:
+        for column in [c for c in columns if not words_of(self.names[c]) & LABEL - SPLIT]:
             values, named = {*self.cells[column]} - UNLABELLED, bool(words_of(self.names[column]) & SPLIT)
             known = NUMBERS if named and values == {*NUMBERS} else {value: _part_in(value) for value in values}
             parts = {*known.values()} - {None}
-            if len(parts) > 1 or (named and parts and ("train" in parts or None not in known.values())):
+            unknown = None in known.values() or (not named and len(known) < len({*self.cells[column]}))
+            if (named and "train" in parts) or (not unknown and len(parts) > (0 if named else 1)):
                 # the best name counts: "split", then "original_split", then any other
                 rank = (self.names[column].lower() not in SPLIT) + (not named)
                 found[rank].append((column, [known.get(value) or value for value in self.cells[column]]))
@@ -320,7 +263,7 @@ class _Table:
             raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
         alone = {"train", "val", "test"} if any(words_of(name) & LABEL for name in self.names) else {*()}  # or a class
-        words = {c: each for c, each in words.items() if each & {"is", "in"} or each <= alone}
+        words = {c: each for c, each in words.items() if each & {"is", "in"} or self.names[c].lower() in alone}
         flags = {c: part for c, each in words.items() if (part := part_of(each))}
         parts = ["test" if "train" in flags.values() else "train"] * len(self.cells[0])
         for column in reversed(flags):  # the first one counts
@@ -330,18 +273,21 @@ class _Table:
     def _labels(self, columns: list[int]) -> tuple[Sequence[str], list[int]]:
         """The label of each row, and the columns that it is from: several if each is a class, marked by 0 and 1."""
         words = {c: words_of(self.names[c]) for c in columns}
-        never = NEVER | {"x", "y"} if {"x", "y"} <= set().union(*words.values()) else NEVER  # the places of tiles
-        columns = [c for c in columns if words[c] & LABEL or not words[c] & never]
+        places = [c for c in columns if self.names[c].lower() in ("x", "y") and all(map(is_number, self.cells[c]))]
+        never = places if len(places) > 1 else []  # of tiles or boxes
+        columns = [c for c in columns if c not in never and (words[c] & LABEL or not words[c] & NEVER)]
         values = {c: {*self.cells[c]} for c in columns}
         repeated = [c for c in columns if 2 * len(values[c]) <= len(self.cells[c])]
         candidates = [c for c in columns if self.known & values[c]] or repeated
         exact = [c for c in candidates if self.names[c].lower() in (*LABEL, "y")]
         named = [c for c in candidates if c in exact or (words[c] & LABEL and not words[c] & ABOUT)]
         clear = {*GROUP} - {*VAGUE}
-        plain = [c for c in candidates if self._squeezed(c) not in clear and len(values[c]) > 1]
+        of_group = [c for c in candidates if self._squeezed(c) in clear or "patient" in words[c]]
+        plain = [c for c in candidates if c not in of_group and len(values[c]) > 1]
         flags = [c for c in columns if {*map(str.lower, values[c])} <= YES | NO]
-        texts = [c for c in plain if c not in flags and not all(map(is_number, values[c] - UNLABELLED))]
-        if not named and len(flags) > 1 and not texts:
+        rivals = [c for c in plain if c not in flags and not all(map(is_number, values[c] - UNLABELLED))]
+        about = any(words[c] & LABEL for c in candidates)
+        if not named and not about and len(flags) > (2 if rivals else 1):
             rows = range(len(self.cells[0]))
             marked = [[c for c in flags if self.cells[c][row].lower() in YES] for row in rows]
             if any(len(each) != 1 for each in marked):
@@ -358,11 +304,11 @@ class _Table:
         raise self._unclear("several columns may be the label" if chosen else "no column repeats a few labels")
 
     def _group(self, columns: list[int], labels: Sequence[str]) -> list[int]:
-        """The column of groups, if there is one. A "group" of several whole classes is a class of classes."""
+        """The column of groups, if there is one. A "group" of whole classes is their name or a class of classes."""
         named = {self._squeezed(c): c for c in reversed(columns) if len({*self.cells[c]}) < len(labels)}
         for name in filter(named.__contains__, GROUP):
             groups = self.cells[named[name]]
-            whole = len({*zip(labels, groups, strict=True)}) == len({*labels}) > len({*groups})
+            whole = len({*zip(labels, groups, strict=True)}) == len({*labels}) >= len({*groups})
             if not (whole and name in VAGUE):
                 return [named[name]]
         return []

@@ -262,6 +262,21 @@ def test_classes_of_two_spellings_are_told(photos, one, other):
     assert any(f"look the same: {alike}" in note for note in load_data(str(photos)).notes)
 
 
+def test_grey_photographs_of_one_name_and_two_formats(tmp_path):
+    for seed in range(24):
+        for name in (f"{'ab'[seed % 2]}/{seed}.{extension}" for extension in ("jpg", "png")):
+            draw(tmp_path / "x" / name, (128, 128, 128), seed)
+            Image.open(tmp_path / "x" / name).convert("L").save(tmp_path / "x" / name)
+    assert sum(map(len, load_data(str(tmp_path / "x")).parts.values())) == 48
+
+
+def test_numbered_sessions_are_no_copy_of_the_classes(tmp_path):
+    for seed, name in enumerate(["1/1", "1/2", "1/3", "2/4", "2/5"] * 3):
+        draw(tmp_path / "x" / name / f"{seed}.png", (9, 9, 9), seed)
+    data = load_data(str(tmp_path / "x"))
+    assert data.classes == ("1", "2") and "the outer ones are the classes" in data.notes[0]
+
+
 def test_unlabelled_images_are_no_class(photos):
     for part, name in (("train", "unlabeled"), ("test", "Unlabelled")):
         shutil.copytree(photos / part / "red", photos / part / name)

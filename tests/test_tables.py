@@ -194,6 +194,9 @@ def test_parts_and_groups(pets):
         (("source",), [["train"]], (None, None, 6)),
         (("original_split", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
         (("subset", "split"), ["XY", ["train", "train", "test", "val"]], (16, 7, 7)),
+        (("test1", "test2"), ["01", "001"], (None, None, 6)),  # of blood, perhaps
+        (("origin",), [["train set", "test set", "web"]], (None, None, 6)),
+        (("comment",), [["train", *14 * [""], "test", *14 * [""]]], (None, None, 6)),
         (("old_split", "new_split"), [["train"], ["train", "test", "val"]], "rename all but one"),
     ],
 )
@@ -255,6 +258,20 @@ def test_a_class_of_classes_is_no_group(pets):
     assert "not used: 'group'" in data.notes[0] and len({*data.test.groups}) == len(data.test)
 
 
+def test_a_person_that_is_a_class_is_no_group(pets):
+    people = {"blue": 7, "green": 8, "red": 9}
+    rows = [(*row, people[row[1]]) for row in ROWS]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "person_id"), *rows)))
+    assert "not used: 'person_id'" in data.notes[0] and len({*data.test.groups}) == len(data.test)
+
+
+def test_spellings_of_a_patient(pets):
+    names = ["007", "7", "7.0", "Ann", "ann", "1.1", "1.10", "10"]
+    rows = [(*row, names[i // 3] if i < 24 else f"x{i}") for i, row in enumerate(ROWS)]
+    data = load_data(str(write(pets / "labels.csv", ("id", "label", "patient"), *rows)))
+    assert any("11 groups" in note for note in data.notes)
+
+
 def test_identical_images_without_a_patient_stay_together(pets):
     for i in range(12, 30):  # six images, each of them three times
         (pets / "train" / f"{NAMES[i]}.png").write_bytes((pets / "train" / f"{NAMES[12 + i % 6]}.png").read_bytes())
@@ -277,6 +294,10 @@ def test_what_a_label_is(pets):
     assert classes(("id", "level"), numbers) == ("1", "2", "10")
     assert classes(("id", "class_id", "class_name"), numbers, LABELS) == tuple(sorted(COLORS))  # they mean the same
     assert classes(("id", "Roi.Y1", "ClassId"), list("1234567890") * 3, numbers) == ("1", "2", "10")  # as in GTSRB
+    places = [[i / 7 for i in range(30)]] * 2
+    assert classes(("id", "x1", "x2", "site", "y"), *places, list("nns") * 10, LABELS) == tuple(sorted(COLORS))
+    assert classes(("id", "x", "y", "kind"), list("12345") * 6, list("54321") * 6, LABELS) == tuple(sorted(COLORS))
+    assert classes(("image", "MEL", "NV", "BCC", "sex"), *flags, list("mf") * 15) == ("BCC", "MEL", "NV")
     assert classes(("id", "food_group"), LABELS) == classes(("id", "object"), LABELS) == tuple(sorted(COLORS))
     assert classes(("tile", "x", "y", "result"), numbers, [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
     assert classes(("image", "fold", "grade"), [i // 6 for i in range(30)], LABELS) == tuple(sorted(COLORS))
@@ -293,6 +314,11 @@ def test_what_a_label_is(pets):
         (("image", "price"), [[i / 7 for i in range(30)]], "'price'"),
         (("image", "label"), [["red"] * 30], "one class only"),
         (("image", "object", "color"), [["cup", "jar"] * 15, LABELS], "several columns may be the label"),
+        (
+            ("image", "quality_class", "blur", "glare"),
+            [list("123") * 10, flags[0], [1 - x for x in flags[0]]],
+            "several",
+        ),
         (("image", "kind", "male", "female"), [LABELS, flags[0], [1 - x for x in flags[0]]], "several columns may be"),
         (("image", "note"), [[""] * 30], "no labelled training image"),
         (("image", "kfold"), [numbers], "no column repeats"),
@@ -325,6 +351,14 @@ def test_what_is_no_table(train, tmp_path, name, content, reason):
         (tmp_path / "x" / name).write_bytes(content)
     code, _, err = train(tmp_path / "x" / name)
     assert code == 2 and reason in err and err.count("\n") == 1
+
+
+def test_masks_of_the_names_in_the_table(tmp_path):
+    for i, name in enumerate(NAMES):
+        for folder in ("images", "lung_masks"):
+            draw(tmp_path / "x" / folder / f"{name}.png", (9, 9, 9), seed=i)
+    data = load_data(str(write(tmp_path / "x" / "labels.csv", ("id", "label"), *ROWS)))
+    assert all(name.startswith("images/") for images in data.parts.values() for name in images.names)
 
 
 def test_lists_beside_masks(tmp_path):
