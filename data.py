@@ -3,7 +3,7 @@
     data = load_data("cifar10", root=Path("data"))      # or a folder of class folders
     data.train.items[0], data.train.labels[0]
 
-How a folder is read is in engine/folders.py, a table in engine/tables.py, which images belong together in groups.py.
+How folders and tables are read is in engine/folders.py and tables.py, which images belong together in groups.py.
 """
 
 import filecmp
