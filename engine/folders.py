@@ -73,12 +73,11 @@ def read_folder(source: Path, grouped: bool = False) -> tuple[tuple[str, ...], d
         inside = class_folders(folder)[0]
         if len(inside) < 2 and not inside.keys() & classes:
             images, more = find_images(folder)
-            skipped += more
             advice = f"not used. python inference.py {shlex.quote(str(folder))} classifies them"
             notes.append(f"{folder} has no folder of a class: its {count_of(len(images), 'image')} are {advice}")
         else:
             parts[part], more = labelled_images(folder, classes, source)
-            skipped += more
+        skipped += more
     notes += _tables_beside({source, root, train})
     return classes, parts, [not_used(skipped), *notes] if skipped.total() else notes
 
