@@ -167,8 +167,9 @@ def _same_folders(root: Path, folders: list[Path], grouped: bool) -> list[str]:
     counts = Counter(name for names in inner for name in names)
     shared = sorted(name for name, count in counts.items() if count > 1)
     if len(shared) < 2 or 2 * len(shared) <= len(counts) or not all(names & {*shared} for names in inner):
-        note = f"the folders in {root} hold folders, as {min(counts, default='')}: the outer ones are the classes"
-        return [note] if 2 * sum(len(names) > 1 for names in inner) >= len(folders) else []
+        if 2 * sum(len(names) > 1 for names in inner) < len(folders):
+            return []
+        return [f"the folders in {root} hold folders, as {min(counts)}: the outer ones are the classes"]
     images = ((folder, path) for folder in folders for path in _without_descriptions(folder, find_images(folder)[0]))
     steps = {path.relative_to(folder).parts[0] for folder, path in images if path.parent != folder}
     if len(steps) == 1:  # such as images/, beside masks/ of the same names

@@ -118,10 +118,8 @@ def _classes(table: Path, names: set[str], notes: list[str], skipped: dict[str, 
         raise ValueError("; ".join([f"{table} has {given}: a classifier needs two classes or more", *reasons]))
     for name in sorted(names):
         pieces = [piece for piece in re.split(r"[|;,\s\[\]'\"]+", name) if piece]
-        if "|" in name or (
-            pieces[1:]
-            and ({*pieces} <= names or name[0] + name[-1] in ("[]", "{}") or name.replace(" ", "").isdecimal())
-        ):
+        listed = name[0] + name[-1] in ("[]", "{}") or name.replace(" ", "").isdecimal()
+        if "|" in name or (len(pieces) > 1 and (listed or {*pieces} <= names)):
             raise ValueError(f"{table}: {name!r} is several labels; this project gives an image one label")
     notes += look_alikes(sorted(names))
     return sorted(sorted(names), key=float if all(map(is_number, names)) else str)
@@ -242,12 +240,16 @@ class _Table:
     def _parts(self, columns: list[int]) -> tuple[list[int], list[str]]:
         """The columns that say in which part each row is, such as "split" or "is_test", and what they say."""
         found, refused = defaultdict(list), []
-        for column in [c for c in columns if not words_of(self.names[c]) & LABEL - SPLIT]:
+        for column in [c for c in columns if not words_of(self.names[c]) & LABEL]:
             values, named = {*self.cells[column]} - UNLABELLED, bool(words_of(self.names[column]) & SPLIT)
             known = NUMBERS if named and values == {*NUMBERS} else {value: _part_in(value) for value in values}
             parts = {*known.values()} - {None}
-            unknown = None in known.values() or (not named and len(known) < len({*self.cells[column]}))
-            if (named and "train" in parts) or (not unknown and len(parts) > (0 if named else 1)):
+            says_part = parts and None not in known.values()
+            if named:
+                says_part = says_part or "train" in parts  # rows of other parts are not used
+            else:
+                says_part = says_part and len(parts) > 1 and values == {*self.cells[column]}
+            if says_part:
                 # the best name counts: "split", then "original_split", then any other
                 rank = (self.names[column].lower() not in SPLIT) + (not named)
                 found[rank].append((column, [known.get(value) or value for value in self.cells[column]]))
@@ -258,7 +260,8 @@ class _Table:
             if any(rival != parts for _, rival in others):
                 raise self._unclear("several columns may say which part an image is in: rename all but one")
             return [column], parts
-        for column, values in refused:
+        if refused:
+            column, values = refused[0]
             where, some = f"{self.path}: {self.names[column]!r}", _some(sorted(values))
             raise ValueError(f"{where} should say train, val or test, not {some}: correct it or rename the column")
         words = {c: words_of(self.names[c]) for c in columns if {v.lower() for v in self.cells[c]} <= YES | NO}
