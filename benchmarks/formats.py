@@ -4,7 +4,7 @@
     python benchmarks/formats.py
 
 Writes 77 kinds of files with the libraries that are installed, reads each as a data set of its own, and compares what
-is read with what was written. Prints a line for each kind that is not read right, and the table of the README.
+is read with what was written. Prints a line for each kind that is not read right, and the table of README.md here.
 """
 
 import importlib
