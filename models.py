@@ -227,9 +227,8 @@ def predictions(
     With `ensemble`, yields one record for all models, which must have the same classes. Its probabilities are the
     softmax of the models' mean log-probabilities. Its "models" is the list of the models' records.
     """
-    temperatures = [model.temperature for model in models]
     for batch, outputs, errors in run_images(models, items, TransferModel.answer):
-        answers = [rows[:, :-1] / temperature for rows, temperature in zip(outputs, temperatures, strict=True)]
+        answers = [rows[:, :-1] / model.temperature for rows, model in zip(outputs, models, strict=True)]
         together = average_models(answers) if ensemble else None
         for i, item in enumerate(batch):
             path = {"path": str(item) if isinstance(item, Path | str) else None}

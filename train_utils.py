@@ -264,10 +264,12 @@ def out_of_sample_logits(parts: Sequence[Features], labels: Tensor, classes: int
     `parts` are the features of the training, validation and test images, `labels` (N,) all their labels.
     """
     chosen, classifier = sample(labels, RIDGE_IMAGES), Classifier(parts[0].width, classes, hidden=1)
-    ends = torch.tensor([0, *map(len, parts)]).cumsum(0)
-    which = torch.bucketize(chosen, ends[1:], right=True)
-    features = torch.cat([part[chosen[which == k] - ends[k]].float() for k, part in enumerate(parts)])
-    loo_logits = classifier.fit_ridge(features, labels[chosen])
+    features, start = [], 0
+    for part in parts:
+        own = chosen[(chosen >= start) & (chosen < start + len(part))] - start
+        features.append(part[own].float())
+        start += len(part)
+    loo_logits = classifier.fit_ridge(torch.cat(features), labels[chosen])
     logits = torch.cat([classifier.ridge(classifier.standardize(block)) for part in parts for block in part.blocks()])
     logits[chosen] = loo_logits
     return logits

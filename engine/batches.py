@@ -7,11 +7,10 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from engine.device import available_cpus
-from engine.distributed import rank, world_size
+from engine.distributed import gather, rank, world_size
 from engine.features import Features
 from engine.images import Images, augment, preprocess, read_image, reading_arguments
 
@@ -111,10 +110,8 @@ class Batches:
 
     def means(self, loss: Tensor, correct: Tensor, images: int) -> tuple[float, float]:
         """The mean loss and the accuracy, from sums over all batches of this process. The processes' sums are added."""
-        sums = torch.tensor([float(loss), float(correct), images], dtype=torch.float64)
-        if self.processes > 1:
-            dist.all_reduce(sums)
-        loss, correct, images = sums.tolist()
+        own = float(loss), float(correct), images
+        loss, correct, images = map(sum, zip(*(gather(own) if self.processes > 1 else [own]), strict=True))
         return loss / images, correct / images
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.console import first_line, say_once
 from engine.depth import to_8_bits
 from engine.device import available_cpus
-from engine.distributed import gather, share
+from engine.distributed import shared_map
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
 from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_values, upright
 
@@ -103,26 +103,23 @@ class Images:
     @cached_property
     def ids(self) -> list[str]:
         """For each image a hash of its pixels, or of its file. Under torchrun each process reads a share of them."""
-        own = share(len(self), 256)
         with ThreadPoolExecutor(available_cpus()) as pool:
-            found = dict(zip(own, pool.map(_identity, (self.items[i] for i in own)), strict=True))
-        found = {i: identity for part in gather(found) for i, identity in part.items()}
-        return [found[i].hex() for i in range(len(self))]
+            hashes = shared_map(lambda own: pool.map(_identity, (self.items[i] for i in own)), range(len(self)), 256)
+            return [*hashes]
 
 
-def _identity(item: Path | np.ndarray) -> bytes:
+def _identity(item: Path | np.ndarray) -> str:
     if isinstance(item, np.ndarray):
-        return hashlib.blake2b(np.ascontiguousarray(item), digest_size=16).digest()
-    digest, size = hashlib.blake2b(digest_size=16), 0
+        return hashlib.blake2b(np.ascontiguousarray(item), digest_size=16).hexdigest()
     with suppress(OSError):  # the file is gone; reading it will raise an ImageError
         if item.is_file():  # opening a pipe would block
+            digest = hashlib.blake2b(digest_size=16)
             with item.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-                    size += len(block)
-            digest.update(str(size).encode())  # as in the features that earlier versions have computed
-            return digest.digest()
-    return hashlib.blake2b(os.fsencode(item), digest_size=16).digest()
+                digest.update(str(file.tell()).encode())  # as in the features that earlier versions have computed
+            return digest.hexdigest()
+    return hashlib.blake2b(os.fsencode(item), digest_size=16).hexdigest()
 
 
 class ImageError(OSError):

@@ -84,7 +84,6 @@ def build_row(
 
     `logits` are those of the classifiers of each seed for the "val" and "test" images. The first one is the model's.
     """
-    val_loss, val_accuracy = metrics.loss_and_accuracy(logits[0]["val"], labels["val"])
     return {
         **run,
         **training,
@@ -92,8 +91,7 @@ def build_row(
         **{key: getattr(model, key) for key in ("backbone", "label", "plot", "fine_tuned", "temperature", "views")},
         "image_size": model.preprocessing["image_size"],
         "val_images": len(labels["val"]),
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
+        "val_loss": metrics.loss_and_accuracy(logits[0]["val"], labels["val"])[0],
         **_tested(logits, labels, model.temperature, run["test_groups"]),
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
@@ -109,6 +107,7 @@ def _tested(
     right = torch.stack([each["test"].argmax(dim=1) == labels["test"] for each in logits])
     correct = right.float().mean(dim=0).tolist()  # over the seeds
     return {
+        "val_accuracy": accuracies["val"][0],
         "accuracy_by_seed": accuracies,
         "correct": correct,
         "test_interval": metrics.accuracy_interval(correct, groups),
@@ -122,16 +121,14 @@ def ensemble_row(rows: Sequence[dict], logits: list[dict[str, Tensor]], labels: 
         part: metrics.average_models(each[part] / row["temperature"] for each, row in zip(logits, rows, strict=True))
         for part in labels
     }
-    tested = _tested([together], labels, 1.0, rows[0]["test_groups"])
     return {
         **{key: rows[0][key] for key in (*COMPARABLE, "test_groups", "date", "command", "versions", "device", "data")},
         "model": "ensemble",
         "label": f"{len(rows)} models together",
         "backbone": "ensemble",
         "fine_tuned": any(row["fine_tuned"] for row in rows),
-        "val_accuracy": tested["accuracy_by_seed"]["val"][0],
         "seconds": {f"{row['backbone']} {stage}": s for row in rows for stage, s in row["seconds"].items()},
-        **tested,
+        **_tested([together], labels, 1.0, rows[0]["test_groups"]),
     }
 
 
