@@ -194,7 +194,7 @@ def cached_copy(model: nn.Module, make: Callable[[nn.Module, torch.device], nn.M
     version = [repr({name: value for name, value in vars(model).items() if not name.startswith("_")})]
     version += [(id(tensor), tensor.is_inference() or tensor._version) for tensor in tensors]
     with _making_a_copy:
-        if _cached.get(model, [None])[0] != version:
+        if model not in _cached or _cached[model][0] != version:
             _cached[model] = version, make(model, tensors[0].device)
         return _cached[model][1]
 

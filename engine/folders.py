@@ -285,21 +285,22 @@ def _without_descriptions(folder: Path, images: list[Path]) -> list[Path]:
 
     1.png or 1_mask.png beside 1.jpg, masks/1.png beside images/1.png.
     """
-    ends, plain, described = "|".join(DESCRIPTIONS), set(), {}
+    ends, plain, photographs, named, beside = "|".join(DESCRIPTIONS), set(), set(), {}, {}
     for path in images:
         steps, name = path.parts[len(folder.parts) : -1], path.stem.lower()
         whole = re.sub(rf"[ _.-]+({ends})([ _-]?\d+)?$", "", name)
         apart = any(set() < words_of(step) <= DESCRIPTIONS for step in steps)
         key = (*(step for step in steps if not set() < words_of(step) <= ORIGINALS | DESCRIPTIONS), whole)
         if apart or whole != name:
-            described[path] = key, None
+            named[path] = key
             continue
         plain.add(key)
         if path.suffix.lower() in (".jpg", ".jpeg"):
-            plain.add((*key, "photograph"))
+            photographs.add(key)
         elif path.suffix.lower() == ".png":
-            described[path] = (*key, "photograph"), FEW
-    masks = {path for path, (key, most) in described.items() if key in plain and has_few_colors(path, most)}
+            beside[path] = key
+    masks = {path for path, key in named.items() if key in plain and has_few_colors(path)}
+    masks |= {path for path, key in beside.items() if key in photographs and has_few_colors(path, FEW)}
     return [path for path in images if path not in masks]
 
 

@@ -141,14 +141,16 @@ class _Files:
         *folders, name = [_key(step) for step in path.split("/") if step not in ("", ".", "..")] or [""]
         found = self.by_name.get(name) or self.by_stem.get(name, [])
         elsewhere = path.startswith(("/", "..")) or path[1:2] == ":" or "://" in path  # there its last folders count
-        ends = [folders[start:] for start in range(len(folders) + 1 if elsewhere else 1)]
-        fitting = ([p for p in found if [*map(_key, p.parts[-1 - len(end) : -1])] == end] for end in ends)
-        found = next(filter(None, fitting), [])
-        if len(found) > 1:
-            found = [p for p in found if not DESCRIPTIONS & set().union(*map(words_of, self._folders(p)))] or found
-            found = [path for path in found if part in map(part_of, map(words_of, self._folders(path)))] or found
-            found = [file for file in found if file.name == path.split("/")[-1]] or found  # not in the other case
-        return found
+        for count in range(len(folders), -1 if elsewhere else len(folders) - 1, -1):
+            end = folders[len(folders) - count :]
+            if fitting := [p for p in found if [*map(_key, p.parts[-1 - count : -1])] == end]:
+                break
+        if len(fitting) > 1:
+            words = {p: [*map(words_of, self._folders(p))] for p in fitting}
+            fitting = [p for p in fitting if not DESCRIPTIONS & set().union(*words[p])] or fitting
+            fitting = [p for p in fitting if part in map(part_of, words[p])] or fitting
+            fitting = [p for p in fitting if p.name == path.split("/")[-1]] or fitting  # not in the other case
+        return fitting
 
     def _folders(self, path: Path) -> tuple[str, ...]:
         return path.relative_to(self.root).parts[:-1]
