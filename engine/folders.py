@@ -117,24 +117,22 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
     words = {name: words_of(name) for name in folders}
     named = [name for name in folders if part_of(words[name])]
     with_classes = [name for name in named if _has_folders(folders[name])]
-    exact, similar = {}, {}
+    exact = {}
     for part, spellings in SPLITS.items():
         found = [name for name in named if name.lower() in spellings]
         if len(found) > 1:
             raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
-        containing = [name for name in with_classes if words[name] & {*spellings}]
-        if found:
-            exact[part] = found[0]
-        if len(containing) == 1:
-            similar[part] = containing[0]
+        exact |= {part: name for name in found}
     if any(name in with_classes for name in exact.values()):
-        exact = {part: name for part, name in exact.items() if part == "train" or name in with_classes}
-    elif exact and len(folders) - len(named) > 1:
-        return {}
-    if not exact and len(named) == len(folders) > 1 and not with_classes:  # as train_images/ and test_images/
+        return {part: folders[name] for part, name in exact.items() if part == "train" or name in with_classes}
+    if exact:
+        return {part: folders[name] for part, name in exact.items()} if len(folders) - len(named) < 2 else {}
+    if len(named) == len(folders) > 1 and not with_classes:  # as train_images/ and test_images/
         similar = {part_of(words[name]): name for name in reversed(named)}
-    chosen = exact or (similar if "train" in similar and len(similar) > 1 else {})
-    return {part: folders[name] for part, name in chosen.items()}
+    else:
+        containing = {part: [n for n in with_classes if words[n] & {*spellings}] for part, spellings in SPLITS.items()}
+        similar = {part: names[0] for part, names in containing.items() if len(names) == 1}
+    return {part: folders[name] for part, name in similar.items()} if "train" in similar and len(similar) > 1 else {}
 
 
 def _has_folders(folder: Path) -> bool:
