@@ -122,7 +122,8 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
         found = [name for name in named if name.lower() in spellings]
         if len(found) > 1:
             raise ValueError(f"{root} has both {found[0]}/ and {found[1]}/: keep one of them")
-        exact |= {part: name for name in found}
+        if found:
+            exact[part] = found[0]
     if any(name in with_classes for name in exact.values()):
         return {part: folders[name] for part, name in exact.items() if part == "train" or name in with_classes}
     if exact:
