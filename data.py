@@ -32,8 +32,8 @@ from engine.survey import Survey, survey
 from engine.tables import Source
 
 CIFAR10_CLASSES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-FEW_GROUPS = 10  # of test images: their accuracy says little about images of other groups
-MAX_ORDERS = 50  # of the groups, that are tried at most until the held-out images have the wanted number of each class
+FEW_GROUPS = 10  # the accuracy on fewer groups of test images says little about images of other groups
+MAX_ORDERS = 50  # so many orders of the groups are tried until the held-out images have the wanted number of each class
 CIFAR10_SIZE = 160  # its 32x32 images enlarged to 224 take twice the time, and most backbones are less accurate
 
 
@@ -118,7 +118,7 @@ def load_data(
     reading, lines = agree([unusual for i in places["train"].tolist() if (unusual := seen.unusual[i])])
     notes += [*(remarks if missing else ()), *_remarks(classes, parts), *lines]
     _refuse_unusable(classes, parts, source, [*map(str, seen.errors[:3]), *notes])
-    place = torch.cat([*places.values()]).argsort().tolist()  # of each image in the order of the parts
+    place = torch.cat([*places.values()]).argsort().tolist()  # each image's, in the order of the parts
     similar = similar and tuple([(place[i], place[j], alike) for i, j, alike in pairs] for pairs in similar)
     return Data(classes, *parts.values(), content, tuple(notes), tuple(sorted(map(str, seen.errors))), similar, reading)
 

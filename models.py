@@ -327,7 +327,7 @@ def balanced_weights(labels: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-SCHEMA = 6
+SCHEMA, READABLE = 6, (4, 5, 6)  # 4 had the whole row, as "metrics"
 RENAMED = {"classifier.linear.": "classifier.ridge.", "classifier.network.": "classifier.mlp."}  # up to schema 5
 # what a checkpoint keeps of the model's attributes, and of its row
 SAVED = ("preprocessing", "hidden", "precision", "temperature", "fine_tuned", "views", "weights")
@@ -358,14 +358,15 @@ def load_checkpoint(path: str | Path) -> TransferModel:
     try:
         values = load_tensors(path)
         used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
-        if values.get("schema") not in (4, 5, SCHEMA):  # 4 had the whole row, as "metrics"
-            raise ValueError(f"its schema is {values.get('schema')}, this version reads {SCHEMA}: train it again")
-        tensors, program = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("program", {})
-        written = values.pop("sha256")
-        if content_hash(tensors | program, values) != written:
+        schema = values["schema"]
+        tensors, program = values.pop("state_dict") | values.pop("unfamiliarity", {}), values.pop("program", {})
+        written = values.pop("sha256", None)
+        if schema in READABLE and content_hash(tensors | program, values) != written:
             raise ValueError("checksum mismatch")
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
+    if schema not in READABLE:
+        raise ValueError(f"{path} is of another version of this project (schema {schema}): train it again")
     try:
         model = _rebuild(values, tensors)
         model.program = program

@@ -98,12 +98,12 @@ def plot_history(row: dict, color: str) -> "Figure":
 
     figure, history = new_figure(8, 3.6), row["history"]
     figure.suptitle(row["label"], fontsize=15)
-    epochs = [row["epoch"] for row in history]
-    best = min(history, key=lambda row: row["val_loss"])
+    epochs = [epoch["epoch"] for epoch in history]
+    best = min(history, key=lambda epoch: epoch["val_loss"])
     left, right = figure.subplots(1, 2)
     for axes, name, label in ((left, "loss", "cross-entropy"), (right, "accuracy", "accuracy")):
         for part, legend, line, dot in (("train", "training", "--", "s"), ("val", "validation", "-", "D")):
-            values = [row[f"{part}_{name}"] for row in history]
+            values = [epoch[f"{part}_{name}"] for epoch in history]
             marker = dot if len(epochs) == 1 else None  # one epoch makes no line
             axes.plot(epochs, values, linestyle=line, marker=marker, color=color, linewidth=2, label=legend)
         axes.plot(best["epoch"], best[f"val_{name}"], "o", color=color, markersize=8, label="best epoch")
@@ -239,7 +239,7 @@ def draw_model(
     confidence, predicted = (logits / row["temperature"]).softmax(dim=1).max(dim=1)
     wrong = (predicted != labels).nonzero().flatten()
     wrong = wrong[confidence[wrong].argsort(descending=True, stable=True)].tolist()
-    seen, rank = Counter(), {}  # of each class the clearest mistake comes first, then of each the second
+    seen, rank = Counter(), {}  # the clearest mistake of each class comes first, then the second of each
     for i in wrong:
         rank[i] = seen[int(labels[i])]
         seen[int(labels[i])] += 1
@@ -351,6 +351,7 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
         plots = [_figure(folder / f"{row['plot']}{kind}.png", CAPTIONS[kind]) for kind in CAPTIONS if kind != "_data"]
         sections += f"<h2>{escape(row['label'])}</h2><section>{''.join(plots)}</section>"
     facts = {name: str(run[name]) for name in ("command", "date", "commit", "device", "data") if run[name]}
+    facts["weights"] = "; ".join(f"{row['label']}: {row['weights']}" for row in models)
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     source = "/".join(Path(run["data"]).parts[-2:])
     page = PAGE.substitute(

@@ -54,9 +54,9 @@ from engine.metrics import accuracy_interval, paired_difference, wilson_interval
 from models import TransferModel
 from train_utils import RECIPE, evaluate, train_one_epoch
 
-EPOCHS, BATCH, LR, STEP = 25, 32, 1e-3, 7  # of the tutorial
+EPOCHS, BATCH, LR, STEP = 25, 32, 1e-3, 7  # the tutorial's
 TIMED = 256  # images
-PENALTIES = np.logspace(5, -6, 45)  # of logistic regression, the strongest first: the best one if several are
+PENALTIES = np.logspace(5, -6, 45)  # for logistic regression, the strongest first: the best one if several are
 
 
 def main() -> int:

@@ -52,7 +52,7 @@ from engine.run import run_images
 from models import TransferModel, find_backbone
 from train_utils import RECIPE
 
-EPOCHS, EPOCH = 20, 50_000  # of the extrapolated training run: CIFAR-10
+EPOCHS, EPOCH = 20, 50_000  # the extrapolated training run is CIFAR-10's
 ROUNDS = 5
 TITLES = {"a": "(a) loop", "b": "(b) ours", "c": "(c) fast copy", "d": "(d) OpenVINO", "e": "(e) ONNX"}
 

@@ -176,7 +176,7 @@ def _part_in(value: str) -> str | None:
 
 def _labels(columns: Sequence[Column], known: set[str]) -> tuple[list[Column], Sequence[str]]:
     """The columns of the label, several if each is a class that is marked by 0 and 1, and the label of each row."""
-    places = [c for c in columns if c.name.lower() in ("x", "y") and c.is_numeric]  # of tiles or boxes
+    places = [c for c in columns if c.name.lower() in ("x", "y") and c.is_numeric]  # where tiles or boxes are
     columns = [c for c in columns if c not in places or len(places) == 1]
     columns = [c for c in columns if c.words & LABEL or not c.words & NEVER]
     repeated = [c for c in columns if 2 * len(c.values) <= len(c.cells)]

@@ -150,7 +150,7 @@ class MicroBatches(nn.Module):
 
     def __init__(self, layers: nn.Sequential, levels: list[int], images: Tensor):
         super().__init__()
-        sizes, largest = [], []  # of the outputs of a layer's convolutions; of the largest one in each layer
+        sizes, largest = [], []  # each output of a layer's convolutions has a size; each layer has a largest one
         convs = [module for module in layers.modules() if isinstance(module, PackedConv)]
         hooks = [conv.register_forward_hook(lambda *args: sizes.append(args[2].numel())) for conv in convs]
         for layer in layers:

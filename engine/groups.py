@@ -54,7 +54,7 @@ CHANGES += rf"(?:[ _.-]+{WORDS}(?:[ _-]?(?:-?\d+|\(\d+\)|[hv]|lr|ud))?)+$"
 SERIES = (r"([^/]*\d)/(?:.*/)?[^/]*$", r"([^/]*\d[^/]*?)[_-](?:x_?)?\d+[_-](?:y_?)?\d+\.\w+$")
 SERIES += (r"([^/]*\d[^/]*\D)\d+[^\d/]*\.\w+$", r"([^/]*\d[ _.-])[a-zA-Z]+\.\w+$")
 
-MAX_COPIES = 20  # of an image: more names like "covid19_crop_0001" are those of images of their own
+MAX_COPIES = 20  # more names like "covid19_crop_0001" are not copies of one image, but images of their own
 
 Pairs = list[tuple[int, int, float]]  # two images, i < j, and their similarity
 Similar = tuple[Pairs, Pairs]  # near-duplicates, and images that are alike by chance
@@ -223,7 +223,7 @@ def _seen_otherwise(grey: Tensor) -> list[Tensor]:
     """Images (B, SIZE, SIZE) as they are, turned, mirrored and turned, and then their middles."""
     seen = [each.rot90(k, (1, 2)) for each in (grey, grey.flip(2)) for k in range(4)]
     for margin in MARGINS:
-        centres = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2]  # of the middle's SIZE equal parts
+        centres = torch.linspace(margin, 1 - margin, 2 * SIZE + 1)[1::2]  # the middle has SIZE equal parts
         places = centres * SIZE - 0.5
         zoom = (1 - (places[:, None] - torch.arange(SIZE)).abs()).clamp(min=0)  # linear interpolation
         seen.append(zoom @ grey @ zoom.T)

@@ -127,7 +127,7 @@ def holds_program(file: Path | None) -> bool:
 
 
 def _keep(file: Path, content: dict) -> None:
-    for leftover in file.parent.glob(f".{file.name}.*.part"):  # of a run that was killed
+    for leftover in file.parent.glob(f".{file.name}.*.part"):  # a killed run left it
         leftover.unlink()
     save_tensors(file, content)
 

@@ -44,7 +44,6 @@ def provenance(argv: Sequence[str], device: torch.device) -> dict:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["main_train.py", *argv]),
         "commit": commit,
-        "versions": versions(),
         "device": device_name(device),
     }
 
@@ -86,6 +85,7 @@ def build_row(
     """
     return {
         **run,
+        "versions": versions(),
         **training,
         "model": model.name,
         **{key: getattr(model, key) for key in ("backbone", "label", "plot", "fine_tuned", "temperature", "views")},

@@ -87,7 +87,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     def make(name: str, fill: Callable[[Path], None]) -> Path:
         with FileLock(folder / f"{name}.lock"):
             if not (folder / f"{name}.done").exists():
-                shutil.rmtree(folder / name, ignore_errors=True)  # of a worker that failed
+                shutil.rmtree(folder / name, ignore_errors=True)  # a worker that failed left it
                 fill(folder / name)
                 (folder / f"{name}.done").touch()
         return folder / name

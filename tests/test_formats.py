@@ -285,7 +285,7 @@ def test_where_pillow_fails_the_image_is_an_error():
 
 def test_values_of_few_bits_reach_white():
     ramp = np.tile(np.arange(4, dtype=np.uint8), (8, 2))  # 0 to 3
-    jpeg_2000 = b64decode(  # of 2 bits, by OpenJPEG
+    jpeg_2000 = b64decode(  # 2 bits, written by OpenJPEG
         "/0//UQApAAAAAAAIAAAACAAAAAAAAAAAAAAACAAAAAgAAAAAAAAAAAABAQEB/1IADAAAAAEAAAQEAAH/XAAEQBD/ZAAlAAFDcmVhdGVkIGJ5IE9w"
         "ZW5KUEVHIHZlcnNpb24gMi41LjT/kAAKAAAAAAAYAAH/k90gEWKMHo2e32n/2Q=="
     )

@@ -108,7 +108,7 @@ def test_preprocess_resizes_and_normalises_as_torchvision_does(tmp_path):
 
 def test_augment_shifts_mirrors_and_blanks_a_square():
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    mean = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]  # of NORMAL, times 255
+    mean = torch.tensor([124, 116, 104], dtype=torch.uint8)[:, None, None]  # that of NORMAL, times 255
     still = augment(image, torch.tensor([0.5, 0.5, 0.9, 0.25, 0.75]), NORMAL["mean"])
     expected = image.clone()
     expected[:, 8:24, 40:56] = mean

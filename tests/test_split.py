@@ -238,7 +238,7 @@ def test_two_files_of_one_hash_are_refused(train, tmp_path, monkeypatch):
 def test_limit_keeps_the_natural_shares_of_test_images(tmp_path):
     names = [f"{name}/{i}.png" for name, count in (("cat", 100), ("dog", 10)) for i in range(count)]
     data = load_data(str(folder_of(tmp_path / "pets", names, (8, 8))), tmp_path / "cache", limit=16)
-    assert data.test.labels.bincount().tolist() == [4, 1]  # of 20 and 2
+    assert data.test.labels.bincount().tolist() == [4, 1]  # there are 20 and 2
     assert (data.train.labels.bincount() + data.val.labels.bincount()).tolist() == [8, 8]
 
 

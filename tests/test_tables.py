@@ -194,7 +194,7 @@ def test_parts_and_groups(pets):
         (("source",), [["train"]], (None, None, 6)),
         (("original_split", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
         (("subset", "split"), ["XY", ["train", "train", "test", "val"]], (16, 7, 7)),
-        (("test1", "test2"), ["01", "001"], (None, None, 6)),  # of blood, perhaps
+        (("test1", "test2"), ["01", "001"], (None, None, 6)),  # blood tests, perhaps
         (("origin",), [["train set", "test set", "web"]], (None, None, 6)),
         (("comment",), [["train", *14 * [""], "test", *14 * [""]]], (None, None, 6)),
         (("old_split", "new_split"), [["train"], ["train", "test", "val"]], "rename all but one"),

@@ -162,7 +162,7 @@ def test_nothing_in_a_file_is_executed(old_format, tmp_path):
     for number, payload in enumerate([Payload(os.system, f"touch {canary}"), Payload(open, str(canary), "w")]):
         for content in (payload, {"state_dict": STATE, "more": payload}):
             torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not old_format)
-            if number and content is not payload:  # of such objects, nothing is made
+            if number and content is not payload:  # nothing is made from such objects
                 assert load(tmp_path / "x.pth").weights.endswith("(state_dict)")
                 continue
             with pytest.raises(ValueError, match=r"x\.pth holds \w+\.(system|open)"):
