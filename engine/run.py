@@ -85,6 +85,8 @@ class _Runner:
         with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
+            if self.device.type == "mps":  # which crashes if two threads use it, even to copy
+                outputs = [rows.cpu() for rows in outputs]
         unreadable = torch.tensor(list(errors), dtype=torch.int64)
         return Batch(batch, [rows.float().cpu().index_fill(0, unreadable, math.nan) for rows in outputs], errors)
 
