@@ -40,7 +40,7 @@ def run_images(
     On the CPU each core takes its own batches, from the file to the outputs: a convolution that stays in the cache of
     one core is up to twice as fast as one that all cores share. For a GPU, threads read large batches, and the GPU runs
     one batch at a time, which bounds its memory. If memory runs out, batches are halved.
-    Raises torch.OutOfMemoryError if one image is too large for the GPU.
+    Raises torch.OutOfMemoryError, or on MPS RuntimeError, if one image is too large for the GPU.
     """
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
@@ -98,8 +98,8 @@ class _Runner:
             batches = (preprocess(each, model.preprocessing, self.device, dtype) for each in some)
             try:
                 return torch.cat([self.output(model, batch) for batch in batches])
-            except torch.OutOfMemoryError:
-                if limit == 1:
+            except RuntimeError as error:  # MPS has no other type for it
+                if limit == 1 or "out of memory" not in str(error):
                     raise
             self.limit = limit // 2  # outside the handler, which keeps the memory of the failed call alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)
