@@ -45,7 +45,7 @@ def fast_copy(model: nn.Module, device: torch.device, precision: str | None = No
     """
     precision = precision or model.precision
     packed = packed and device.type == "cpu" and torch.backends.mkldnn.is_available()
-    # inference mode hides changes of a tensor; TF32 rounds more than the tolerance allows
+    # inference mode hides changes of a tensor; TF32 may round more than the tolerance allows
     with torch.inference_mode(False), torch.no_grad(), threads(1), full_precision():
         fast = copy.deepcopy(model).eval().requires_grad_(False).to(device)
         images = torch.randn(fast.example().shape, generator=torch.Generator().manual_seed(0)).to(device)
