@@ -34,7 +34,7 @@ from engine.audit import audit, summary
 from engine.batches import Batches, feature_loader
 from engine.console import HelpFormatter, count_of, number, optional_step, pattern, print_failure, printable, run_script
 from engine.device import PRECISIONS, computes_in_bf16, pick_device, pick_precision, synchronized_time, threads
-from engine.distributed import gather, is_first, with_process_group, world_size
+from engine.distributed import is_first, of_first, with_process_group, world_size
 from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
@@ -104,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         folder = os.path.dirname(args.data) if os.path.isfile(args.data) else args.data
         args.output = args.output or Path("runs", os.path.basename(folder))
     args.device = pick_device("cpu" if (args.device, args.precision) == ("auto", "int8") else args.device)
-    args.precision = gather(pick_precision(args.precision, args.device))[0]
+    args.precision = of_first(pick_precision(args.precision, args.device))
     return args
 
 
@@ -275,7 +275,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace) -> Tra
     settings += frozen.training["recipe"], frozen.training["precision"], models.SCHEMA
     key = content_hash(model.features.state_dict(), settings)
     file = args.output / "checkpoints" / f"{model.name}.resume"
-    if progress := gather(train_utils.load_progress(file, key) if is_first() else None)[0]:
+    if progress := of_first(train_utils.load_progress(file, key) if is_first() else None):
         print(f"{model.name}: resuming after {len(progress['history'])} of {recipe.epochs} epochs")
 
     def save_progress(training: train_utils.Training) -> None:
@@ -290,7 +290,7 @@ def fine_tune(frozen: TrainedModel, data: Data, args: argparse.Namespace) -> Tra
     fast, labels = fastest_copy(model, device, len(data.val) + len(data.test)), data.val.labels
     logits = {part: outputs_of(fast, data.parts[part].items, f"{model.name} answers") for part in ("val", "test")}
     loss, frozen_loss = (calibrated_loss(each["val"], labels) for each in (logits, frozen.logits[0]))
-    if not loss < gather(frozen_loss)[0]:  # also if it is not a number
+    if not loss < of_first(frozen_loss):  # also if it is not a number
         print(f"{model.name}: no better on validation than the frozen model, whose weights are kept")
         model, logits = copy.deepcopy(frozen.model), frozen.logits[0]
         model.fine_tuned = True

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from engine.batches import Batches, ImageLoader
 from engine.console import Progress
-from engine.device import full_precision, keep_freed_memory, synchronized_time, threads
-from engine.fast import InParts, to_channels_last
+from engine.device import DTYPES, full_precision, keep_freed_memory, layout_for, synchronized_time, threads
+from engine.fast import InParts, set_layout
 from engine.features import Features
 from engine.files import load_tensors
 from engine.images import Images
@@ -298,7 +298,7 @@ def fine_tune(
         load = ImageLoader(images, model.preprocessing, device)
         return Batches(load, images.labels, recipe.batch_size, device, seed, shared=True)
 
-    to_channels_last(model.to(device))
+    set_layout(model.to(device), layout_for(device, DTYPES[precision]))
     parameter_groups = [
         {"params": model.features.parameters(), "lr": recipe.lr},
         {"params": model.classifier.parameters(), "lr": CLASSIFIER_LR_FACTOR * recipe.lr},

@@ -44,7 +44,7 @@ from torchvision import transforms
 import visualization
 from engine.backbones import torchvision_weights
 from engine.console import run_script
-from engine.device import DTYPES, batch_size_for, synchronized_time, threads
+from engine.device import DTYPES, batch_size_for, layout_for, synchronized_time, threads
 from engine.fast import fast_copy
 from engine.folders import find_images
 from engine.openvino import fastest_copy
@@ -157,7 +157,7 @@ def rate_of_forward(
 def ready_images(model: TransferModel, count: int) -> Tensor:
     size = model.preprocessing["image_size"]
     images = torch.randn(count, 3, size, size, device=DEVICE, dtype=DTYPES[model.precision])
-    return images.contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=layout_for(DEVICE, images.dtype))
 
 
 class View(nn.Module):

@@ -21,14 +21,14 @@ Loader = Callable[[Tensor, Tensor | None], Tensor]
 
 def feature_loader(features: Features | Tensor, device: torch.device) -> Loader:
     """Loads rows of features (N, width)."""
-    if device.type != "cpu":
-        with suppress(torch.OutOfMemoryError):  # all of them on the device, so that no step waits for a copy
+    if device.type == "cuda":
+        with suppress(torch.OutOfMemoryError):  # all of them on the GPU, so that no step waits for a copy
             blocks = torch.arange(len(features)).split(4096)
             features = torch.cat([features[block].to(device) for block in blocks])
 
     def load(batch: Tensor, draws: Tensor | None) -> Tensor:
         chosen = batch.to(features.device) if isinstance(features, Tensor) else batch
-        return features[chosen].to(device, torch.float32, non_blocking=True)
+        return features[chosen].to(device, torch.float32)
 
     return load
 
@@ -87,26 +87,25 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         size = len(self.labels)
         order = torch.arange(size) if self.generator is None else shuffled(size, self.generator)
-        for batch, inputs in self._loaded(order.tensor_split(self.steps)):
-            own = batch[self.process :: self.processes]
-            yield inputs, self.labels[own.to(self.device, non_blocking=True)]
-            self.progress(len(batch))
+        labels = self.labels[order.to(self.device)].tensor_split(self.steps)
+        for inputs, labels_of_all in zip(self._loaded(order.tensor_split(self.steps)), labels, strict=True):
+            yield inputs, labels_of_all[self.process :: self.processes]
+            self.progress(len(labels_of_all))
 
-    def _loaded(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each batch and its inputs. A GPU gets the next batch while it works."""
+    def _loaded(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The inputs of each batch. CUDA gets the next ones while it works; MPS crashes if two threads use it."""
         share, pending = slice(self.process, None, self.processes), deque()
         with ThreadPoolExecutor(1) as pool:
             for batch in batches:
                 draws = torch.rand(len(batch), 5, generator=self.generator)[share] if self.generator else None
-                if self.device.type == "cpu":
-                    yield batch, self.load(batch[share], draws)
+                if self.device.type != "cuda":
+                    yield self.load(batch[share], draws)
                     continue
-                pending.append((batch, pool.submit(self.load, batch[share], draws)))
+                pending.append(pool.submit(self.load, batch[share], draws))
                 if len(pending) > 1:
-                    batch, loaded = pending.popleft()
-                    yield batch, loaded.result()
-            for batch, loaded in pending:
-                yield batch, loaded.result()
+                    yield pending.popleft().result()
+            for loaded in pending:
+                yield loaded.result()
 
     def means(self, loss: Tensor, correct: Tensor, images: int) -> tuple[float, float]:
         """The mean loss and the accuracy, from sums over all batches of this process. The processes' sums are added."""

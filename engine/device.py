@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import platform
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -16,20 +17,34 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS = (*DTYPES, "int8")  # int8: see engine/openvino.py
-CPU_BATCH, GPU_BATCH = 16, 256  # images in a batch; on the CPU every core has a batch of its own
+# Images in a batch. On the CPU every core has a batch of its own. One thread reads a batch for a GPU: in larger ones, a
+# few hundred photographs would leave most cores idle.
+CPU_BATCH, GPU_BATCH = 16, 64
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device; for "auto" CUDA, else Apple's MPS, else the CPU. Raises ValueError if it is missing."""
+    """The named device; for "auto" CUDA, else Apple's MPS, else the CPU. Raises ValueError if it is of no use here."""
     mps = torch.backends.mps.is_available() and torch.__version__ >= "2.11"  # earlier versions lack operators
     present = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
-        name = next(device for device, available in present.items() if available)
-    if not present[name]:
+        name = next(device for device, available in present.items() if available and _computes(device))
+    elif not present[name]:
         needed = " (it needs torch 2.11)" if name == "mps" else ""
         raise ValueError(f"no {name} device here{needed}: --device auto uses what is available")
+    elif not _computes(name):
+        raise ValueError(f"{name} is of no use here: --device auto takes another device")
     # new threads start on the first GPU, so this process's GPU is named
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def _computes(device: str) -> bool:
+    """Whether a device that is present computes. If not, says why: torch lacks code for an old GPU, or it is taken."""
+    try:
+        return torch.ones(1, device=device).item() == 1
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"{device} is present but does not compute: {reason}", file=sys.stderr)
+        return False
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -49,6 +64,16 @@ def batch_size_for(device: torch.device) -> int:
     return CPU_BATCH if device.type == "cpu" else GPU_BATCH
 
 
+def layout_for(device: torch.device, dtype: torch.dtype) -> torch.memory_format:
+    """The memory format of images and of convolutions' weights.
+
+    channels_last is the faster one on a CPU, and on CUDA where tensor cores compute, but not in fp32. On MPS some
+    operators give wrong numbers in it (pytorch/pytorch#180984 and #192212).
+    """
+    fast = device.type == "cpu" or (device.type == "cuda" and dtype == torch.bfloat16)
+    return torch.channels_last if fast else torch.contiguous_format
+
+
 def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """The number of cores that this process may use, given its affinity and its container's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -59,16 +84,23 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 _lock = threading.Lock()
-_in_full_precision, _allowed_tf32 = 0, False  # the calling threads, and cuDNN's setting before the first of them
+_in_full_precision, _before = 0, None  # the calling threads, and cuDNN's setting before the first of them
+# Where cuDNN's setting for convolutions is, and its value for full precision. Torch 2.9 has a new setting, and refuses
+# to read the old one if the program has changed the new one.
+_SETTING = (torch.backends.cudnn, "allow_tf32")
+_FULL: object = False
+if hasattr(torch.backends.cudnn, "conv"):
+    _SETTING, _FULL = (torch.backends.cudnn.conv, "fp32_precision"), "ieee"
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Makes cuDNN compute fp32 with its 23 mantissa bits, instead of the 10 of TF32."""
-    global _in_full_precision, _allowed_tf32
+    global _in_full_precision, _before
     with _lock:
         if not _in_full_precision:
-            _allowed_tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+            _before = getattr(*_SETTING)
+            setattr(*_SETTING, _FULL)
         _in_full_precision += 1
     try:
         yield
@@ -76,7 +108,7 @@ def full_precision() -> Iterator[None]:
         with _lock:
             _in_full_precision -= 1
             if not _in_full_precision:
-                torch.backends.cudnn.allow_tf32 = _allowed_tf32
+                setattr(*_SETTING, _before)
 
 
 _unlimited = 0  # the number of threads before the first limit

@@ -84,6 +84,14 @@ def gather(own: object) -> list:
     return parts
 
 
+def of_first(own: object) -> object:
+    """The first process's object, on every process."""
+    found = [own]
+    if world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def share(count: int, batch_size: int) -> list[int]:
     """The indices, of 0 to count - 1, that this process works on: whole batches are dealt in turn."""
     process, processes = rank(), world_size()
@@ -95,7 +103,7 @@ def shared_map(work: Callable[[Iterable], Iterator], items: Iterable, batch_size
     if world_size() == 1:
         yield from work(items)  # each result as soon as it is computed
         return
-    items = gather(list(items) if is_first() else None)[0]  # only the first process may read from standard input
+    items = of_first(list(items) if is_first() else None)  # only the first process may read from standard input
     own = share(len(items), batch_size)
     parts = gather(dict(zip(own, work([items[i] for i in own]), strict=True)))
     results = {i: result for part in parts for i, result in part.items()}

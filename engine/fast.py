@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 
-from engine.device import CPU_BATCH, DTYPES, pick_precision, threads
+from engine.device import CPU_BATCH, DTYPES, full_precision, layout_for, pick_precision, threads
 from engine.layers import averages, run_layers
 
 # The largest output of a convolution, in elements, to compute at a time. Larger ones leave the cache of a core.
@@ -40,16 +40,17 @@ def fast_copy(model: nn.Module, device: torch.device, precision: str | None = No
     """A faster copy of a TransferModel with the same outputs up to rounding, for run_images.
 
     `features` run in `precision` (default: the model's precision), the classifier in fp32. BatchNorm is folded into the
-    convolutions, the layout is channels_last, and on a CPU convolutions become PackedConv, unless `packed` is False.
+    convolutions, the layout is `layout_for`, and on a CPU convolutions become PackedConv, unless `packed` is False.
     Each change is left out if it fails or gives other outputs with this version of torch on this processor.
     """
     precision = precision or model.precision
     packed = packed and device.type == "cpu" and torch.backends.mkldnn.is_available()
-    with torch.inference_mode(False), torch.no_grad(), threads(1):  # inference mode hides changes of a tensor
+    # inference mode hides changes of a tensor; TF32 may round more than the tolerance allows
+    with torch.inference_mode(False), torch.no_grad(), threads(1), full_precision():
         fast = copy.deepcopy(model).eval().requires_grad_(False).to(device)
         images = torch.randn(fast.example().shape, generator=torch.Generator().manual_seed(0)).to(device)
         fast = _changed(fast, fold_norms, images, tolerance=1e-3)
-        to_channels_last(fast.features.to(dtype=DTYPES[precision]))
+        set_layout(fast.features.to(dtype=DTYPES[precision]), layout_for(device, DTYPES[precision]))
         if packed and precision in ("fp32", pick_precision("auto", device)):
             tolerance = 1e-3 if precision == "fp32" else 0.1  # bf16 rounds much
             fast = _changed(fast, pack_convolutions, images.to(DTYPES[precision]), tolerance)
@@ -68,11 +69,11 @@ def _changed(
     return model
 
 
-def to_channels_last(module: nn.Module) -> None:
+def set_layout(module: nn.Module, layout: torch.memory_format) -> None:
     """Changes the memory format of the weights of convolutions. Module.to() fails for networks with 5-D buffers."""
     for tensor in module.parameters():
         if tensor.dim() == 4:
-            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=layout)
 
 
 def fold_norms(model: nn.Module, images: Tensor) -> None:

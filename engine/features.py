@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine import openvino
 from engine.device import batch_size_for
-from engine.distributed import barrier, gather, is_first
+from engine.distributed import barrier, is_first, of_first
 from engine.fast import fast_copy
 from engine.files import content_hash
 from engine.images import ImageError, Images, Item
@@ -52,7 +52,7 @@ def extract_features(
     if model.precision == "int8" and not model.program:
         sample = next(iter(parts.values()))
         made = openvino.quantize(model, sample.items, sample.ids, folder) if is_first() else None
-        model.program, preparing = gather(made)[0]
+        model.program, preparing = of_first(made)
     ids = [identity for images in parts.values() for identity in images.ids]
     records, program = _records(model, ids, folder, device, everywhere=True)
     fast, found = cache(partial(_fast_copy, model, device, program)), {}
@@ -113,7 +113,7 @@ def _records(
         different = sorted(set(ids))
         known, known_converted = (len(each.read(different, check=False)[1]) for each in (plain, converted))
         convert = known_converted > known or (openvino.worth_converting(len(different)) and 10 * known < len(different))
-    if gather(convert)[0] if everywhere else convert:
+    if of_first(convert) if everywhere else convert:
         return converted, folder / f"{converted.name}.program"
     return plain, None
 

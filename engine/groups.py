@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.console import Progress, count_of
-from engine.distributed import gather, is_first
+from engine.distributed import is_first, of_first
 from engine.files import atomic_write
 from engine.images import Images
 
@@ -161,7 +161,7 @@ def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> Si
             found = near_duplicates(thumbnails)
             with atomic_write(file) as stream:
                 stream.write(json.dumps(found).encode())
-    return gather(found)[0]
+    return of_first(found)
 
 
 # ------------------------------------------------------------------------------------------- near-duplicates

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from engine.console import first_line, say_once
 from engine.depth import to_8_bits
-from engine.device import available_cpus
+from engine.device import available_cpus, layout_for
 from engine.distributed import shared_map
 from engine.formats import NOT_AN_IMAGE, image_formats, is_tiff_or_raw, room, what_it_is
 from engine.readers import bytes_per_pixel, layout_of, pixels_of, read_values, upright
@@ -317,7 +317,7 @@ def preprocess(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, channels_last.
+    """Turns B images, uint8 (3, H, W), into one normalised batch (B, 3, S, S) on the device, in `layout_for`.
 
     `preprocessing` is the attribute of a TransferModel: image_size S, mean, std and interpolation. Images of one size
     are resized together. Normalising comes first, while the images are small.
@@ -333,7 +333,7 @@ def preprocess(
         if x.shape[2:] != (S, S):
             x = _resize(x, S, preprocessing["interpolation"])
         resized.append(x.to(dtype))
-    return torch.cat(resized).contiguous(memory_format=torch.channels_last)
+    return torch.cat(resized).contiguous(memory_format=layout_for(resized[0].device, dtype))
 
 
 def read_and_preprocess(item: Item, preprocessing: dict, device: torch.device | str = "cpu") -> Tensor:

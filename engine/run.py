@@ -40,7 +40,7 @@ def run_images(
     On the CPU each core takes its own batches, from the file to the outputs: a convolution that stays in the cache of
     one core is up to twice as fast as one that all cores share. For a GPU, threads read large batches, and the GPU runs
     one batch at a time, which bounds its memory. If memory runs out, batches are halved.
-    Raises torch.OutOfMemoryError if one image is too large for the GPU.
+    Raises torch.OutOfMemoryError, or on MPS RuntimeError, if one image is too large for the GPU.
     """
     device = next(models[0].parameters()).device
     on_cpu = device.type == "cpu"
@@ -85,6 +85,8 @@ class _Runner:
         with self.turn:
             inputs = (images[different.index(form)] for form in wanted)
             outputs = [self.forward(model, batch) for model, batch in zip(self.models, inputs, strict=True)]
+            if self.device.type == "mps":  # which crashes if two threads use it, even to copy
+                outputs = [rows.cpu() for rows in outputs]
         unreadable = torch.tensor(list(errors), dtype=torch.int64)
         return Batch(batch, [rows.float().cpu().index_fill(0, unreadable, math.nan) for rows in outputs], errors)
 
@@ -96,8 +98,8 @@ class _Runner:
             batches = (preprocess(each, model.preprocessing, self.device, dtype) for each in some)
             try:
                 return torch.cat([self.output(model, batch) for batch in batches])
-            except torch.OutOfMemoryError:
-                if limit == 1:
+            except RuntimeError as error:  # MPS has no other type for it
+                if limit == 1 or "out of memory" not in str(error):
                     raise
             self.limit = limit // 2  # outside the handler, which keeps the memory of the failed call alive
             print(f"out of memory: continuing with batches of {self.limit}", file=sys.stderr)

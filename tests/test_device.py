@@ -1,8 +1,9 @@
-"""Cores and threads."""
+"""Devices, cores and threads."""
 
+import pytest
 import torch
 
-from engine.device import available_cpus, full_precision, threads
+from engine.device import available_cpus, full_precision, pick_device, threads
 
 
 def test_available_cpus_respects_the_quota_of_a_container(tmp_path):
@@ -21,12 +22,39 @@ def test_limits_of_threads_are_nested_and_lifted():
     assert torch.get_num_threads() == before
 
 
-def test_overlapping_calls_in_full_precision_leave_the_setting_as_it_was(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    first, second = full_precision(), full_precision()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert not torch.backends.cudnn.allow_tf32
-    second.__exit__(None, None, None)
-    assert torch.backends.cudnn.allow_tf32
+@pytest.mark.parametrize("before", ["tf32", "ieee"])
+def test_overlapping_calls_in_full_precision_leave_the_setting_as_it_was(before):
+    """Also if the program has chosen "ieee", after which torch refuses to read the old name of the setting."""
+    cudnn, full = torch.backends.cudnn, "ieee"
+    setting = (getattr(cudnn, "conv", cudnn), "fp32_precision")
+    if not hasattr(cudnn, "conv"):  # before torch 2.9
+        setting, before, full = (cudnn, "allow_tf32"), before == "tf32", False
+    default = getattr(*setting)
+    setattr(*setting, before)
+    try:
+        first, second = full_precision(), full_precision()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert getattr(*setting) == full
+        second.__exit__(None, None, None)
+        assert getattr(*setting) == before
+    finally:
+        setattr(*setting, default)
+
+
+def test_a_gpu_that_does_not_compute_is_left_out(monkeypatch, capsys):
+    """As an old one, for which this build of torch has no code: torch says that it is available."""
+
+    def ones(count, device):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available\nfor debugging consider ...")
+        return torch.full((count,), 1.0, device=device)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "ones", ones)
+    assert pick_device("auto") == pick_device("cpu") == torch.device("cpu")
+    assert "no kernel image is available\n" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--device auto"):
+        pick_device("cuda")

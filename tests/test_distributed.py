@@ -39,6 +39,7 @@ run_script(with_process_group(main))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs libuv there")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="each process needs a GPU of its own")
 def test_two_processes_give_the_results_of_one(run, known, photos, weights, tmp_path, monkeypatch):
     """The same features, results and answers, in order. Fine-tuning is the same up to rounding; with dropout, which
     each process draws for itself, it repeats and resumes."""
