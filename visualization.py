@@ -13,11 +13,13 @@ import warnings
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from statistics import mean
 from string import Template
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +57,17 @@ Picture = tuple[np.ndarray, str, np.ndarray | None]  # an image (H, W, 3), its c
 @contextmanager
 def own_settings() -> Iterator[None]:
     """Imports matplotlib. Inside the block it has its defaults and our fonts; afterwards the user's settings again."""
+    with ThreadPoolExecutor(1) as pool:  # Ctrl-C ends the main thread; C code would make an ImportError of it
+        matplotlib, installed = pool.submit(_matplotlib).result()
+    fonts = [name for name in FONTS if name in installed]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({"font.family": fonts, "text.parse_math": False})  # a $ in a class name is no TeX
+        yield
+
+
+def _matplotlib() -> tuple[ModuleType, set[str]]:
+    """matplotlib, with all of its C code that draws, and the names of the installed fonts."""
     try:
         matplotlib = importlib.import_module("matplotlib")
     except Exception:  # it refuses the user's backend or file of settings
@@ -62,12 +75,8 @@ def own_settings() -> Iterator[None]:
         for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
             del sys.modules[name]  # a half of it would stay
         matplotlib = importlib.import_module("matplotlib")
-    installed = set(importlib.import_module("matplotlib.font_manager").get_font_names())
-    fonts = [name for name in FONTS if name in installed]
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"font.family": fonts, "text.parse_math": False})  # a $ in a class name is no TeX
-        yield
+    importlib.import_module("matplotlib.backends.backend_agg")
+    return matplotlib, set(importlib.import_module("matplotlib.font_manager").get_font_names())
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -342,8 +351,7 @@ def write_page(rows: dict[str, dict], run: dict, report: dict | None, folder: Pa
     models = [row for row in rows.values() if row["backbone"] != "ensemble"]
     header, *table = comparison_table(list(rows.values()))
     caption = "Bars on the left are 95% intervals. Times are those of training."
-    comparison = _figure(folder / "comparison.png", caption, "alone")
-    sections = f"<h2>Comparison</h2><section>{comparison}</section>"
+    sections = f"<h2>Comparison</h2><section>{_figure(folder / 'comparison.png', caption, 'alone')}</section>"
     if report:
         plot = _figure(folder / f"{rows[report['model']]['plot']}_data.png", CAPTIONS["_data"], "alone")
         sections += f"<h2>The data</h2><p>{escape(summary(report))}.</p><section>{plot}</section>{_listed(report)}"

@@ -61,6 +61,8 @@ def optional_step(what: object, failed: list) -> Iterator[None]:
     """Surrounds an optional step. An exception becomes a line on stderr and an entry in `failed`."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads what is printed, which ends every script
+        raise
     except Exception as error:  # any exception: an optional step must not end the run
         print_failure(what, error)
         failed.append(what)

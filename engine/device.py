@@ -9,6 +9,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -124,7 +125,8 @@ def threads(count: int) -> Iterator[None]:
     global _unlimited
     with _lock:
         if not any(_limits.values()):
-            _unlimited = torch.get_num_threads()
+            with ThreadPoolExecutor(1) as new:  # the calling thread keeps a limit during which it has started
+                _unlimited = max(torch.get_num_threads(), new.submit(torch.get_num_threads).result())
         own = _limits[threading.get_ident()]
         own.append(count)
         torch.set_num_threads(count)

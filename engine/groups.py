@@ -26,7 +26,7 @@ from torch import Tensor
 
 from engine.console import Progress, count_of
 from engine.distributed import is_first, of_first
-from engine.files import atomic_write
+from engine.files import explain_write_error
 from engine.images import Images
 
 MAX_GROUP_SHARE = 0.2  # groups of near-duplicates with a larger share of a class could not be held out
@@ -159,8 +159,9 @@ def find_near_duplicates(ids: list[str], thumbnails: Tensor, folder: Path) -> Si
             found = tuple([tuple(pair) for pair in pairs] for pairs in json.loads(file.read_text()))
         except (OSError, ValueError, TypeError):  # not there, or damaged
             found = near_duplicates(thumbnails)
-            with atomic_write(file) as stream:
-                stream.write(json.dumps(found).encode())
+            with explain_write_error(file):  # half of it counts as damaged; atomic_write may leave a .part behind
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(found))
     return of_first(found)
 
 

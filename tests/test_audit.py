@@ -48,6 +48,19 @@ def test_near_duplicates_of_very_many_images_are_not_looked_for(photos, tmp_path
     assert "too many images to look for near-duplicates" in summary(report)
 
 
+def test_half_a_list_of_near_duplicates_is_made_anew(tmp_path):
+    """As a killed run leaves it, and nothing else."""
+    images = torch.randint(256, (20, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    command = [*map(str, range(21))], torch.cat([images, images[:1]]), tmp_path / "features"
+    found = find_near_duplicates(*command)
+    [file] = command[2].iterdir()
+    whole = file.read_bytes()
+    assert len(found[0]) == 1 and find_near_duplicates(*command) == found
+    for length in (0, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert find_near_duplicates(*command) == found and file.read_bytes() == whole
+
+
 def test_frames_of_films_are_said_to_be_in_training(train, tmp_path):
     for film in range(6):
         scene = Image.fromarray(np.random.default_rng(film).integers(0, 256, (8, 8, 3), dtype=np.uint8))

@@ -1,6 +1,7 @@
 """Errors, exit codes, signals, progress, imports."""
 
 import ast
+import importlib
 import io
 import os
 import re
@@ -9,11 +10,12 @@ import sys
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, finish, results, start
+from conftest import QUICK, ROOT, finish, results, start, without_progress
 
 import inference
 import main_train
-from engine.console import Progress, run_script
+import visualization
+from engine.console import Progress, optional_step, run_script
 
 
 def test_progress_in_a_log_is_an_occasional_line(capsys):
@@ -62,9 +64,35 @@ def test_signals_end_without_a_traceback(started, tmp_path, sent, code, said):
 def test_a_run_whose_reader_is_gone_saves_its_model(started, tmp_path):
     """As in `main_train.py | head -3`."""
     started.stdout.close()
-    err = started.stderr.read()
+    err = without_progress(started.stderr.read())
     assert (started.wait(), err) == (0, "")
     assert [row["model"] for row in results(tmp_path)] == ["mobilenet_v3_small"]
+
+
+def test_an_interruption_is_not_lost_in_an_import(monkeypatch):
+    """As in C code of matplotlib, which makes an ImportError of it."""
+    sent, whole = [], importlib.import_module
+
+    def importing(name):
+        try:
+            sent.append(name)
+            signal.raise_signal(signal.SIGINT) if len(sent) == 1 else None
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+        return whole(name)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(importlib, "import_module", importing)
+    try:
+        with pytest.raises(KeyboardInterrupt), visualization.own_settings():
+            pytest.fail("the script goes on")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_optional_step_ends_the_script_if_nobody_reads():
+    with pytest.raises(BrokenPipeError), optional_step("comparison", []):
+        raise BrokenPipeError
 
 
 @pytest.mark.parametrize(

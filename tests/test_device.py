@@ -1,5 +1,7 @@
 """Devices, cores and threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -20,6 +22,27 @@ def test_limits_of_threads_are_nested_and_lifted():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
     assert torch.get_num_threads() == before
+
+
+def test_a_thread_that_starts_during_a_limit_does_not_keep_it():
+    """Else all threads after it would start with the limit, too."""
+    before = torch.get_num_threads()
+
+    def limited() -> int:
+        with threads(1):
+            return torch.get_num_threads()
+
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with threads(2):
+                assert pool.submit(torch.get_num_threads).result() == 2
+            assert pool.submit(limited).result() == 1
+            assert pool.submit(torch.get_num_threads).result() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("before", ["tf32", "ieee"])
