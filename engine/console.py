@@ -85,7 +85,9 @@ class Progress(tqdm):
 
     def __init__(self, total: int | None, title: str, done: int = 0, disable: bool = False):
         self.in_terminal, self.due = sys.stderr.isatty(), time.monotonic() + 5  # the first line comes sooner
-        line = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} elapsed, {remaining} left"
+        line = "{desc}: {n_fmt} images, {elapsed} elapsed"
+        if total:
+            line = "{desc}: {n_fmt} of {total_fmt} images, {elapsed} elapsed, {remaining} left"
         log = {} if self.in_terminal else {"file": io.StringIO(), "mininterval": 1, "bar_format": line, "leave": False}
         # training and validation differ in speed; the average (smoothing=0) predicts the time left best
         super().__init__(total=total, desc=title, initial=done, unit="img", smoothing=0, disable=disable, **log)

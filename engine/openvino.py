@@ -34,7 +34,7 @@ from engine.run import run_images
 
 WORTH_CONVERTING = 2048  # images a core, from which on the conversion takes less time than it saves
 LEAST_SIMILAR = 0.8  # the cosine of features in fp32 and int8; pretrained networks have 0.9 or more
-CALIBRATION = 200  # images, from which NNCF takes the ranges of activations
+CALIBRATION, CHECKED = 200, 64  # images, from which NNCF takes the ranges of activations, and that test the program
 
 
 def usable_version(device: torch.device, precision: str) -> str:
@@ -232,7 +232,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
     others. Raises ValueError if NNCF cannot quantise the network, OSError if a file cannot be written.
     """
     images = dict(zip(ids, items, strict=True))  # once each
-    sample = sorted(images)[:CALIBRATION]
+    sample, checked = sorted(images)[:CALIBRATION], sorted(images)[-CHECKED:]  # two sets, if there are enough
     key = [model.backbone, model.width, model.preprocessing, *map(package_version, ("openvino", "nncf"))]
     name = f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}"
     file = folder / f"{name}-{content_hash({}, sample)[:8]}.int8"
@@ -244,7 +244,7 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
         print(f"{model.backbone}: preparing int8 with {len(sample)} training images")
         start = time.perf_counter()
         try:
-            program = _quantized(model, [images[image] for image in sample])
+            program = _quantized(model, *([images[image] for image in some] for some in (sample, checked)))
         except OSError:  # also an image that cannot be read
             raise
         except Exception as error:  # whatever a network with other operators makes them raise
@@ -254,19 +254,22 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
         return program, kept["seconds"]
 
 
-def _quantized(model: nn.Module, items: Sequence[Item]) -> dict[str, Tensor]:
-    """The program, with ranges of activations from the images. Raises ValueError if its features become others."""
-    images = (read_and_preprocess(item, model.preprocessing) for item in items)
-    arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
+def _quantized(model: nn.Module, items: Sequence[Item], checked: Sequence[Item]) -> dict[str, Tensor]:
+    """The program, with ranges of activations from images. Raises ValueError if the features of others change much."""
+    arrays, others = ([_array(item, model.preprocessing) for item in some] for some in (items, checked))
     with _quiet():
         openvino, nncf = _import(), importlib.import_module("nncf")
         mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
         network = nncf.quantize(convert(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
     program = as_bytes(openvino, network)
-    cosine = _similarity(model, Program(openvino, program), arrays[:64])
+    cosine = _similarity(model, Program(openvino, program), others)
     if not cosine >= LEAST_SIMILAR:  # also if it is not a number
         raise ValueError(f"its features become others (cosine {cosine:.2f})")
     return program
+
+
+def _array(item: Item, preprocessing: dict) -> np.ndarray:
+    return read_and_preprocess(item, preprocessing).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 @torch.inference_mode()

@@ -291,7 +291,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 def without_progress(err: str) -> str:
     """What a script has written to stderr, without the lines that tell of its progress if the machine is slow."""
     assert "Traceback" not in err, err
-    lines = r"^(.* of .* images, .* elapsed, .* left|Matplotlib is building the font cache.*)\n"
+    lines = r"^(.* images, .* elapsed(, .* left)?|Matplotlib is building the font cache.*)\n"
     return re.sub(lines, "", err, flags=re.MULTILINE)
 
 

@@ -30,6 +30,11 @@ def test_progress_in_a_log_is_an_occasional_line(capsys):
     bar.close()
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"photos: 15 of 100 images, .* elapsed, .* left\n", err)
+    bar = Progress(None, "photos")  # as of standard input
+    bar.mininterval = bar.due = 0
+    bar.update(5)
+    bar.close()
+    assert re.fullmatch(r"photos: 5 images, .* elapsed\n", capsys.readouterr().err)
 
 
 def test_a_notebooks_stdout_cannot_be_reconfigured(trained, photos, monkeypatch):

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL, checkpoints, noise, random_model, repeatable, same
+import torch.nn.functional as F
+from conftest import SMALL, SMALL_FAMILIES, checkpoints, noise, random_model, repeatable, same
 
 import inference
 from engine import openvino
@@ -59,24 +60,32 @@ def test_it_can_be_fine_tuned(quantized, train):
     assert repeatable(folder)["mobilenet_v3_small_finetuned"]["precision"]["features"] in ("fp32", "int8")
 
 
-def sample_of(name: str) -> tuple[TransferModel, list[torch.Tensor], list[str]]:
+def sample_of(name: str, image_size: int = 64) -> tuple[TransferModel, list[torch.Tensor], list[str]]:
     """A model for int8, 40 images, and their hashes."""
-    model = random_model(name, 64)
+    model = random_model(name, image_size)
     images = [(255 * image).to(torch.uint8) for image in noise(model, 40).sigmoid()]
     set_statistics(model, images)
     model.precision, model.views = "int8", 1
     return model, images, [f"{i:04}" for i in range(40)]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_features_stay_alike(name, packages, tmp_path):
-    model, images, ids = sample_of(name)
-    model.program, _ = quantize(model, images[:24], ids[:24], tmp_path)
-    batch = preprocess(images[32:], model.preprocessing)
+    """Or the network is refused, as random ones may be. Labels: each image is most similar to itself in fp32."""
+    model, images, ids = sample_of(name, 97)
+    try:
+        model.program, _ = quantize(model, images[:24], ids[:24], tmp_path)
+    except ValueError as error:
+        assert "become others" in str(error) and name not in ("mobilenet_v2", "mobilenet_v3_small", "resnet18")
+        return
+    batch = preprocess(images[24:], model.preprocessing)
     with torch.inference_mode():
         copies = [fastest_copy(model, torch.device("cpu"), precision=kind) for kind in ("fp32", "int8")]
-        rows = [copy.forward_features(batch) for copy in copies]
-    assert torch.nn.functional.cosine_similarity(*(row - row.mean(dim=0) for row in rows)).mean() > 0.8
+        plain, other = (copy.forward_features(batch) for copy in copies)
+    std, mean = torch.std_mean(plain, dim=0)
+    plain, other = (F.normalize((rows - mean) / std.clamp(min=1e-6)) for rows in (plain, other))
+    assert (plain * other).sum(dim=1).mean() > 0.8
+    assert (other @ plain.T).argmax(dim=1).tolist() == list(range(len(batch)))
 
 
 def test_a_program_is_used_again_or_refused(packages, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import noise, random_model, repeatable, results
+from conftest import FAMILIES, ONE_SIZE, noise, random_model, repeatable, results
 
 import inference
 from engine import openvino
@@ -12,9 +12,10 @@ from engine.files import load_tensors, save_tensors
 from engine.openvino import Program, as_bytes, convert, fastest_copy, holds_program, openvino_copy, package_version
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])  # mobilenet_v3_small is below
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_same_outputs(name, tmp_path):
-    model, file, package = random_model(name, 97), tmp_path / "program", pytest.importorskip("openvino")
+    package, file = pytest.importorskip("openvino"), tmp_path / "program"
+    model = random_model(name, ONE_SIZE.get(name, 97))
     save_tensors(file, as_bytes(package, convert(package, model)))
     images = noise(model, 3)
     with torch.inference_mode():
