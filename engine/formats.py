@@ -24,7 +24,7 @@ OTHERS = {  # how files begin that Pillow cannot read, what they are, and what h
     rb".{344}n[i+]1\0": "a NIfTI file: save its slices as PNG, for example with nibabel",
     rb"v/1\x01": "an OpenEXR image: save it as PNG, for example with OpenEXR",
     rb"#\?R": "a Radiance HDR image: save it as PNG, for example with imageio",
-    rb"P7\s|PF\s": "a PAM or colour PFM image: save it as PNG, for example with OpenCV",
+    rb"P7\s|PF\s": "a PAM or colour PFM image: save it as PNG, for example with FFmpeg",
     rb"II\xbc\x01|\xff\xd8\xff\xf7": "a JPEG XR or JPEG-LS image: save it as PNG, for example with imagecodecs",
     rb"8BPS": "a Photoshop file of a kind that Pillow cannot read: save it as PNG",
     rb"\x93NUMPY": "an array of NumPy: save it as PNG",

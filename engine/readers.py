@@ -44,6 +44,9 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _jpeg_2000(content)
     if start[:2] in (b"P5", b"P6") and (values := _portable_pixmap(content)):
         return values
+    scale = re.match(rb"Pf\s+\d+\s+\d+\s+-?(\d*\.?\d+)", content)
+    if scale and float(scale[1]) != 1:
+        raise ValueError("a PFM image with a scale, which programs understand differently: save it with scale 1")
     with Image.open(io.BytesIO(content), formats=image_formats()) as image:
         return _pillow(content) if image.mode[0] in "IF" else None
 
@@ -270,5 +273,10 @@ def _tifffile(content: bytes, page: Page) -> Values:
     if array.ndim == 3:
         array = array[..., : page.bands if page.bands < 4 else 4 if page.has_alpha else 3]
     values = _bands(array, {"icc_profile": page.profile} if page.profile else None)
+    if page.is_premultiplied and values.alpha is not None:
+        largest = np.iinfo(values.kind).max if values.kind[0] == "u" else 1
+        alpha = values.alpha if values.colors.ndim == 2 else values.alpha[..., None]
+        colors = values.colors / np.maximum(alpha / np.float32(largest), 1e-6)
+        values.colors = colors.clip(max=largest).astype(values.kind)
     values.orientation, values.inverted = page.orientation, page.is_inverted
     return values

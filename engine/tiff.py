@@ -24,6 +24,7 @@ class Page:
         self.is_preview = bool(self.one(254) & 5) or self.one(255) == 2  # or a mask
         self.is_inverted = self.photometric == 0
         self.has_alpha = self.bands in (2, 4, 5, 6) and self.one(338) in (1, 2)
+        self.is_premultiplied = self.has_alpha and self.one(338) == 1
         images = re.match(rb"ImageJ=.*?\bimages=(\d+)", self.one(270, b""), re.DOTALL)
         self.images = int(images[1]) if images else 0  # pictures in one page, as ImageJ writes them; 0: not known
 
@@ -37,9 +38,10 @@ class Page:
     def is_pillows(self) -> bool:
         """Whether Pillow reads the page right, if it opens it."""
         known = self.compression in COMPRESSIONS and self.photometric in (0, 1, RGB, PALETTE, CMYK, YCBCR, LAB)
-        premultiplied = self.has_alpha and self.one(338) == 1
         deep_colors = max(self.bits) > 8 and self.bands > 1
-        return known and len(set(self.bits)) == 1 and not (deep_colors and (self.is_planar or premultiplied))
+        unusual = [deep_colors, self.is_premultiplied, self.is_planar]  # of which Pillow copes with one
+        wrong = sum(unusual) > 1 or (self.is_planar and self.bands == 2)
+        return known and len(set(self.bits)) == 1 and not wrong
 
     @property
     def is_plain(self) -> bool:

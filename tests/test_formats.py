@@ -224,6 +224,31 @@ def test_what_pillow_cannot_read_names_the_package_that_can(monkeypatch):
             read(content)
 
 
+@pytest.mark.parametrize("planar", [False, True])
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [0, 3]])
+def test_premultiplied_colours_become_whole_again(chosen, kind, planar):
+    tifffile, file = pytest.importorskip("tifffile"), io.BytesIO()
+    opacity, top = np.where(X < 9, 0.5, 1)[..., None], 1 if kind == "float32" else np.iinfo(kind).max
+    bands = (top * np.dstack([RGB / 255 * opacity, opacity])[..., chosen]).astype(kind)
+    layout = {"planarconfig": "separate"} if planar else {}
+    array = np.moveaxis(bands, -1, 0) if planar else bands
+    photometric = "rgb" if len(chosen) > 2 else "minisblack"
+    tifffile.imwrite(file, array, photometric=photometric, extrasamples=["assocalpha"], **layout)
+    reading = agreed(file.getvalue())
+    expected = RGB[..., chosen[:-1]] * opacity + 255 * (1 - opacity)  # on white
+    assert reading["alpha"] and np.abs(read(file.getvalue(), reading) - expected).max() <= 2
+
+
+def test_a_scale_of_pfm_is_not_ignored():
+    pixels = FRACTIONS[::-1].astype("<f4").tobytes()
+    for scale in (b"-1", b"-1.000000"):
+        assert agreed(b"Pf\n64 48\n" + scale + b"\n" + pixels)
+    for scale in (b"-2.0", b"0.5", b"-0.00392157", b"-.5"):
+        with pytest.raises(ImageError, match="scale"):
+            read(b"Pf\n64 48\n" + scale + b"\n" + pixels)
+
+
 def test_png_details():
     image = Image.fromarray(RGB)
     content = io.BytesIO()
