@@ -228,6 +228,9 @@ def test_two_files_of_one_hash_are_refused(train, tmp_path, monkeypatch):
         def digest(self):
             return bytes(self.size)
 
+        def hexdigest(self):
+            return self.digest().hex()
+
     names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(10)]
     folder = folder_of(tmp_path / "pets", names)
     monkeypatch.setattr(hashlib, "blake2b", Same)
