@@ -86,10 +86,8 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 _lock = threading.Lock()
 _in_full_precision, _before = 0, None  # the calling threads, and cuDNN's setting before the first of them
-# Where cuDNN's setting for convolutions is, and its value for full precision. Torch 2.9 has a new setting, and refuses
-# to read the old one if the program has changed the new one.
-_SETTING = (torch.backends.cudnn, "allow_tf32")
-_FULL: object = False
+# cuDNN's setting for convolutions, and its value for full precision; since torch 2.9 the old one cannot always be read
+_SETTING, _FULL = (torch.backends.cudnn, "allow_tf32"), False
 if hasattr(torch.backends.cudnn, "conv"):
     _SETTING, _FULL = (torch.backends.cudnn.conv, "fp32_precision"), "ieee"
 

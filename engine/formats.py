@@ -77,4 +77,4 @@ def library(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise ValueError(f"{what} is read by {package}, which is missing: pip install {package}") from error
+        raise ValueError(f"{what} needs {package}, which is missing: pip install {package}") from error

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.console import printable
 from engine.files import load_tensors
+from engine.formats import library
 
 ADVICE = "where it was made, save the state dict alone: torch.save(model.state_dict(), FILE)"
 FOREIGN = {  # how files begin that people take for weights
@@ -225,12 +226,10 @@ def _read(file: Path) -> tuple[object, str]:
     for beginning, what in FOREIGN.items():
         if not of_safetensors and start.lstrip().lower().startswith(beginning):
             raise ValueError(f"{file} is {what}")
-    foremost = ""
+    foremost, safetensors = "", library("safetensors.torch", str(file)) if of_safetensors else None
     try:
-        if of_safetensors:
-            from safetensors.torch import load_file
-
-            return load_file(file), ""
+        if safetensors:
+            return safetensors.load_file(file), ""
         names = _named(file)
         foremost = _foremost(names)
         stand_ins = [(_Ignored if name.startswith("numpy.") else _Nothing, name) for name in names]
@@ -238,8 +237,6 @@ def _read(file: Path) -> tuple[object, str]:
             if zipfile.is_zipfile(file):
                 return load_tensors(file), foremost
             return torch.load(stream, map_location="cpu", weights_only=True), foremost
-    except ImportError as error:
-        raise ValueError(f"{file} needs a package: pip install safetensors") from error
     except Exception as error:  # whatever torch raises; its message advises to execute what is in the file
         what = f"holds {foremost}: {ADVICE}" if foremost else "is damaged, or not of PyTorch or safetensors"
         raise ValueError(f"{file} {what}") from error
