@@ -170,7 +170,7 @@ def _parts(columns: Sequence[Column], rows: int, labelled: bool) -> tuple[list[C
 
 def _part_in(value: str) -> str | None:
     """The part that a cell names: "train", "Testing", "PublicTest"."""
-    words = words_of(value) - {"public", "private", "set", "data", "images"}
+    words = words_of(value) - {"public", "private", "internal", "external", "set", "data", "images"}
     return "val" if words == {"dev"} else part_of(words) if len(words) == 1 else None
 
 
