@@ -39,6 +39,7 @@ from engine.features import Extraction, extract_features
 from engine.files import atomic_write, content_hash, locked, save_tensors
 from engine.metrics import calibrated_loss, fit_temperature
 from engine.openvino import check_int8, fastest_copy
+from engine.page import write_page
 from engine.run import outputs_of
 from engine.unfamiliar import fit_unfamiliarity
 from train_utils import CLASSIFIER_LR_FACTOR, FINE_TUNING, RECIPE, Recipe
@@ -354,7 +355,7 @@ def summarize(trained: list[TrainedModel], rows: dict[str, dict], data: Data, ou
     with optional_step("check of the data", failed):
         report = check_data(best, data, plots)
     with optional_step("report page", failed):
-        visualization.write_page(compared, new[0], report, plots)
+        write_page(compared, new[0], report, plots)
     return not failed and all(len(row["history"]) == row["recipe"]["epochs"] for row in new)
 
 

@@ -50,7 +50,7 @@ def check_name(name: str, more: tuple[str, ...] = ()) -> None:
     else:
         known = models.list_models(models)
     if architecture not in known:
-        similar = difflib.get_close_matches(architecture, [*more, *known], n=5, cutoff=0.4)
+        similar = difflib.get_close_matches(architecture, {*more, *known}, n=5, cutoff=0.4)
         hint = f"did you mean {', '.join(similar)}?" if similar else "see torchvision.models.list_models()"
         raise ValueError(f"no backbone is called {architecture!r}: {hint}")
     if weights and not is_file(weights):

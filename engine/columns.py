@@ -141,12 +141,11 @@ def _parts(columns: Sequence[Column], rows: int, labelled: bool) -> tuple[list[C
     for column in [column for column in columns if not column.words & LABEL]:
         values, named = column.values - UNLABELLED, bool(column.words & SPLIT)
         known = NUMBERS if named and values == {*NUMBERS} else {value: _part_in(value) for value in values}
-        parts = {*known.values()} - {None}
-        says_part = parts and None not in known.values()
+        parts, only_parts = {*known.values()} - {None}, bool(values) and None not in known.values()
+        # a column that is called split may have other values, whose rows are not used; any other column only two parts
+        says_part = only_parts and len(parts) > 1 and values == column.values
         if named:
-            says_part = says_part or "train" in parts  # rows of other parts are not used
-        else:
-            says_part = says_part and len(parts) > 1 and values == column.values
+            says_part = only_parts or "train" in parts
         if says_part:
             # the best name counts: "split", then "original_split", then any other
             rank = (column.name.lower() not in SPLIT) + (not named)
@@ -207,7 +206,7 @@ def _groups(columns: Sequence[Column], labels: Sequence[str]) -> tuple[list[Colu
     """The column of groups, if there is one, and the groups. A "group" of whole classes may be a class of classes."""
     named = {column.letters: column for column in reversed(columns) if len(column.values) < len(labels)}
     for name in filter(named.__contains__, GROUP):
-        whole = len({*zip(labels, named[name].cells, strict=True)}) == len({*labels}) >= len(named[name].values)
-        if not (whole and name in VAGUE):
+        of_classes = len({*zip(labels, named[name].cells, strict=True)}) == len({*labels})  # as animals are, of cats
+        if not (of_classes and name in VAGUE):
             return [named[name]], named[name].cells
     return [], [""] * len(labels)

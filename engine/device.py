@@ -18,8 +18,8 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRECISIONS = (*DTYPES, "int8")  # int8: see engine/openvino.py
-# Images in a batch. On the CPU every core has a batch of its own. One thread reads a batch for a GPU: in larger ones, a
-# few hundred photographs would leave most cores idle.
+# Images in a batch. On the CPU every core has a batch of its own. For a GPU one thread reads a batch, so larger ones
+# would leave most cores without work if there are a few hundred photographs.
 CPU_BATCH, GPU_BATCH = 16, 64
 
 
@@ -123,7 +123,7 @@ def threads(count: int) -> Iterator[None]:
     global _unlimited
     with _lock:
         if not any(_limits.values()):
-            with ThreadPoolExecutor(1) as new:  # the calling thread keeps a limit during which it has started
+            with ThreadPoolExecutor(1) as new:  # a thread that has started during a limit keeps it
                 _unlimited = max(torch.get_num_threads(), new.submit(torch.get_num_threads).result())
         own = _limits[threading.get_ident()]
         own.append(count)

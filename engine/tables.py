@@ -141,7 +141,8 @@ class _Files:
         *folders, name = [_key(step) for step in path.split("/") if step not in ("", ".", "..")] or [""]
         found = self.by_name.get(name) or self.by_stem.get(name, [])
         elsewhere = path.startswith(("/", "..")) or path[1:2] == ":" or "://" in path  # there its last folders count
-        for count in range(len(folders), -1 if elsewhere else len(folders) - 1, -1):
+        least = 0 if elsewhere else len(folders)
+        for count in range(len(folders), least - 1, -1):
             end = folders[len(folders) - count :]
             if fitting := [p for p in found if [*map(_key, p.parts[-1 - count : -1])] == end]:
                 break

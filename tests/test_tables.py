@@ -190,7 +190,7 @@ def test_parts_and_groups(pets):
         (("partition",), ["0012"], (16, 7, 7)),  # as in CelebA
         (("Usage",), [["Training", "Training", "PublicTest", "PrivateTest", "Training"]], (None, None, 12)),
         (("set",), [["train", "train", "dev", "test"]], (16, 7, 7)),
-        (("cohort",), [["Train set", "Internal test", "External test"]], (None, None, 20)),
+        (("cohort",), [["Train set", "Train set", "Internal test", "External test"]], (None, None, 14)),
         (("source", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),
         (("source",), [["train"]], (None, None, 6)),
         (("original_split", "split"), [["train"], ["train", "train", "test", "val"]], (16, 7, 7)),

@@ -13,6 +13,7 @@ from PIL import Image
 
 import inference
 import visualization
+from engine.page import write_page
 
 
 def test_the_report_page_is_complete(train, photos, tmp_path):
@@ -34,7 +35,7 @@ def test_the_report_page_is_complete(train, photos, tmp_path):
     rows = {row["model"]: row for row in results(tmp_path)}
     for row in rows.values():  # an earlier run may have drawn the same for another model
         (tmp_path / "plots" / f"{row['plot']}_data.png").write_bytes(b"an image")
-    visualization.write_page(rows, best, report, tmp_path / "plots")
+    write_page(rows, best, report, tmp_path / "plots")
     assert (tmp_path / "plots" / "report.html").read_text().count('_data"') == 1
     assert "http" not in page and "$" not in page and escape(str(photos)) in page and "<b>" not in page
 
