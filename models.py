@@ -357,16 +357,17 @@ def load_checkpoint(path: str | Path) -> TransferModel:
         raise FileNotFoundError(f"no checkpoint {path}: train one with main_train.py")
     try:
         values = load_tensors(path)
-        used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
         schema = values["schema"]
-        tensors, program = values.pop("state_dict") | values.pop("unfamiliarity", {}), values.pop("program", {})
-        written = values.pop("sha256", None)
-        if schema in READABLE and content_hash(tensors | program, values) != written:
-            raise ValueError("checksum mismatch")
+        if schema in READABLE:
+            used = ", ".join(f"{package} {version}" for package, version in values.get("versions", {}).items())
+            tensors, program = values.pop("state_dict") | values.pop("unfamiliarity"), values.pop("program", {})
+            written = values.pop("sha256")
+            if content_hash(tensors | program, values) != written:
+                raise ValueError("checksum mismatch")
     except Exception as error:  # whatever a hostile or damaged file makes the readers raise
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({first_line(error)})") from error
     if schema not in READABLE:
-        raise ValueError(f"{path} is of another version of this project (schema {schema}): train it again")
+        raise ValueError(f"{path} is of another version of this project (schema {schema}): use that, or train again")
     try:
         model = _rebuild(values, tensors)
         model.program = program

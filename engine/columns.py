@@ -55,7 +55,8 @@ class Column:
 
     @cached_property
     def is_numeric(self) -> bool:
-        return all(map(is_number, self.values - UNLABELLED))
+        values = self.values - UNLABELLED
+        return bool(values) and all(map(is_number, values))
 
     @cached_property
     def flags(self) -> list[bool]:
@@ -90,7 +91,7 @@ def find_roles(columns: list[Column], chosen: Sequence[str] | None, known: Seque
                 raise Unclear(f"--columns: no column {name!r}")
         image, label = [columns[names.index(n)] for n in chosen] if chosen else (_image_column(columns, find), None)
         free = [column for column in columns if column not in (image, label)]
-        split, parts = _parts(free, len(image.cells), labelled=label is not None)
+        split, parts = _parts(free, len(image.cells), labelled=any(column.words & LABEL for column in columns))
         free = [column for column in free if column not in split]
         named, labels = ([label], label.cells) if label else _labels(free, {*known})
     except Unclear as error:
@@ -136,7 +137,7 @@ def _image_column(columns: Sequence[Column], find: Find) -> Column:
 
 
 def _parts(columns: Sequence[Column], rows: int, labelled: bool) -> tuple[list[Column], Sequence[str]]:
-    """The columns that say in which part each row is, and the parts. `labelled`: the label is another column."""
+    """The columns that say in which part each row is, and the parts. `labelled`: a column is called label."""
     found, refused = defaultdict(list), []
     for column in [column for column in columns if not column.words & LABEL]:
         values, named = column.values - UNLABELLED, bool(column.words & SPLIT)
@@ -160,7 +161,7 @@ def _parts(columns: Sequence[Column], rows: int, labelled: bool) -> tuple[list[C
     if refused:
         raise ValueError(f"{refused[0]}: correct it or rename the column")
     # "is_test"; "test" alone may be a class, unless another column is the label
-    alone = SPLITS if labelled or any(column.words & LABEL for column in columns) else ()
+    alone = SPLITS if labelled else ()
     named = [c for c in columns if c.flags and (c.words & {"is", "in"} or c.name.lower() in alone)]
     flags = {column: part for column in named if (part := part_of(column.words))}
     rest = "test" if "train" in flags.values() else "train"

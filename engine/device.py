@@ -85,11 +85,7 @@ def available_cpus(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 _lock = threading.Lock()
-_in_full_precision, _before = 0, None  # the calling threads, and cuDNN's setting before the first of them
-# cuDNN's setting for convolutions, and its value for full precision; since torch 2.9 the old one cannot always be read
-_SETTING, _FULL = (torch.backends.cudnn, "allow_tf32"), False
-if hasattr(torch.backends.cudnn, "conv"):
-    _SETTING, _FULL = (torch.backends.cudnn.conv, "fp32_precision"), "ieee"
+_in_full_precision, _before = 0, ()  # the calling threads, and cuDNN's setting before the first of them
 
 
 @contextmanager
@@ -98,8 +94,13 @@ def full_precision() -> Iterator[None]:
     global _in_full_precision, _before
     with _lock:
         if not _in_full_precision:
-            _before = getattr(*_SETTING)
-            setattr(*_SETTING, _FULL)
+            try:
+                setting, full = (torch.backends.cudnn, "allow_tf32"), False
+                _before = *setting, getattr(*setting)
+            except RuntimeError:  # since torch 2.9: the program has changed the setting that is to replace this one
+                setting, full = (torch.backends.cudnn.conv, "fp32_precision"), "ieee"
+                _before = *setting, getattr(*setting)
+            setattr(*setting, full)
         _in_full_precision += 1
     try:
         yield
@@ -107,7 +108,7 @@ def full_precision() -> Iterator[None]:
         with _lock:
             _in_full_precision -= 1
             if not _in_full_precision:
-                setattr(*_SETTING, _before)
+                setattr(*_before)
 
 
 _unlimited = 0  # the number of threads before the first limit

@@ -44,8 +44,8 @@ def read_values(content: bytes, size: int = 224) -> Values | None:
         return _jpeg_2000(content)
     if start[:2] in (b"P5", b"P6") and (values := _portable_pixmap(content)):
         return values
-    scale = re.match(rb"Pf\s+\d+\s+\d+\s+-?(\d*\.?\d+)", content)
-    if scale and float(scale[1]) != 1:
+    scale = re.match(rb"Pf\s+\d+\s+\d+\s+([-+.\deE]+)", content)
+    if scale and abs(float(scale[1])) != 1:
         raise ValueError("a PFM image with a scale, which programs understand differently: save it with scale 1")
     with Image.open(io.BytesIO(content), formats=image_formats()) as image:
         return _pillow(content) if image.mode[0] in "IF" else None

@@ -244,7 +244,7 @@ def test_a_scale_of_pfm_is_not_ignored():
     pixels = FRACTIONS[::-1].astype("<f4").tobytes()
     for scale in (b"-1", b"-1.000000"):
         assert agreed(b"Pf\n64 48\n" + scale + b"\n" + pixels)
-    for scale in (b"-2.0", b"0.5", b"-0.00392157", b"-.5"):
+    for scale in (b"-2.0", b"0.5", b"-0.00392157", b"-.5", b"1e-3"):
         with pytest.raises(ImageError, match="scale"):
             read(b"Pf\n64 48\n" + scale + b"\n" + pixels)
 
