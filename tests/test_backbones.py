@@ -96,7 +96,7 @@ def test_weights_by_name_and_from_files(run, train, photos, tmp_path):
     torch.save({"model": "resnet18", 1: None}, tmp_path / "none.pth")
     names = ["mobilenet_v3_small", "mobilenet_v3_small:IMAGENET1K_V1", "mobilenet_v3_small:x-rays.pth"]
     code, out, err = train(photos, "--models", "vgg16", "resnet18:none.pth", *names)
-    download, file = err.splitlines()  # the other models are trained
+    *_, download, file = err.splitlines()  # the other models are trained
     assert code == 1 and "checkpoints/vgg16-397923af.pth" in download and "--demo" in download and "none.pth" in file
     weights, rows = checkpoints(tmp_path), results(tmp_path)
     assert [row["weights"].partition("'")[0] for row in rows] == ["IMAGENET1K_V1"] * 2 + ["x-rays.pth (state_dict)"]
