@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from engine.console import printable
+from engine.console import printable, some
 from engine.folders import SPLITS, is_number, part_of, words_of
 
 # words in the names of columns
@@ -110,11 +110,6 @@ def find_roles(columns: list[Column], chosen: Sequence[str] | None, known: Seque
     if free:
         summary += f"; columns not used: {some([repr(column.name) for column in free], 8)}"
     return Roles(image.cells, labels, parts, groups, used, summary)
-
-
-def some(values: Sequence[str], count: int = 3) -> str:
-    """The first values, for a message."""
-    return ", ".join(map(printable, values[:count])) + (", ..." if len(values) > count else "")
 
 
 def named_files(columns: Sequence[Column], find: Find) -> list[list[Path]]:

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -137,6 +137,11 @@ def first_line(error: Exception) -> str:
 def printable(text: str) -> str:
     """The text with escape sequences and invalid characters spelled out: safe for terminals and plots."""
     return text if text.isprintable() else repr(text)[1:-1]
+
+
+def some(values: Sequence[str], count: int = 3) -> str:
+    """The first values, for a message."""
+    return ", ".join(map(printable, values[:count])) + (", ..." if len(values) > count else "")
 
 
 def count_of(number: int, noun: str) -> str:

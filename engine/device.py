@@ -94,13 +94,12 @@ def full_precision() -> Iterator[None]:
     global _in_full_precision, _before
     with _lock:
         if not _in_full_precision:
+            cudnn, full = torch.backends.cudnn, False
             try:
-                setting, full = (torch.backends.cudnn, "allow_tf32"), False
-                _before = *setting, getattr(*setting)
+                _before = cudnn, "allow_tf32", cudnn.allow_tf32
             except RuntimeError:  # since torch 2.9: the program has changed the setting that is to replace this one
-                setting, full = (torch.backends.cudnn.conv, "fp32_precision"), "ieee"
-                _before = *setting, getattr(*setting)
-            setattr(*setting, full)
+                _before, full = (cudnn.conv, "fp32_precision", cudnn.conv.fp32_precision), "ieee"
+            setattr(*_before[:2], full)
         _in_full_precision += 1
     try:
         yield
@@ -111,7 +110,7 @@ def full_precision() -> Iterator[None]:
                 setattr(*_before)
 
 
-_unlimited = 0  # the number of threads before the first limit
+_unlimited = 0  # the number of threads without a limit, when it was last looked at
 _limits: dict[int, list[int]] = defaultdict(list)  # the limits in force of each calling thread, a stack
 
 
@@ -123,7 +122,7 @@ def threads(count: int) -> Iterator[None]:
     """
     global _unlimited
     with _lock:
-        if not any(_limits.values()):
+        if not any(_limits.values()) and torch.get_num_threads() != _unlimited:
             with ThreadPoolExecutor(1) as new:  # a thread that has started during a limit keeps it
                 _unlimited = max(torch.get_num_threads(), new.submit(torch.get_num_threads).result())
         own = _limits[threading.get_ident()]

@@ -125,15 +125,16 @@ def _part_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
         if found:
             exact[part] = found[0]
     if any(name in with_classes for name in exact.values()):
-        return {part: folders[name] for part, name in exact.items() if part == "train" or name in with_classes}
-    if exact:
-        return {part: folders[name] for part, name in exact.items()} if len(folders) - len(named) < 2 else {}
-    if len(named) == len(folders) > 1 and not with_classes:  # as train_images/ and test_images/
-        similar = {part_of(words[name]): name for name in reversed(named)}
+        chosen = {part: name for part, name in exact.items() if part == "train" or name in with_classes}
+    elif exact:
+        chosen = exact if len(folders) - len(named) < 2 else {}
     else:
         containing = {part: [n for n in with_classes if words[n] & {*spellings}] for part, spellings in SPLITS.items()}
-        similar = {part: names[0] for part, names in containing.items() if len(names) == 1}
-    return {part: folders[name] for part, name in similar.items()} if "train" in similar and len(similar) > 1 else {}
+        chosen = {part: names[0] for part, names in containing.items() if len(names) == 1}
+        if len(named) == len(folders) > 1 and not with_classes:  # as train_images/ and test_images/
+            chosen = {part_of(words[name]): name for name in reversed(named)}
+        chosen = chosen if "train" in chosen and len(chosen) > 1 else {}
+    return {part: folders[name] for part, name in chosen.items()}
 
 
 def _has_folders(folder: Path) -> bool:

@@ -243,7 +243,8 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
     others. Raises ValueError if NNCF cannot quantise the network, OSError if a file cannot be written.
     """
     images = dict(zip(ids, items, strict=True))  # once each
-    sample, checked = sorted(images)[:CALIBRATION], sorted(images)[-CHECKED:]  # two sets, if there are enough
+    ordered = sorted(images)
+    sample, checked = ordered[:CALIBRATION], ordered[-CHECKED:]  # without a common image, if there are enough
     key = [model.backbone, model.width, model.preprocessing, *map(package_version, ("openvino", "nncf"))]
     name = f"{model.name}-{content_hash(model.features.state_dict(), key)[:16]}"
     file = folder / f"{name}-{content_hash({}, sample)[:8]}.int8"
@@ -267,26 +268,23 @@ def quantize(model: nn.Module, items: Sequence[Item], ids: Sequence[str], folder
 
 def _quantized(model: nn.Module, items: Sequence[Item], checked: Sequence[Item]) -> dict[str, Tensor]:
     """The program, with ranges of activations from images. Raises ValueError if the features of others change much."""
-    arrays, others = ([_array(item, model.preprocessing) for item in some] for some in (items, checked))
+    images = (read_and_preprocess(item, model.preprocessing) for item in items)
+    arrays = [image.permute(0, 2, 3, 1).contiguous().numpy() for image in images]
     with _quiet():
         openvino, nncf = _import(), importlib.import_module("nncf")
         mixed = nncf.QuantizationPreset.MIXED  # ranges of activations need not be symmetric
         network = nncf.quantize(convert(openvino, model), nncf.Dataset(arrays), preset=mixed, subset_size=len(arrays))
     program = as_bytes(openvino, network)
-    cosine = _similarity(model, Program(openvino, program), others)
+    cosine = _similarity(model, Program(openvino, program), checked)
     if not cosine >= LEAST_SIMILAR:  # also if it is not a number
         raise ValueError(f"its features become others (cosine {cosine:.2f})")
     return program
 
 
-def _array(item: Item, preprocessing: dict) -> np.ndarray:
-    return read_and_preprocess(item, preprocessing).permute(0, 2, 3, 1).contiguous().numpy()
-
-
 @torch.inference_mode()
-def _similarity(model: nn.Module, program: nn.Module, arrays: list[np.ndarray]) -> float:
+def _similarity(model: nn.Module, program: nn.Module, items: Sequence[Item]) -> float:
     """The mean cosine of an image's features in fp32 and in int8, both without the features' means."""
-    images = torch.from_numpy(np.concatenate(arrays)).permute(0, 3, 1, 2)
+    images = torch.cat([read_and_preprocess(item, model.preprocessing) for item in items])
     fast = fast_copy(model, images.device, "fp32")
     rows, others = (torch.cat([run(part) for part in images.split(8)]) for run in (fast.forward_view, program))
     return F.cosine_similarity(rows - rows.mean(dim=0), others - others.mean(dim=0)).mean().item()

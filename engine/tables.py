@@ -12,8 +12,8 @@ from statistics import mode
 
 import torch
 
-from engine.columns import UNLABELLED, Column, Find, Roles, find_roles, named_files, some
-from engine.console import count_of, printable
+from engine.columns import UNLABELLED, Column, Find, Roles, find_roles, named_files
+from engine.console import count_of, printable, some
 from engine.folders import (
     DESCRIPTIONS,
     class_folders,
